@@ -1,0 +1,31 @@
+"""TwigVLM: a small twig on a frozen vision-language model prunes its visual tokens and drafts its words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "Output", "RunError", "Stats", "Step", "TwigConfig", "TwigVLM", "load"]
+
+_HOMES = {
+    "InputError": "errors",
+    "RunError": "errors",
+    "TwigConfig": "config",
+    "Step": "decoding.loop",
+    **dict.fromkeys(("Output", "Stats", "TwigVLM", "load"), "vlm"),
+}
+
+if TYPE_CHECKING:
+    from .config import TwigConfig
+    from .decoding.loop import Step
+    from .errors import InputError, RunError
+    from .vlm import Output, Stats, TwigVLM, load
+
+
+def __getattr__(name: str):
+    """Import on first use: `import twigvlm` costs nothing, and scoring needs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

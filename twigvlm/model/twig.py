@@ -1,0 +1,99 @@
+"""The twig: T decoder layers, a norm and a head that continue layer K's hidden states (paper section 3.1).
+
+On disk: a folder with `model.safetensors` (`lm_head.weight`, `model.norm.weight`,
+`model.layers.{0..T-1}.*`, the release's names) and `twig_config.json` (K, T, F, L, the base, shapes,
+format version). The bare release file, which stores no K, is read as well.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ..config import FORMAT_VERSION, TwigConfig
+from .trunk import Trunk
+
+WEIGHTS, CONFIG = "model.safetensors", "twig_config.json"
+Init = Literal["base", "last", "random"]
+
+
+class Twig(nn.Module):
+    """Fresh twigs come from `grow`, stored ones from `model.load`."""
+
+    def __init__(self, config: TwigConfig, layers: nn.ModuleList, norm: nn.Module, lm_head: nn.Linear):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.layers = layers
+        self.model.norm = norm
+        self.lm_head = lm_head
+        for i, layer in enumerate(layers):
+            layer.self_attn.layer_idx = config.L + i  # its own cache slots, behind the base's
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., D] that left the last twig layer → fp32 [..., vocabulary]."""
+        return self.lm_head(self.model.norm(hidden)).float()
+
+
+def grow(trunk: Trunk, config: TwigConfig, init: Init = "base") -> Twig:
+    """A twig with the weights of base layers K..K+T-1 ("base"), of the last T ("last"), or random ones.
+
+    Nothing is shared with the base. Source: paper section 3.1 and its ablation of the initialisation.
+    """
+    first = {"base": config.K, "random": config.K, "last": config.L - config.T}[init]
+    text = trunk.decoder.config  # shared, not copied: one place says which attention is used
+    layers = nn.ModuleList(copy.deepcopy(layer, {id(text): text}) for layer in trunk.layers[first : first + config.T])
+    twig = Twig(config, layers, copy.deepcopy(trunk.decoder.norm), copy.deepcopy(trunk.model.lm_head))
+    if init == "random":
+        std = trunk.model.config.text_config.initializer_range
+        for module in twig.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=std)
+    return twig
+
+
+def twig_skeleton(trunk: Trunk, config: TwigConfig, vocabulary: int) -> Twig:
+    """A twig of the right shapes on the meta device, to be filled from a file."""
+    like = trunk.model.config.text_config
+    with torch.device("meta"):
+        kind = type(trunk.layers[0])
+        text = trunk.decoder.config  # shared: one place says which attention is used
+        layers = nn.ModuleList(kind(text, config.L + i) for i in range(config.T))
+        norm = type(trunk.decoder.norm)(like.hidden_size, eps=like.rms_norm_eps)
+        return Twig(config, layers, norm, nn.Linear(like.hidden_size, vocabulary, bias=False))
+
+
+def save_twig(twig: Twig, trunk: Trunk, folder: Path, base: str, dtype: torch.dtype | None = None) -> None:
+    """Write the folder format; `base` is the name of the model that it grew on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in twig.state_dict().items()}
+    part = folder / (WEIGHTS + ".part")
+    save_file(state, part, metadata={"format": "pt"})
+    part.replace(folder / WEIGHTS)
+    facts = {
+        "format_version": FORMAT_VERSION,
+        **asdict(twig.config),
+        "base": base,
+        "base_signature": signature(trunk),
+        "hidden_size": twig.lm_head.in_features,
+        "vocabulary": twig.lm_head.out_features,
+    }
+    (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def signature(trunk: Trunk, samples: int = 16) -> list[float]:
+    """A few weights of the base, by which a twig knows it again under any name, layout or dtype."""
+    weights = trunk.layers[0].self_attn.q_proj.weight.detach().flatten()
+    picks = torch.linspace(0, len(weights) - 1, samples).long()
+    return [round(float(w), 5) for w in weights[picks.to(weights.device)].float()]

@@ -1,0 +1,40 @@
+"""From the asked average R to the number r of visual tokens kept, and back (paper section 3.2, Eq. 4)."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+from ..errors import InputError
+
+
+def legal_range(L: int, V: int, K: int, F: int) -> tuple[Fraction, Fraction]:
+    """Smallest and largest R: no visual token kept between layers K and F, and all V of them."""
+    return Fraction(K * V, L), Fraction(K * V + (F - K) * V, L)
+
+
+def kept_tokens(R: float, L: int, V: int, K: int, F: int) -> int:
+    """r = ceil((L*R - K*V) / (F - K)), visual tokens kept of one image's V in layers K..F-1.
+
+    R is the average number of visual tokens per base layer. Raises InputError outside the legal
+    range. With F > L the formula stays the paper's; the image is then never wiped.
+    """
+    if isinstance(R, bool) or not isinstance(R, (int, float)) or not math.isfinite(R):
+        raise InputError(f"retained tokens R is {R!r}; a number is needed")
+    low, high = legal_range(L, V, K, F)
+    exact = Fraction(R)
+    if not low <= exact <= high:
+        raise InputError(
+            f"retained tokens R is {R:g}; legal is {_show(low, math.ceil)} to {_show(high, math.floor)}, because "
+            f"r = ceil((L*R - K*V) / (F - K)) must lie in 0..V (L={L}, V={V}, K={K}, F={F})"
+        )
+    return math.ceil((L * exact - K * V) / (F - K))
+
+
+def average_tokens(r: int, L: int, V: int, K: int, F: int) -> float:
+    """Visual tokens per base layer, averaged, when r of V are kept between K and F and none above."""
+    return (K * V + (min(F, L) - K) * r) / L
+
+
+def _show(bound: Fraction, rounding) -> str:
+    return f"{float(bound):g}" if bound.denominator in (1, 2, 4, 5, 10) else f"{rounding(bound * 100) / 100:g}"

@@ -1,0 +1,137 @@
+"""Many questions about one picture in one training sequence, each seeing the picture and itself only.
+
+Layout of a row: a prefix (system sentence, picture or scene text) shared by all questions, then
+groups of equally long slots, one question (or a short conversation) a slot. Every slot continues
+the prefix's positions, so that training equals asking each question alone, while the prefix is
+computed once. `attention` does the masking by shape: no S x S mask exists.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import AttentionInterface
+
+from ..model.prompt import IMAGE, VICUNA_V1, encode
+from .questions import KINDS, _at, ask
+from .world import Scene
+
+# (slots, tokens a slot), chosen so that 9 of 10 questions find a slot and a third of it is padding.
+GROUPS = ((14, 25), (6, 37), (3, 60), (1, 108))
+DESCRIPTION_WEIGHT = 0.5  # of a description's tokens against a short answer's
+TURN_SHARE = 0.15  # of the questions are followed by a second one
+
+
+@dataclass
+class Packed:
+    """int64 arrays over the slots' tokens [S]: `ids`, `labels` (-100 = not learnt), `positions` from the prefix's end."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    weights: np.ndarray
+    asked: int = field(default=0)
+
+
+def listing(scene: Scene, rng: random.Random) -> str:
+    """The scene in words, in random order: what the decoder reads before it has eyes."""
+    parts = [f"a {o.size} {o.name} {_at(o.place)}" for o in scene.objects]
+    if scene.word:
+        parts.append(f"the word {scene.word} {_at(scene.word_place)}")
+    rng.shuffle(parts)
+    return ", ".join(parts) + "."
+
+
+def prefix_text() -> str:
+    return f"{VICUNA_V1.system} {VICUNA_V1.user}: {IMAGE}"
+
+
+def pack(scene: Scene, rng: random.Random, tokenizer, groups: Sequence[tuple[int, int]] = GROUPS) -> Packed:
+    """Fill every slot with questions about `scene`; what does not fit a free slot is dropped."""
+    free = {length: slots for slots, length in groups}
+    placed: dict[int, list[tuple[list[int], list[int], float]]] = {length: [] for length in free}
+    wanted = ["describe", *rng.choices(KINDS, k=3 * sum(free.values()))]
+    for kind in wanted:
+        if not any(free.values()):
+            break
+        turns = [q for q in [ask(scene, kind, rng)] if q]
+        if turns and kind != "describe" and rng.random() < TURN_SHARE:
+            turns += [q for q in [ask(scene, rng.choice(KINDS), rng)] if q]
+        if not turns:
+            continue
+        ids, labels = _tokens([(q.text, q.answer) for q in turns], tokenizer)
+        fitting = [length for length, slots in free.items() if slots and length >= len(ids)]
+        if fitting:
+            free[min(fitting)] -= 1
+            placed[min(fitting)].append((ids, labels, DESCRIPTION_WEIGHT if kind == "describe" else 1.0))
+    total = sum(slots * length for slots, length in groups)
+    out = Packed(*(np.full(total, v, np.int64) for v in (0, -100, 0)), np.zeros(total, np.float32))
+    start = 0
+    for slots, length in groups:
+        out.positions[start : start + slots * length] = np.tile(np.arange(length), slots)
+        for i, (ids, labels, weight) in enumerate(placed[length]):
+            place = slice(start + i * length, start + i * length + len(ids))
+            out.ids[place], out.labels[place], out.weights[place] = ids, labels, weight
+            out.asked += 1
+        start += slots * length
+    return out
+
+
+def _tokens(turns: list[tuple[str, str]], tokenizer) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation as it continues after the picture."""
+    ids: list[int] = []
+    labels: list[int] = []
+    for i, (text, answer) in enumerate(turns):
+        head = f"\n{text}" if i == 0 else f"{VICUNA_V1.user}: {text}"
+        asked = encode(tokenizer, f"{head} {VICUNA_V1.assistant}:", -1, 0, bos=False)
+        whole = encode(tokenizer, f"{head} {VICUNA_V1.assistant}: {answer}{VICUNA_V1.end}", -1, 0, bos=False)
+        assert whole[: len(asked)] == asked
+        ids += whole
+        labels += [-100] * len(asked) + whole[len(asked) :]
+    return ids, labels
+
+
+def attention(module, query, key, value, attention_mask, scaling, groups=GROUPS, **_):
+    """[B, H, S, d] → [B, S, H, d]: causal inside the prefix; each slot sees the prefix and its own past.
+
+    `attention_mask` [B, 1, 1, P] (additive) hides padding in the prefix, or is None. Source of the
+    idea: a tree mask whose branches are the slots, evaluated branch by branch.
+    """
+    packed = sum(slots * length for slots, length in groups)
+    prefix = query.shape[2] - packed
+    keys, values = key[:, :, :prefix], value[:, :, :prefix]
+    outs = [_attend(query[:, :, :prefix] * scaling, keys, values, attention_mask, causal=True)]
+    to_prefix = (query[:, :, prefix:] * scaling) @ keys.transpose(2, 3)
+    if attention_mask is not None:
+        to_prefix = to_prefix + attention_mask
+    start = 0
+    for slots, length in groups:
+        part = slice(prefix + start, prefix + start + slots * length)
+        q, k, v = (t[:, :, part].unflatten(2, (slots, length)) for t in (query, key, value))
+        own = (q * scaling) @ k.transpose(3, 4) + _triangle(length, q)
+        cross = to_prefix[:, :, start : start + slots * length].unflatten(2, (slots, length))
+        weights = torch.cat([cross, own], -1).softmax(-1, dtype=torch.float32).to(v.dtype)
+        seen = weights[..., :prefix].flatten(2, 3) @ values
+        outs.append(seen + (weights[..., prefix:] @ v).flatten(2, 3))
+        start += slots * length
+    return torch.cat(outs, 2).transpose(1, 2), None
+
+
+def _attend(query, keys, values, mask, causal: bool):
+    scores = query @ keys.transpose(2, 3)
+    if causal:
+        scores = scores + _triangle(scores.shape[-1], scores)
+    if mask is not None:
+        scores = scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+
+
+def _triangle(size: int, like: torch.Tensor) -> torch.Tensor:
+    return torch.full((size, size), -1e4, dtype=like.dtype, device=like.device).triu(1)
+
+
+AttentionInterface.register("sprout_packed", attention)

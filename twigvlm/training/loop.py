@@ -1,0 +1,144 @@
+"""One resumable training loop: a pure function of the step makes the batch, another makes the loss.
+
+Knows optimizer, schedule, autocast, checkpoints, progress and metrics; knows neither the data nor
+the model. Because batch `n` depends on `n` alone, a run that is killed and started again sees
+exactly the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """`lr` is the peak of a linear warm-up followed by a cosine to `final_lr` times the peak."""
+
+    name: str
+    steps: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 0.0
+    warmup: float = 0.03  # share of the steps
+    final_lr: float = 0.02  # share of the peak
+    clip: float = 1.0
+    save_seconds: float = 120.0
+    workers: int = 1
+    seed: int = 0
+
+
+class _Steps(Dataset):
+    def __init__(self, make_batch: Callable[[int], dict], start: int, end: int):
+        self.make_batch, self.start, self.end = make_batch, start, end
+
+    def __len__(self) -> int:
+        return self.end - self.start
+
+    def __getitem__(self, i: int) -> dict:
+        return self.make_batch(self.start + i)
+
+
+def _one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def save_atomically(state: object, path: Path) -> None:
+    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _lr_share(step: int, config: LoopConfig) -> float:
+    warm = max(1, round(config.warmup * config.steps))
+    if step < warm:
+        return (step + 1) / warm
+    progress = (step - warm) / max(1, config.steps - warm)
+    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def fit(
+    config: LoopConfig,
+    module: torch.nn.Module,
+    make_batch: Callable[[int], dict],
+    loss_fn: Callable[[dict], tuple[torch.Tensor, dict[str, float]]],
+    run_dir: Path,
+) -> None:
+    """Train the parameters of `module` that require a gradient, in place.
+
+    `make_batch(step)` runs in worker processes; `loss_fn(batch)` runs under bf16 autocast and gives
+    the loss and figures to log. Resumes from `run_dir/<name>.pt`; metrics go to
+    `run_dir/<name>.jsonl`, one line every 20 steps.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    device = next(module.parameters()).device
+    learning = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        learning.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    checkpoint, start = run_dir / f"{config.name}.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        module.load_state_dict(state["weights"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+
+    def save(step: int) -> None:
+        weights = {n: p.detach() for n, p in learning.items()}
+        save_atomically({"weights": weights, "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
+
+    loader = DataLoader(
+        _Steps(make_batch, start, config.steps),
+        batch_size=None,
+        num_workers=config.workers,
+        prefetch_factor=4 if config.workers else None,
+        worker_init_fn=_one_thread,
+        pin_memory=device.type == "cuda",
+    )
+    bar = tqdm(loader, initial=start, total=config.steps, desc=config.name, mininterval=2, smoothing=0.02)
+    saved, figures, waited, mark = time.monotonic(), [], 0.0, time.monotonic()
+    with open(run_dir / f"{config.name}.jsonl", "a") as log:
+        for step, batch in enumerate(bar, start):
+            waited += time.monotonic() - mark
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * _lr_share(step, config)
+            batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+            torch.manual_seed(config.seed + step)
+            with torch.autocast(device.type, torch.bfloat16):
+                loss, extra = loss_fn(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(list(learning.values()), config.clip)
+            if not torch.isfinite(norm):
+                raise FloatingPointError(
+                    f"{config.name}: gradient norm {norm.item()} at step {step}; the last good checkpoint is "
+                    f"{checkpoint}; lower lr (now {config.lr})"
+                )
+            optimizer.step()
+            figures.append({"loss": loss.item(), **extra})
+            if (step + 1) % 20 == 0 or step + 1 == config.steps:
+                mean = {k: sum(f[k] for f in figures) / len(figures) for k in figures[0]}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
+                line = {"step": step + 1, **{k: round(v, 5) for k, v in mean.items()}, "grad_norm": round(norm.item(), 4)}
+                line |= {"lr": optimizer.param_groups[0]["lr"], "waited_s": round(waited, 2), "time": round(time.time())}
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+                figures, waited = [], 0.0
+            if time.monotonic() - saved > config.save_seconds:
+                save(step + 1)
+                saved = time.monotonic()
+            mark = time.monotonic()
+    save(config.steps)

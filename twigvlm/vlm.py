@@ -1,0 +1,313 @@
+"""The public face: a base with its twig, what it takes and what it gives back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
+from .decoding import Decoder, Step
+from .errors import InputError
+from .model.images import open_image
+from .model.load import EMBEDDED_TWIG, Loaded, load_base, load_twig, pick_device, pick_dtype
+from .model.processor import build_processor
+from .model.prompt import IMAGE, VICUNA_V1, encode
+from .model.twig import Twig
+from .pruning import Plan, plan_for
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The paper's letters for this model; K, T and F are None without a twig."""
+
+    L: int
+    V: int
+    K: int | None
+    T: int | None
+    F: int | None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Figures of one `generate`, over all rows of the batch.
+
+    Times are wall clock, the device synchronised; "prefill" ends with the first token (the first
+    drafts are verified in the same forward), "decode" is all after it.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    decode_tokens_per_second: float | None  # None when nothing came after the first step
+    tokens_per_second: float  # prefill included, as the paper counts
+    steps: int
+    drafted: int
+    accepted: int
+    acceptance: float | None  # accepted / drafted; None without drafts
+    visual_tokens: int  # in the prompts
+    visual_kept: int  # between K and F
+    visual_asked: float | None  # R
+    visual_measured: float  # average per base layer and image
+    visual_twig_share: float  # the twig's own visual tokens, T * V / L, on top
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Output:
+    """What `generate` returns; lists have one entry per row."""
+
+    tokens: list[list[int]]  # without the end token
+    kept: list[torch.Tensor] | None  # visual tokens (0..V-1, over all images) between K and F
+    steps: list[list[Step]]
+    stats: Stats
+
+
+class TwigVLM:
+    """A base VLM, frozen, and perhaps its twig. Make it with `twigvlm.load`."""
+
+    def __init__(self, loaded: Loaded, twig: Twig | None, fallback: TwigConfig | None = None):
+        self.trunk, self.twig = loaded.trunk, twig
+        self.model = loaded.trunk.model
+        self.base_name = loaded.name
+        self._loaded, self._fallback = loaded, fallback
+        twig_config = twig.config if twig else None
+        letters = (twig_config.K, twig_config.T, twig_config.F) if twig_config else (None, None, None)
+        self.config = ModelConfig(self.trunk.L, self.trunk.V, *letters)
+
+    @cached_property
+    def processor(self):
+        """A Hugging Face LlavaProcessor: pads pictures to a square, writes V image tokens per picture."""
+        return build_processor(self._loaded)
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+    @property
+    def image_token_id(self) -> int:
+        return self.trunk.image_token_id
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.trunk.dtype
+
+    def generate(
+        self,
+        input_ids: torch.Tensor,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        retained_tokens: float | None = None,
+        pruning: str = "twig",
+        draft_length: int = 5,
+        draft_confidence: float = 0.6,
+        max_new_tokens: int = 512,
+        eos_token_id: int | Sequence[int] | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        streamer=None,
+        logits_processor: Sequence | None = None,
+        stopping_criteria: Sequence | Callable | None = None,
+        query: str = "last",
+    ) -> Output:
+        """Write answers to a batch of prompts.
+
+        input_ids [B, S] hold `image_token_id` V times per image; pixel_values [images, 3, h, w] follow
+        the order of the image tokens; attention_mask [B, S] (0 = padding, on either side) is needed
+        when rows differ in length. `retained_tokens` is R, the average of visual tokens per base
+        layer (None prunes nothing; with several images, r per image, shared between them by score);
+        `pruning` a name in twigvlm.pruning.METHODS; `query` "last" or "text" (paper Eq. 3).
+        `draft_length` 0, or no twig, is plain decoding. `eos_token_id` None means the generation
+        config's. The prompt and the answer share the context: an answer ends where it is full.
+
+        Raises InputError for impossible arguments, before anything is computed.
+        """
+        settings = GenerationSettings(
+            draft_length, draft_confidence, max_new_tokens, do_sample, temperature, top_k, top_p, seed
+        )
+        ids, lengths, padded = self._rows(input_ids, attention_mask)
+        plan = self._plan(pruning, retained_tokens, query, seed or 0)
+        if streamer is not None and len(ids) > 1:
+            raise InputError(f"a streamer takes one row, but input_ids have {len(ids)}; call generate row by row")
+        rules = [stopping_criteria] if callable(stopping_criteria) and not isinstance(stopping_criteria, list) else stopping_criteria
+        decoder = Decoder(self.trunk, self.twig, plan, settings, self._eos(eos_token_id), logits_processor, rules)
+        with torch.inference_mode():
+            return self._run(decoder, ids, lengths, padded, pixel_values, streamer, plan, retained_tokens)
+
+    def answer(self, image, question: str, history: Sequence[tuple[str, str]] = (), **settings) -> str:
+        """The answer to a question about a picture (PIL image, path, URL, a list of them, or None).
+
+        `history` are earlier (question, answer) turns about the same picture. `settings` are those of
+        `generate`. Raises InputError for an empty question or a picture that cannot be read.
+        """
+        inputs = self.prepare(image, question, history)
+        out = self.generate(**inputs, **settings)
+        return self.tokenizer.decode(out.tokens[0], skip_special_tokens=True).strip()
+
+    def prepare(self, image, question: str, history: Sequence[tuple[str, str]] = ()) -> dict[str, torch.Tensor]:
+        """`input_ids` [1, S] and `pixel_values` for `generate`: the template around a question."""
+        if not question.strip():
+            raise InputError("the question is empty; ask something")
+        images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        turns = [*history, (question, None)]
+        first, reply = turns[0]
+        marks = first.count(IMAGE)
+        if marks not in (0, len(images)):
+            raise InputError(f"the question has {marks} {IMAGE} marks for {len(images)} images; write none or one per image")
+        if not marks and images:
+            turns[0] = (f"{IMAGE}\n" * len(images) + first, reply)
+        ids = encode(self.tokenizer, VICUNA_V1.render(turns), self.image_token_id, self.config.V)
+        inputs = {"input_ids": torch.tensor([ids])}
+        if images:
+            inputs["pixel_values"] = self.pixels(images)
+        return inputs
+
+    def pixels(self, images: Sequence[str | Path | Image.Image]) -> torch.Tensor:
+        """Pictures → [images, 3, h, w], padded to squares with the mean colour."""
+        opened = [open_image(i) for i in images]
+        return self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+
+    # ------------------------------------------------------------------ the parts of generate
+
+    def _run(self, decoder: Decoder, ids, lengths, padded, pixel_values, streamer, plan: Plan, asked) -> Output:
+        rows: list[list[Step]] = [[] for _ in ids]
+        if streamer is not None:
+            streamer.put(torch.tensor([ids[0]]))
+        start = self._now()
+        prompt = self.trunk.embed(padded, lengths, pixel_values)
+        first = None
+        for round_ in decoder.steps(prompt, ids):
+            first = first or self._now()
+            for row, step in round_:
+                rows[row].append(step)
+                if streamer is not None:
+                    _feed(streamer, step)
+        end = self._now()
+        if streamer is not None:
+            streamer.end()
+        tokens = [[t for step in steps for t in step.tokens] for steps in rows]
+        return Output(tokens, decoder.kept, rows, self._stats(decoder, rows, lengths, plan, asked, first - start, end - first))
+
+    def _rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[list, list[int], torch.Tensor]:
+        """Each prompt as a list, its length, and all of them right-padded [B, S]."""
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise InputError(f"input_ids have shape {list(input_ids.shape)}; [rows, tokens] with one token at least is needed")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
+        if mask.shape != input_ids.shape:
+            raise InputError(f"attention_mask has shape {list(mask.shape)}, but input_ids have {list(input_ids.shape)}")
+        ids = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
+        vocabulary = self.model.lm_head.out_features
+        for b, row in enumerate(ids):
+            if not row:
+                raise InputError(f"row {b} of input_ids is empty under the attention mask; every prompt needs a token")
+            if len(row) >= self.trunk.context:
+                raise InputError(
+                    f"prompt of {len(row)} tokens (row {b}) leaves no room in the context of {self.trunk.context}; shorten it"
+                )
+            if wrong := [t for t in row if not (0 <= t < vocabulary or t == self.image_token_id)]:
+                raise InputError(f"token id {wrong[0]} in row {b} is outside the vocabulary of {vocabulary}; wrong tokenizer?")
+        lengths = [len(row) for row in ids]
+        padded = torch.zeros(len(ids), max(lengths), dtype=torch.long)
+        for out, row in zip(padded, ids, strict=True):
+            out[: len(row)] = torch.tensor(row)
+        return ids, lengths, padded
+
+    def _plan(self, pruning: str, retained: float | None, query: str, seed: int) -> Plan:
+        if retained is None:
+            return plan_for(pruning, None, self.config.V, TwigConfig(L=10**6), query)  # checks the names
+        if self.twig is None and pruning == "twig":
+            raise InputError("pruning 'twig' needs a twig, and none is loaded; give one, another method, or retained_tokens=None")
+        config = self.twig.config if self.twig else self._fallback or TwigConfig(self.config.L, DEFAULT_K, DEFAULT_T)
+        return plan_for(pruning, retained, self.config.V, config, query, seed)
+
+    def _eos(self, asked: int | Sequence[int] | None) -> list[int]:
+        if asked is None:
+            asked = self.model.generation_config.eos_token_id
+        if asked is None:
+            asked = self.model.config.text_config.eos_token_id
+        return [] if asked is None else [asked] if isinstance(asked, int) else list(asked)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    def _stats(self, decoder: Decoder, rows, lengths, plan: Plan, asked, prefill: float, decode: float) -> Stats:
+        steps = [s for row in rows for s in row]
+        new = sum(len(s.tokens) for s in steps)
+        late = new - sum(len(row[0].tokens) for row in rows)
+        drafted, accepted = sum(len(s.drafted) for s in steps), sum(s.accepted for s in steps)
+        visual = decoder.visual_per_layer[0] if decoder.visual_per_layer else [0]
+        images = sum(visual) / self.config.V
+        per_layer = [sum(counts) / images if images else 0.0 for counts in decoder.visual_per_layer]
+        twig_tokens = self.config.T * self.config.V / self.config.L if decoder.depth and images else 0.0
+        return Stats(
+            prompt_tokens=sum(lengths),
+            new_tokens=new,
+            prefill_seconds=prefill,
+            decode_seconds=decode,
+            decode_tokens_per_second=late / decode if late and decode > 0 else None,
+            tokens_per_second=new / (prefill + decode),
+            steps=len(steps),
+            drafted=drafted,
+            accepted=accepted,
+            acceptance=accepted / drafted if drafted else None,
+            visual_tokens=sum(visual),
+            visual_kept=sum(len(k) for k in decoder.kept) if decoder.kept is not None else sum(visual),
+            visual_asked=asked,
+            visual_measured=sum(per_layer) / len(per_layer) if per_layer else 0.0,
+            visual_twig_share=twig_tokens,
+            cache_bytes=decoder.cache.bytes(),
+        )
+
+
+def _feed(streamer, step: Step) -> None:
+    """Ours takes whole steps (it knows which tokens were drafted), Hugging Face's take tokens."""
+    if hasattr(streamer, "put_step"):
+        streamer.put_step(step)
+        return
+    for token in step.tokens:
+        streamer.put(torch.tensor([token]))
+
+
+def load(
+    base: str | Path | None = None,
+    twig: str | Path | None = None,
+    K: int | None = None,
+    T: int | None = None,
+    wipe_layer: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str = "sdpa",
+) -> TwigVLM:
+    """Load a base and its twig: hub ids or folders; neither means the embedded model with its twig.
+
+    K, T and the wipe layer F come from the twig's files; the release format does not store K and F:
+    then K=2 and F=round(0.75 L) unless given. `wipe_layer` overrides a stored F. A base without a
+    twig is the plain baseline. Raises InputError for anything inconsistent, RunError when the hub
+    cannot be reached.
+    """
+    where = pick_device(device)
+    loaded = load_base(base, where, pick_dtype(dtype, where), attn_implementation)
+    if base is None and twig is None:
+        twig = EMBEDDED_TWIG
+    if twig is None:
+        wanted = any(v is not None for v in (K, T, wipe_layer))
+        fallback = TwigConfig(loaded.trunk.L, K or DEFAULT_K, T or DEFAULT_T, wipe_layer or 0) if wanted else None
+        return TwigVLM(loaded, None, fallback)
+    return TwigVLM(loaded, load_twig(twig, loaded.trunk, K, T, wipe_layer))
