@@ -69,6 +69,7 @@ class GenerationSettings:
         check(_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", "1 or more is needed")
         good = math.isfinite(self.temperature) and self.temperature > 0
         check(good, "temperature", "a number above 0 is needed (for greedy decoding do not sample)")
+        check(self.seed is None or _whole(self.seed), "seed", "a whole number or None is needed")
         check(self.top_k is None or (_whole(self.top_k) and self.top_k >= 1), "top_k", "1 or more is needed")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", "above 0 and at most 1 is needed")
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
 from .decoding import Decoder, Step
+from .decoding.choose import Chooser
 from .errors import InputError
 from .model.images import open_image
 from .model.load import EMBEDDED_TWIG, Loaded, load_base, load_twig, pick_device, pick_dtype
@@ -122,6 +123,7 @@ class TwigVLM:
         logits_processor: Sequence | None = None,
         stopping_criteria: Sequence | Callable | None = None,
         query: str = "last",
+        chooser: Callable | None = None,
     ) -> Output:
         """Write answers to a batch of prompts.
 
@@ -133,6 +135,8 @@ class TwigVLM:
         `draft_length` 0, or no twig, is plain decoding. `eos_token_id` None means the generation
         config's. The prompt and the answer share the context: an answer ends where it is full.
 
+        `chooser` replaces twigvlm.decoding.choose.Chooser, which accepts and samples tokens.
+
         Raises InputError for impossible arguments, before anything is computed.
         """
         settings = GenerationSettings(
@@ -140,10 +144,13 @@ class TwigVLM:
         )
         ids, lengths, padded = self._rows(input_ids, attention_mask)
         plan = self._plan(pruning, retained_tokens, query, seed or 0)
+        if plan.stages and (bare := [b for b, row in enumerate(ids) if set(row) == {self.image_token_id}]):
+            raise InputError(f"row {bare[0]} of input_ids holds image tokens only; pruned, it needs a text token to go on from")
         if streamer is not None and len(ids) > 1:
             raise InputError(f"a streamer takes one row, but input_ids have {len(ids)}; call generate row by row")
         rules = [stopping_criteria] if callable(stopping_criteria) and not isinstance(stopping_criteria, list) else stopping_criteria
-        decoder = Decoder(self.trunk, self.twig, plan, settings, self._eos(eos_token_id), logits_processor, rules)
+        chosen = (chooser or Chooser)(settings, logits_processor)
+        decoder = Decoder(self.trunk, self.twig, plan, settings, self._eos(eos_token_id), chosen, rules)
         with torch.inference_mode():
             return self._run(decoder, ids, lengths, padded, pixel_values, streamer, plan, retained_tokens)
 
@@ -184,10 +191,10 @@ class TwigVLM:
 
     def _run(self, decoder: Decoder, ids, lengths, padded, pixel_values, streamer, plan: Plan, asked) -> Output:
         rows: list[list[Step]] = [[] for _ in ids]
-        if streamer is not None:
-            streamer.put(torch.tensor([ids[0]]))
         start = self._now()
         prompt = self.trunk.embed(padded, lengths, pixel_values)
+        if streamer is not None:  # after the check of the pixels: who waits for a streamer's end would wait for ever
+            streamer.put(torch.tensor([ids[0]]))
         first = None
         for round_ in decoder.steps(prompt, ids):
             first = first or self._now()
@@ -302,6 +309,9 @@ def load(
     twig is the plain baseline. Raises InputError for anything inconsistent, RunError when the hub
     cannot be reached.
     """
+    for letter, value in (("K", K), ("T", T), ("wipe_layer", wipe_layer)):
+        if value is not None and value < 1:
+            raise InputError(f"{letter} is {value}; 1 or more is needed")
     where = pick_device(device)
     loaded = load_base(base, where, pick_dtype(dtype, where), attn_implementation)
     if base is None and twig is None:

@@ -67,12 +67,12 @@ class Decoder:
         plan: Plan,
         settings: GenerationSettings,
         eos: Sequence[int] = (),
-        processors: Sequence | None = None,
+        chooser: Chooser | None = None,
         stopping: Sequence[Callable] | None = None,
     ):
         self.trunk, self.twig, self.plan, self.settings = trunk, twig, plan, settings
         self.eos, self.stopping = frozenset(eos), list(stopping or [])
-        self.chooser = Chooser(settings, processors)
+        self.chooser = chooser or Chooser(settings)
         self.speculative = twig is not None and settings.draft_length > 0
         self.depth = twig.config.K if twig is not None and (self.speculative or plan.needs_twig) else 0
         self.kept: list[torch.Tensor] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import time
 import urllib.error
@@ -31,7 +32,7 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
     if name.startswith(("http://", "https://")):
         return _decode(io.BytesIO(_download(name)), name)
     path = Path(source)
-    if not path.exists():
+    if not _exists(path):
         raise InputError(f"{name}: no such file; give a path or an http(s) URL of a picture")
     if path.is_dir():
         raise InputError(f"{name}: is a folder; give a picture file")
@@ -40,6 +41,13 @@ def open_image(source: str | Path | Image.Image) -> Image.Image:
             return _decode(file, name)
     except PermissionError as fault:
         raise InputError(f"{name}: may not be read ({fault.strerror}); check its permissions") from fault
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that no file can have: too long, say
+        return False
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -106,7 +114,7 @@ def _download(url: str) -> bytes:
                     raise InputError(f"{url}: not complete after {TIMEOUT:g} s; fetch it yourself and give the file")
     except InputError:
         raise
-    except (urllib.error.URLError, OSError, ValueError) as fault:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as fault:
         reason = getattr(fault, "reason", fault)
         raise InputError(f"{url}: cannot be fetched ({reason}); check the address or give a file") from fault
     return bytes(data)

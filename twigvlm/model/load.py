@@ -56,6 +56,8 @@ def load_base(base: str | Path | None, device: torch.device, dtype: torch.dtype,
     """Read a LLaVA model. Raises InputError for anything but a complete, consistent checkpoint."""
     name = str(base) if base is not None else "sprout"
     folder = resolve(base, "base model") if base is not None else EMBEDDED_BASE
+    if base is not None and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; give the folder that holds config.json and the weights")
     if not folder.is_dir():
         raise InputError(f"{folder}: the embedded model is not here; give base=, or run from a clone of the project")
     facts = read_json(folder / "config.json")
@@ -68,12 +70,12 @@ def load_base(base: str | Path | None, device: torch.device, dtype: torch.dtype,
     if original:
         model = _load_original(folder, facts, device, dtype)
     else:
-        model = _skeleton(LlavaConfig.from_dict(facts), device, dtype)
+        model = skeleton(LlavaConfig.from_dict(facts), device, dtype)
         filling = Filling(model, canonical)
         for file in weight_files(folder):
             filling.read(file, device)
         filling.finish(folder)
-    _set_attention(model, attention)
+    set_attention(model, attention)
     return Loaded(Trunk(model.eval()), folder, name, original)
 
 
@@ -205,7 +207,7 @@ def _load_original(folder: Path, facts: dict, device: torch.device, dtype: torch
     if kind != "mlp2x_gelu":
         raise InputError(f"{folder / 'config.json'}: mm_projector_type is {kind!r}; only LLaVA-1.5's mlp2x_gelu is supported")
     vocabulary = facts["vocab_size"]
-    model = _skeleton(original_config(facts, tower_facts, vocabulary), device, dtype)
+    model = skeleton(original_config(facts, tower_facts, vocabulary), device, dtype)
     # The image token gets an embedding row behind the vocabulary; the head stays as it was trained.
     table = nn.Embedding(vocabulary + 1, facts["hidden_size"], device=device, dtype=dtype).requires_grad_(False)
     model.model.language_model.embed_tokens = table
@@ -273,14 +275,14 @@ def _tower_name(name: str) -> str | None:
     return name.removeprefix("vision_model.")
 
 
-def _skeleton(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+def skeleton(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> LlavaForConditionalGeneration:
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     materialise(model, device, dtype)
     return model
 
 
-def _set_attention(model: LlavaForConditionalGeneration, attention: str) -> None:
+def set_attention(model: LlavaForConditionalGeneration, attention: str) -> None:
     if attention not in BACKENDS:
         raise InputError(f"attn_implementation is {attention!r}; one of {', '.join(BACKENDS)} is needed")
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -318,6 +320,9 @@ def _check_description(file: Path, facts: dict, stored_T: int, trunk: Trunk) -> 
         raise InputError(f"{file}: format version is {version!r}, this program reads {FORMAT_VERSION}")
     if facts.get("T") != stored_T:
         raise InputError(f"{file}: T is {facts.get('T')}, but the weights beside it have {stored_T} layers")
+    for letter in ("K", "F"):
+        if not isinstance(facts.get(letter), int):
+            raise InputError(f"{file}: {letter} is {facts.get(letter)!r}; a layer's number is expected")
     base = trunk.model.config.text_config
     for key, found in (("L", trunk.L), ("hidden_size", base.hidden_size)):
         if facts.get(key) != found:

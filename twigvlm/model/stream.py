@@ -45,7 +45,8 @@ class Stream:
         lengths = tuple(mask.sum(1).tolist())
         order = mask.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, : max(lengths)]
         hidden = self.hidden.gather(1, order[..., None].expand(-1, -1, self.hidden.shape[-1]))
-        return Stream(hidden, self.positions.gather(1, order), self.visual.gather(1, order), lengths)
+        visual = (self.visual & mask).gather(1, order)  # padding is never visual
+        return Stream(hidden, self.positions.gather(1, order), visual, lengths)
 
     def text(self) -> Stream:
         """Without the image."""

@@ -56,17 +56,24 @@ class Trunk:
     def embed(self, input_ids: torch.Tensor, lengths: Sequence[int], pixel_values: torch.Tensor | None) -> Stream:
         """Prompts [B, S], right-padded, and images [images, 3, h, w] in the order of their tokens → Stream.
 
-        Raises InputError when the number of image tokens is not V times the number of images.
+        Raises InputError when the image tokens are not V for each image, row by row, or the images
+        have another size than the tower's.
         """
         ids = input_ids.to(self.device)
         visual = ids == self.image_token_id
         images = 0 if pixel_values is None else len(pixel_values)
+        side = self.model.config.vision_config.image_size
+        if images and pixel_values.shape[1:] != (3, side, side):
+            raise InputError(f"pixel_values have shape {list(pixel_values.shape)}; [images, 3, {side}, {side}] is needed")
         tokens = int(visual.sum())
         if tokens != images * self.V:
             raise InputError(
                 f"input_ids hold {tokens} image tokens (id {self.image_token_id}), but {images} images need "
                 f"{images} x {self.V} = {images * self.V}; repeat the image token {self.V} times per image"
             )
+        for b, count in enumerate(visual.sum(1).tolist()):
+            if count % self.V:
+                raise InputError(f"row {b} of input_ids holds {count} image tokens; whole images of {self.V} tokens are needed")
         hidden = self.decoder.embed_tokens(ids.masked_fill(visual, 0))
         if images:
             hidden[visual] = self.image_features(pixel_values).flatten(0, 1).to(hidden)

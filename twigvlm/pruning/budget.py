@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from numbers import Real
 
 from ..errors import InputError
+
+FINEST = 10**6  # denominator of an R
 
 
 def legal_range(L: int, V: int, K: int, F: int) -> tuple[Fraction, Fraction]:
@@ -19,10 +22,11 @@ def kept_tokens(R: float, L: int, V: int, K: int, F: int) -> int:
     R is the average number of visual tokens per base layer. Raises InputError outside the legal
     range. With F > L the formula stays the paper's; the image is then never wiped.
     """
-    if isinstance(R, bool) or not isinstance(R, (int, float)) or not math.isfinite(R):
+    if isinstance(R, bool) or not isinstance(R, Real) or not math.isfinite(R):
         raise InputError(f"retained tokens R is {R!r}; a number is needed")
     low, high = legal_range(L, V, K, F)
-    exact = Fraction(R)
+    # The number that was meant: 31.6 and 20/3 are stored as a little more, which ceil would see.
+    exact = Fraction(float(R)).limit_denominator(FINEST)
     if not low <= exact <= high:
         raise InputError(
             f"retained tokens R is {R:g}; legal is {_show(low, math.ceil)} to {_show(high, math.floor)}, because "

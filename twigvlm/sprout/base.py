@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .draw import IMAGE_SIZE, PATCH
 
@@ -64,6 +76,9 @@ def build(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
                     for linear in part.children():
                         if isinstance(linear, torch.nn.Linear):
                             linear.weight.normal_(0, width**-0.5)
+                # Queries that start as their keys match like with like from the first step
+                # (mimetic initialisation, Trockman and Kolter 2023): look-ups form sooner.
+                layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
                 layer.self_attn.o_proj.weight.mul_(scale)
                 layer.mlp.down_proj.weight.mul_(scale)
             model.model.language_model.embed_tokens.weight.normal_(0, 0.5)
@@ -88,3 +103,25 @@ def deepen(shallow: LlavaForConditionalGeneration, config: LlavaConfig, seed: in
     for layer, place in zip(old, places, strict=True):
         new[place].load_state_dict(layer.state_dict())
     return deep
+
+
+def save_base(model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, folder: Path) -> None:
+    """Write a Hugging Face folder in fp16 (half the bytes; its ten bits of mantissa suffice here)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.text_config._attn_implementation = model.config.vision_config._attn_implementation = "sdpa"
+    text = model.config.text_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
+    model.to("cpu", torch.float16).save_pretrained(folder)
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": IMAGE_SIZE}, crop_size=size),
+        tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
+    # The tokenizer's own file does not keep this: a prefix space after every special token.
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"legacy": True}, indent=2) + "\n")

@@ -1,13 +1,14 @@
-"""Stages two to five of the recipe: the decoder learns to answer, from words, from pictures, in depth.
+"""The decoder's stages of the recipe: it learns to answer, from symbols, from pictures, in depth.
 
-The batches are packed (packing.py): some 24 questions share one prefix. Pictures may enter with a
-stratified quarter of their visual tokens at their original positions, which is what makes the
-first thousands of pictures affordable.
+The batches are packed (packing.py): some 22 questions share one prefix. Visual tokens may enter as
+a stratified part of all, at their original positions, which is what makes the first thousands of
+scenes affordable.
 """
 
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,39 +16,88 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 from ..model.prompt import encode
+from ..model.twig import Twig
 from . import packing
-from .draw import draw
+from .draw import draw, patch_labels
 from .tower import SIDE, pixels
-from .world import sample_scene
+from .world import COLOURS, GRID, PLACES, SHAPES, SIZES, WORDS, Scene, sample_scene
 
-LISTING_TOKENS = 72  # room for the longest scene in words
-STREAMS = {"text": 1, "image": 2}  # disjoint seed ranges of the training split
+STREAMS = {"symbols": 1, "image": 2, "cells": 3}  # disjoint seed ranges of the training split
+MARK, NOTHING = "object", "image"  # the words for an object's centre and for an empty patch
+SYMBOLS = 8  # tokens that describe one patch, at most
+SPAN = SIDE // GRID  # patches along a cell
+CELLS = [
+    [(r * SPAN + i) * SIDE + c * SPAN + j for i in range(SPAN) for j in range(SPAN)] for r in range(GRID) for c in range(GRID)
+]
+CELL_CENTRES = [cell[len(cell) // 2 + SPAN // 2] for cell in CELLS]
 
 
-def decoder_batch(step: int, rows: int, kind: str, keep_share: float, tokenizer, split: str = "train", offset: int = 0) -> dict:
-    """Batch number `step` of `rows` scenes as "text" or "image".
+def decoder_batch(step: int, rows: int, kind: str, keep_share: float, tokenizer, offset: int = 0, whole_share: float = 0.0) -> dict:
+    """Batch number `step` of `rows` training scenes, as "cells", as "symbols" or as pictures ("image").
 
-    For pictures, one step in four shows all visual tokens, the others a share of `keep_share`
-    (1 = always all), one random patch of each small block.
+    A share `whole_share` of the steps shows all visual tokens, the others a part `keep_share`, one
+    random patch of each small block.
     """
     rng = random.Random(f"{kind} {offset} {step}")
     first = (STREAMS[kind] << 34) + (offset << 28) + step * rows
-    scenes = [sample_scene(split, first + i) for i in range(rows)]
+    scenes = [sample_scene("train", first + i) for i in range(rows)]
     packed = [packing.pack(s, random.Random(s.seed), tokenizer) for s in scenes]
-    batch = {name: torch.from_numpy(np.stack([getattr(p, name) for p in packed])) for name in ("ids", "labels", "positions", "weights")}
+    names = ("ids", "labels", "positions", "weights")
+    batch = {name: torch.from_numpy(np.stack([getattr(p, name) for p in packed])) for name in names}
     head = encode(tokenizer, packing.prefix_text().split("<image>")[0], -1, 0)
-    if kind == "text":
-        listings = [encode(tokenizer, packing.listing(s, rng), -1, 0, bos=False) for s in scenes]
-        batch["prefix"] = torch.zeros(rows, len(head) + LISTING_TOKENS, dtype=torch.long)
-        batch["length"] = torch.tensor([len(head) + len(x) for x in listings])
-        for row, ids in zip(batch["prefix"], listings, strict=True):
-            row[: len(head) + len(ids)] = torch.tensor(head + ids)
-        return batch
     batch["prefix"] = torch.tensor(head).expand(rows, -1).clone()
-    batch["pixels"] = pixels([draw(s) for s in scenes])
-    whole = keep_share == 1 or rng.random() < 0.25
-    batch["keep"] = torch.arange(SIDE * SIDE) if whole else _stratified(keep_share, rng)
+    batch["keep"] = torch.arange(SIDE * SIDE) if rng.random() < whole_share else _stratified(keep_share, rng)
+    if kind == "cells":
+        batch["keep"] = torch.tensor(CELL_CENTRES)
+        batch["symbols"] = torch.stack([cell_symbols(s, tokenizer) for s in scenes])
+    elif kind == "symbols":
+        batch["symbols"] = torch.stack([patch_symbols(s, tokenizer)[batch["keep"]] for s in scenes])
+    else:
+        batch["pixels"] = pixels([draw(s) for s in scenes])
     return batch
+
+
+def patch_symbols(scene: Scene, tokenizer) -> torch.Tensor:
+    """What each patch shows, in words: token ids [576, SYMBOLS], 0 = none.
+
+    The sum of these words' embeddings is what a perfect tower and projector would say.
+    """
+    labels = patch_labels(scene).reshape(-1, 5)
+    out = np.zeros((len(labels), SYMBOLS), np.int64)
+    out[:, 3:6] = _place_words(tokenizer)
+    words = [_word_ids(tokenizer, names) for names in (SHAPES, COLOURS, SIZES)]
+    for i, table in enumerate(words):
+        out[:, i] = np.concatenate([[0], table])[labels[:, i]]
+    out[:, 6] = np.concatenate([[0], _word_ids(tokenizer, WORDS)])[labels[:, 3]]
+    empty = (labels[:, 0] == 0) & (labels[:, 3] == 0)
+    out[empty, 6] = _word_ids(tokenizer, (NOTHING,))[0]
+    out[labels[:, 4] == 1, 7] = _word_ids(tokenizer, (MARK,))[0]
+    return torch.from_numpy(out)
+
+
+def cell_symbols(scene: Scene, tokenizer) -> torch.Tensor:
+    """One patch for each cell of the grid, the one that tells most: token ids [9, SYMBOLS]."""
+    symbols = patch_symbols(scene, tokenizer).numpy()
+    told = (symbols > 0).sum(1) + (symbols[:, 6] != _word_ids(tokenizer, (NOTHING,))[0])
+    cells = np.array(CELLS)
+    return torch.from_numpy(symbols[cells[np.arange(len(cells)), told[cells].argmax(1)]])
+
+
+@lru_cache
+def _word_ids(tokenizer, words: tuple[str, ...]) -> np.ndarray:
+    return np.array([encode(tokenizer, word, -1, 0, bos=False)[0] for word in words])
+
+
+@lru_cache
+def _place_words(tokenizer) -> np.ndarray:
+    """[576, 3]: the words of the cell that each patch lies in."""
+    names = [PLACES[(r // SPAN) * GRID + c // SPAN].split() for r in range(SIDE) for c in range(SIDE)]
+    return np.array([[*_word_ids(tokenizer, tuple(n)), 0, 0][:3] for n in names])
+
+
+def spell(symbols: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Ids [..., SYMBOLS] → the sum of their rows of the embedding table [..., D]."""
+    return (F.embedding(symbols, table) * (symbols > 0)[..., None]).sum(-2)
 
 
 def _stratified(share: float, rng: random.Random) -> torch.Tensor:
@@ -59,13 +109,20 @@ def _stratified(share: float, rng: random.Random) -> torch.Tensor:
 
 
 class PackedAnswers:
-    """The loss of a LLaVA model on packed batches."""
+    """The loss on packed batches of a LLaVA model, or of a twig on it.
 
-    def __init__(self, model: LlavaForConditionalGeneration, train_tower: bool = False):
+    What is `frozen` runs without gradients: the tower unless it is trained, and the trunk's layers
+    below a twig.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, twig: Twig | None = None, train_tower: bool = False):
         self.model, self.train_tower = model, train_tower
         self.decoder = model.model.language_model
         self.decoder.config._attn_implementation = "sprout_packed"
         model.model.vision_tower.config._attn_implementation = "sdpa"
+        self.frozen = list(self.decoder.layers[: twig.config.K]) if twig else []
+        self.layers = list(twig.layers) if twig else list(self.decoder.layers)
+        self.norm, self.head = (twig.model.norm, twig.lm_head) if twig else (self.decoder.norm, model.lm_head)
 
     def visual(self, values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
         """Projected visual tokens [B, kept, D]."""
@@ -76,26 +133,32 @@ class PackedAnswers:
                 hidden = layer(hidden, None)
         return self.model.model.multi_modal_projector(hidden[:, 1:][:, keep])
 
-    def loss(self, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
+    def embed(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Hidden states [B, S, D] and positions [B, S] of the packed rows, and the prefix's length."""
         embed = self.decoder.embed_tokens
         prefix, rows = embed(batch["prefix"]), len(batch["ids"])
-        device, head = prefix.device, prefix.shape[1]
-        mask = None
-        if "pixels" in batch:
-            prefix = torch.cat([prefix, self.visual(batch["pixels"], batch["keep"]).to(prefix.dtype)], 1)
-            places = torch.cat([torch.arange(head, device=device), head + batch["keep"]]).expand(rows, -1)
-            start = torch.full((rows, 1), head + SIDE * SIDE, device=device)
+        head = prefix.shape[1]
+        if "symbols" in batch:
+            visual = spell(batch["symbols"], embed.weight)
         else:
-            places, start = torch.arange(head, device=device).expand(rows, -1), batch["length"][:, None]
-            mask = torch.where(places < start, 0.0, -1e4)[:, None, None]
-        hidden = torch.cat([prefix, embed(batch["ids"])], 1)
-        rotary = self.decoder.rotary_emb(hidden, torch.cat([places, start + batch["positions"]], 1))
-        for layer in self.decoder.layers:
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+            visual = self.visual(batch["pixels"], batch["keep"]).to(prefix.dtype)
+        places = torch.cat([torch.arange(head, device=prefix.device), head + batch["keep"]]).expand(rows, -1)
+        hidden = torch.cat([prefix, visual, embed(batch["ids"])], 1)
+        return hidden, torch.cat([places, head + SIDE * SIDE + batch["positions"]], 1), places.shape[1]
+
+    def loss(self, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
+        """Mean cross-entropy of the answer tokens, and the shares predicted right: short answers, descriptions."""
+        with torch.set_grad_enabled(not self.frozen):
+            hidden, positions, prefix = self.embed(batch)
+            rotary = self.decoder.rotary_emb(hidden, positions)
+            for layer in self.frozen:
+                hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
         targets = batch["labels"][:, 1:]
         chosen = targets != -100
-        hidden, targets, weights = hidden[:, places.shape[1] : -1][chosen], targets[chosen], batch["weights"][:, 1:][chosen]
-        logits = self.model.lm_head(self.decoder.norm(hidden)).float()
+        hidden, targets, weights = hidden[:, prefix:-1][chosen], targets[chosen], batch["weights"][:, 1:][chosen]
+        logits = self.head(self.norm(hidden)).float()
         losses = F.cross_entropy(logits, targets, reduction="none")
         right = (logits.argmax(-1) == targets).float()
         short = weights == 1

@@ -11,17 +11,18 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
 from transformers import AttentionInterface
 
 from ..model.prompt import IMAGE, VICUNA_V1, encode
-from .questions import KINDS, _at, ask
+from .questions import KINDS, ask
 from .world import Scene
 
 # (slots, tokens a slot), chosen so that 9 of 10 questions find a slot and a third of it is padding.
-GROUPS = ((14, 25), (6, 37), (3, 60), (1, 108))
+GROUPS = ((15, 25), (4, 37), (2, 60), (1, 108))
 DESCRIPTION_WEIGHT = 0.5  # of a description's tokens against a short answer's
 TURN_SHARE = 0.15  # of the questions are followed by a second one
 
@@ -35,15 +36,6 @@ class Packed:
     positions: np.ndarray
     weights: np.ndarray
     asked: int = field(default=0)
-
-
-def listing(scene: Scene, rng: random.Random) -> str:
-    """The scene in words, in random order: what the decoder reads before it has eyes."""
-    parts = [f"a {o.size} {o.name} {_at(o.place)}" for o in scene.objects]
-    if scene.word:
-        parts.append(f"the word {scene.word} {_at(scene.word_place)}")
-    rng.shuffle(parts)
-    return ", ".join(parts) + "."
 
 
 def prefix_text() -> str:
@@ -87,27 +79,30 @@ def _tokens(turns: list[tuple[str, str]], tokenizer) -> tuple[list[int], list[in
     labels: list[int] = []
     for i, (text, answer) in enumerate(turns):
         head = f"\n{text}" if i == 0 else f"{VICUNA_V1.user}: {text}"
-        asked = encode(tokenizer, f"{head} {VICUNA_V1.assistant}:", -1, 0, bos=False)
-        whole = encode(tokenizer, f"{head} {VICUNA_V1.assistant}: {answer}{VICUNA_V1.end}", -1, 0, bos=False)
-        assert whole[: len(asked)] == asked
-        ids += whole
-        labels += [-100] * len(asked) + whole[len(asked) :]
+        asked = _encode(tokenizer, f"{head} {VICUNA_V1.assistant}:")
+        # No token of ours spans two words, so question and answer may be encoded apart.
+        told = _encode(tokenizer, f"{answer}{VICUNA_V1.end}")
+        ids += [*asked, *told]
+        labels += [*[-100] * len(asked), *told]
     return ids, labels
+
+
+@lru_cache(maxsize=100_000)
+def _encode(tokenizer, text: str) -> tuple[int, ...]:
+    """Most questions come up again and again; encoding was two thirds of a batch's cost."""
+    return tuple(encode(tokenizer, text, -1, 0, bos=False))
 
 
 def attention(module, query, key, value, attention_mask, scaling, groups=GROUPS, **_):
     """[B, H, S, d] → [B, S, H, d]: causal inside the prefix; each slot sees the prefix and its own past.
 
-    `attention_mask` [B, 1, 1, P] (additive) hides padding in the prefix, or is None. Source of the
-    idea: a tree mask whose branches are the slots, evaluated branch by branch.
+    A tree mask whose branches are the slots, evaluated branch by branch.
     """
     packed = sum(slots * length for slots, length in groups)
     prefix = query.shape[2] - packed
     keys, values = key[:, :, :prefix], value[:, :, :prefix]
-    outs = [_attend(query[:, :, :prefix] * scaling, keys, values, attention_mask, causal=True)]
+    outs = [_causal(query[:, :, :prefix] * scaling, keys, values)]
     to_prefix = (query[:, :, prefix:] * scaling) @ keys.transpose(2, 3)
-    if attention_mask is not None:
-        to_prefix = to_prefix + attention_mask
     start = 0
     for slots, length in groups:
         part = slice(prefix + start, prefix + start + slots * length)
@@ -121,12 +116,8 @@ def attention(module, query, key, value, attention_mask, scaling, groups=GROUPS,
     return torch.cat(outs, 2).transpose(1, 2), None
 
 
-def _attend(query, keys, values, mask, causal: bool):
-    scores = query @ keys.transpose(2, 3)
-    if causal:
-        scores = scores + _triangle(scores.shape[-1], scores)
-    if mask is not None:
-        scores = scores + mask
+def _causal(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    scores = query @ keys.transpose(2, 3) + _triangle(query.shape[2], query)
     return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
 
 

@@ -210,7 +210,7 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question | None:
     if asked is None:
         return None
     text, answer = asked
-    hints = ["", f"\n{SINGLE_WORD}"] + ([f" {YES_NO}"] if answer in ("Yes", "No") else [])
+    hints = ["", "", f"\n{SINGLE_WORD}"] + ([f" {YES_NO}"] if answer in ("Yes", "No") else [])
     return Question(kind, text + rng.choice(hints), answer)
 
 

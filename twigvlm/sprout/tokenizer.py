@@ -54,6 +54,7 @@ def build_tokenizer() -> LlamaTokenizer:
         legacy=True,  # a prefix space after every special token, as LLaVA-1.5 was trained
         extra_special_tokens={"image_token": IMAGE_TOKEN},
         pad_token="<unk>",
+        add_bos_token=True,
         padding_side="right",
         model_max_length=2048,
     )

@@ -1,0 +1,29 @@
+# Every target sets up what it needs: a .venv with the pinned requirements and this package, editable.
+PYTHON ?= python3
+PY := .venv/bin/python
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/.ready
+	$(PY) cli_demo.py --stream --question "Describe the image in detail."
+
+test: .venv/.ready
+	$(PY) -m pytest -m "not slow"
+
+test-all: .venv/.ready
+	$(PY) -m pytest
+
+lint: .venv/.ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+.venv/.ready: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

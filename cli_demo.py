@@ -1,0 +1,199 @@
+"""Ask a vision-language model about a picture and watch its twig draft the answer.
+
+Without flags: the embedded model and assets/image.png. With LLaVA-1.5-7B:
+python cli_demo.py --stream --base-model liuhaotian/llava-v1.5-7b --twig-block FOLDER --image-file PICTURE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_IMAGE = ROOT / "assets" / "image.png"
+DEFAULT_QUESTION = "Describe the image in detail."
+DEFAULT_R = 64
+USE_LLAVA = (
+    "Embedded model. For LLaVA-1.5-7B: python cli_demo.py --base-model liuhaotian/llava-v1.5-7b "
+    "--twig-block FOLDER --image-file PICTURE"
+)
+GREEN, RESET = "\033[32m", "\033[0m"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("model")
+    model.add_argument("--base-model", metavar="ID", help="hub id or folder of a LLaVA-1.5 model (default: the embedded one)")
+    model.add_argument("--twig-block", metavar="ID", help="hub id, folder or .safetensors of its twig (default: none, or the embedded one)")
+    model.add_argument("--twig-K", type=int, metavar="K", help="base layers below the twig (default: from the twig's files, else 2)")
+    model.add_argument("--twig-T", type=int, metavar="T", help="layers of the twig (default: from the twig's files)")
+    model.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
+    model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the device likes)")
+    model.add_argument("--attn-implementation", default="sdpa", metavar="NAME", help="sdpa, eager or flash_attention_2 (default %(default)s)")
+    ask = parser.add_argument_group("what to ask")
+    ask.add_argument("--image-file", default=str(DEFAULT_IMAGE), metavar="FILE", help="path or http(s) URL (default assets/image.png)")
+    ask.add_argument("--question", metavar="TEXT", help="ask this and stop (default: a conversation, ended by an empty line or Ctrl-D)")
+    how = parser.add_argument_group("how to answer")
+    how.add_argument("-R", "--retained-tokens", type=float, default=DEFAULT_R, metavar="R", help="average of visual tokens per layer (default %(default)s)")
+    how.add_argument("--pruning", default="twig", metavar="NAME", help="twig, layer-attention or random (default %(default)s)")
+    how.add_argument("--no-pruning", action="store_true", help="keep all visual tokens")
+    how.add_argument("--no-speculation", action="store_true", help="no drafts: one forward per token")
+    how.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)")
+    how.add_argument("--temperature", type=float, default=0.0, metavar="X", help="sample at this temperature (default 0: greedy)")
+    how.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
+    how.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    show = parser.add_argument_group("what to show")
+    show.add_argument("--stream", action="store_true", help="print words as they come, drafted ones in green on a terminal")
+    show.add_argument("--json", action="store_true", help="print one JSON object per answer and nothing else")
+    show.add_argument("--show-kept", metavar="FILE.png", help="write the picture with the dropped patches dimmed")
+    return parser.parse_args(argv)
+
+
+def coloured() -> bool:
+    """Colour is for terminals, and only where it is welcome (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def printer() -> Callable[[str, bool], None]:
+    paint = coloured()
+
+    def show(text: str, drafted: bool) -> None:
+        print(f"{GREEN}{text}{RESET}" if paint and drafted else text, end="", flush=True)
+
+    return show
+
+
+def questions(args: argparse.Namespace) -> Iterator[str]:
+    """The one question, or one a line until an empty line or the end."""
+    if args.question is not None:
+        yield args.question
+        return
+    if sys.stdin is None or not sys.stdin.isatty():
+        lines = [line.strip() for line in sys.stdin or []]
+        yield from lines[: lines.index("")] if "" in lines else lines or [DEFAULT_QUESTION]
+        return
+    print("Ask about the picture; an empty line or Ctrl-D ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("You: ").strip()
+        except EOFError:
+            print()
+            return
+        if not line:
+            return
+        yield line
+
+
+def settings(args: argparse.Namespace, has_twig: bool) -> dict:
+    """Flags → arguments of `generate`."""
+    from twigvlm import InputError
+
+    if args.temperature < 0:
+        raise InputError(f"--temperature is {args.temperature:g}; 0 (greedy) or more is needed")
+    prune = not args.no_pruning and (has_twig or args.pruning != "twig")
+    return {
+        "retained_tokens": args.retained_tokens if prune else None,
+        "pruning": args.pruning,
+        "draft_length": 0 if args.no_speculation else 5,
+        "max_new_tokens": args.max_new_tokens,
+        "do_sample": args.temperature > 0,
+        "temperature": args.temperature or 1.0,
+        "top_p": args.top_p,
+        "seed": args.seed,
+    }
+
+
+def figures(stats) -> str:
+    """One line for people."""
+    drafts = f"drafts {stats.accepted}/{stats.drafted} accepted" if stats.drafted else "no drafts"
+    return (
+        f"[{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, first token after {stats.prefill_seconds:.2f} s, "
+        f"{drafts}, visual tokens kept {stats.visual_kept} of {stats.visual_tokens}]"
+    )
+
+
+def answer(vlm, image, question: str, history: list, options: dict, args: argparse.Namespace) -> str:
+    """Ask one question, print the answer and its figures; the answer's text."""
+    from twigvlm.decoding import DraftStreamer
+
+    streamer = DraftStreamer(vlm.tokenizer, printer()) if args.stream and not args.json else None
+    out = vlm.generate(**vlm.prepare(image, question, history), streamer=streamer, **options)
+    text = vlm.tokenizer.decode(out.tokens[0], skip_special_tokens=True).strip()
+    if args.show_kept:
+        from twigvlm.pruning.show import save_kept
+
+        save_kept(image, out.kept[0] if out.kept else None, vlm.config.V, Path(args.show_kept))
+    if args.json:
+        facts = {"question": question, "text": text, "model": vlm.base_name, **asdict(vlm.config), **asdict(out.stats)}
+        kept = {"kept": out.kept[0].tolist() if out.kept else None, "steps": [asdict(s) for s in out.steps[0]]}
+        print(json.dumps(facts | kept, ensure_ascii=False), flush=True)
+        return text
+    print("" if args.stream else text)
+    print(figures(out.stats), flush=True)
+    return text
+
+
+def run(args: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
+    import twigvlm
+    from twigvlm.model.images import open_image
+    from twigvlm.pruning.show import check_target
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if args.show_kept:
+        check_target(Path(args.show_kept))
+    if args.question is not None and not args.question.strip():
+        raise twigvlm.InputError("--question is empty; ask something")
+    image = open_image(args.image_file)
+    if args.base_model is None and args.twig_block is None:
+        print(USE_LLAVA, file=sys.stderr if args.json else sys.stdout, flush=True)
+    vlm = twigvlm.load(
+        args.base_model, args.twig_block, args.twig_K, args.twig_T,
+        device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation,
+    )  # fmt: skip
+    if vlm.twig is None:
+        print("No twig given (--twig-block): plain decoding, nothing pruned.", file=sys.stderr)
+    options = settings(args, vlm.twig is not None)
+    history: list[tuple[str, str]] = []
+    for question in questions(args):
+        history.append((question, answer(vlm, image, question, history, options, args)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    from twigvlm.errors import InputError, RunError
+
+    try:
+        run(args)
+        sys.stdout.flush()
+    except InputError as fault:
+        return fail(fault, 2)
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (RunError, OSError, RuntimeError, MemoryError) as fault:
+        return fail(fault, 1)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def fail(fault: Exception, code: int) -> int:
+    message = " ".join(str(fault).split()) or type(fault).__name__
+    print(f"{RESET if coloured() else ''}error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Shared by all tests: tiny random models made in memory, prompts for them, and stock answers to compare with."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow a loaded machine down
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from twigvlm.config import TwigConfig
+from twigvlm.model.load import Loaded, set_attention
+from twigvlm.model.trunk import Trunk
+from twigvlm.model.twig import grow
+from twigvlm.sprout.base import build
+from twigvlm.vlm import TwigVLM
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "steady",  # the same examples in every run: a red test is a change of the code
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("steady")
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT.parent / "shared" / "golden"
+EOS = 2
+BYTES_END = 3 + 256  # in `tiny_tokenizer`: special tokens and bytes come first
+IMAGE = "image"  # stands for one picture in the layout of a prompt
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Inputs and outputs of the authors' released code on tiny random models."""
+    if not (GOLDEN / "A" / "cases.json").exists():
+        pytest.skip(f"no golden data at {GOLDEN}")
+    return GOLDEN
+
+
+# ---------------------------------------------------------------------- tiny models
+
+
+@cache
+def tiny_model(
+    layers: int = 6,
+    hidden: int = 32,
+    heads: int = 2,
+    kv_heads: int = 2,
+    side: int = 28,  # pixels: (side / 14)^2 visual tokens
+    vocabulary: int = 64,
+    context: int = 256,
+    sharpness: float = 4.0,  # of the head: how sure the model is of its words
+    fade: float = 1.0,  # factor on what layers from the third on add: small = a twig guesses well
+    rare: int = 0,  # ids below this one are hardly ever written
+    attention: str = "sdpa",
+    seed: int = 0,
+) -> LlavaForConditionalGeneration:
+    """A random LLaVA whose words depend on the picture. The last id of the vocabulary is the image token. Do not change it."""
+    text = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=context,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=14,
+        projection_dim=16,
+    )
+    config = LlavaConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_index=vocabulary - 1,
+        image_seq_length=(side // 14) ** 2,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    model = build(config, seed).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    projector = model.model.multi_modal_projector
+    for linear in (projector.linear_1, projector.linear_2):
+        linear.weight.normal_(0, linear.in_features**-0.5, generator=generator)
+    for layer in model.model.language_model.layers[2:]:
+        layer.self_attn.o_proj.weight.mul_(fade)
+        layer.mlp.down_proj.weight.mul_(fade)
+    model.model.language_model.layers[0].self_attn.o_proj.weight.mul_(4)  # words must depend on what was read
+    model.lm_head.weight.mul_(sharpness)
+    model.lm_head.weight[:rare].mul_(0.1)
+    set_attention(model, attention)
+    return model
+
+
+@cache
+def tiny(K: int = 2, T: int = 2, F: int = 0, noise: float = 0.2, twig: bool = True, **shape) -> TwigVLM:
+    """A tiny base with a twig grown on it; `noise` spoils the twig's weights (0: early exit, 3: nonsense)."""
+    trunk = Trunk(tiny_model(**shape))
+    loaded = Loaded(trunk, Path("nowhere"), "tiny", False)
+    config = TwigConfig(trunk.L, K, T, F)
+    if not twig:
+        return TwigVLM(loaded, None, config)
+    grown = grow(trunk, config).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(7)
+    for weight in grown.parameters():
+        if weight.dim() == 2:
+            weight.add_(torch.randn(weight.shape, generator=generator) * noise * weight.std())
+    return TwigVLM(loaded, grown)
+
+
+# ---------------------------------------------------------------------- prompts and answers
+
+
+def prompts(vlm: TwigVLM, layouts: Sequence[Sequence[int | str]], seed: int = 0) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Rows of token ids and the pictures [images, 3, h, w] of each; a layout is text lengths and IMAGE in their order."""
+    generator = torch.Generator().manual_seed(seed)
+    side = vlm.model.config.vision_config.image_size
+    rows, pictures = [], []
+    for layout in layouts:
+        row: list[int] = []
+        for part in layout:
+            if part == IMAGE:
+                row += [vlm.image_token_id] * vlm.config.V
+            else:
+                row += torch.randint(3, vlm.image_token_id, (part,), generator=generator).tolist()
+        rows.append(row)
+        pictures.append(torch.randn(layout.count(IMAGE), 3, side, side, generator=generator))
+    return rows, pictures
+
+
+def batch(rows: Sequence[Sequence[int]], pictures: Sequence[torch.Tensor] = (), left: bool = False) -> dict:
+    """Arguments of `generate`: the rows padded on one side, with their mask and all their pictures."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
+    for b, row in enumerate(rows):
+        place = slice(width - len(row), None) if left else slice(0, len(row))
+        ids[b, place], mask[b, place] = torch.tensor(row), 1
+    pixels = torch.cat(list(pictures)) if pictures else torch.empty(0)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels if len(pixels) else None}
+
+
+def one(vlm: TwigVLM, *layout: int | str, seed: int = 0) -> dict:
+    """Arguments of `generate` for a single prompt."""
+    return batch(*prompts(vlm, [layout], seed))
+
+
+def stock(vlm: TwigVLM, row: Sequence[int], pictures: torch.Tensor | None = None, eos: int = EOS, **settings) -> list[int]:
+    """Greedy answer of the unmodified `generate` to one prompt, without the end token."""
+    ids = torch.tensor([row])
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings}
+    if pictures is not None and len(pictures):
+        settings["pixel_values"] = pictures
+    out = vlm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), eos_token_id=eos, **settings)
+    new = out[0, len(row) :].tolist()
+    return new[: new.index(eos)] if eos in new else new
+
+
+def drafts(out, row: int = 0) -> list[tuple[int, int]]:
+    """(drafted, accepted) of every step of a row."""
+    return [(len(step.drafted), step.accepted) for step in out.steps[row]]
+
+
+# ---------------------------------------------------------------------- a tokenizer and folders
+
+
+@cache
+def tiny_tokenizer() -> LlamaTokenizer:
+    """Letters, a few words, and bytes for all else; `<image>` is the last id."""
+    letters = ["▁", *"abcdefghijklmnopqrstuvwxyzSUERINTAOL.,:!?'"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("r", "e"), ("re", "d"), ("▁", "red"), ("e", "r")]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *letters, *("".join(m) for m in merges)]
+    return LlamaTokenizer(
+        vocab={word: i for i, word in enumerate(words)},
+        merges=merges,
+        legacy=True,
+        extra_special_tokens={"image_token": "<image>"},
+        pad_token="<unk>",
+    )
+
+
+def speaking(**shape) -> TwigVLM:
+    """A tiny model that speaks `tiny_tokenizer`'s language, in letters rather than bytes."""
+    return tiny(vocabulary=len(tiny_tokenizer()), context=1024, rare=BYTES_END, **shape)
+
+
+def write_base(folder: Path, model: LlavaForConditionalGeneration, tokenizer: bool = True) -> Path:
+    """The model in the Hugging Face layout."""
+    model.save_pretrained(folder)
+    if tokenizer:
+        tiny_tokenizer().save_pretrained(folder)
+    return folder

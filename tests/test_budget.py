@@ -1,0 +1,108 @@
+"""From the asked average R to r kept tokens and back, and what a generation really keeps."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+from conftest import IMAGE, batch, one, prompts, tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twigvlm.config import TwigConfig
+from twigvlm.errors import InputError
+from twigvlm.pruning import METHODS, average_tokens, kept_tokens, legal_range, plan_for
+
+SEVEN_B = {"L": 32, "V": 576, "K": 2, "F": 24}
+
+
+@pytest.mark.parametrize(("R", "r"), [(192, 227), (128, 134), (64, 41), (36, 0), (432, 576), (36.5, 1)])
+def test_the_papers_numbers(R, r):
+    """Of LLaVA-1.5-7B, at the three budgets of its tables and at the ends of what is legal."""
+    assert kept_tokens(R, **SEVEN_B) == r
+
+
+@pytest.mark.parametrize("R", [35.9, 433, 0, -1, 576, 1e9])
+def test_outside_the_legal_range(R):
+    with pytest.raises(InputError) as error:
+        kept_tokens(R, **SEVEN_B)
+    for part in (f"{R:g}", "36 to 432", "r = ceil((L*R - K*V) / (F - K))", "L=32", "V=576", "K=2", "F=24"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("R", [math.nan, math.inf, -math.inf, True, "64", None])
+def test_no_number(R):
+    with pytest.raises(InputError, match="a number is needed"):
+        kept_tokens(R, **SEVEN_B)
+
+
+def test_numbers_are_meant_as_they_are_written():
+    """31.6 and 40/6 are no binary numbers; r is 4 and 8 exactly, and not one more, and 4/3 is within its own range."""
+    assert kept_tokens(31.6, L=40, V=576, K=2, F=30) == 4
+    assert kept_tokens(40 / 6, L=6, V=16, K=2, F=3) == 8
+    assert kept_tokens(4 / 3, L=6, V=4, K=2, F=4) == 0
+
+
+@st.composite
+def budgets(draw):
+    """(L, V, K, F, R), R anywhere in its legal range and often at its ends."""
+    L, V = draw(st.integers(2, 80)), draw(st.integers(1, 3000))
+    K = draw(st.integers(1, L - 1))
+    F = draw(st.integers(K + 1, L))
+    low, high = legal_range(L, V, K, F)
+    share = draw(st.sampled_from([Fraction(0), Fraction(1)]) | st.fractions(0, 1))
+    return L, V, K, F, low + (share * (high - low)).limit_denominator(1000)
+
+
+@given(budgets())
+def test_every_legal_budget(budget):
+    """r is whole and within 0..V, and the average that it gives is R, rounded up by less than one token a layer."""
+    L, V, K, F, exact = budget
+    R = float(exact)
+    r = kept_tokens(R, L, V, K, F)
+    assert isinstance(r, int) and 0 <= r <= V
+    excess = average_tokens(r, L, V, K, F) - R
+    assert -1e-9 <= excess < (F - K) / L + 1e-9
+
+
+@given(budgets(), st.sampled_from(sorted(METHODS)))
+def test_a_plan_spends_what_the_formula_says(budget, method):
+    L, V, K, F, exact = budget
+    r = kept_tokens(float(exact), L, V, K, F)
+    counts = plan_for(method, float(exact), V, TwigConfig(L, K, 1, F)).tokens_per_layer(L, V)
+    assert counts == [V] * K + [r] * (F - K) + [0] * (L - F)
+    assert sum(counts) / L == pytest.approx(average_tokens(r, L, V, K, F))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(("K", "F", "R"), [(1, 2, 3), (2, 4, 7.5), (2, 6, 8), (3, 5, 9.1), (2, 6, 16), (2, 4, 16 / 3)])
+def test_measured_is_asked(K, F, R, method):
+    """What `stats` counted while the tokens passed, for one and for several pictures."""
+    vlm = tiny(K=K, F=F, side=56)
+    L, V = vlm.config.L, vlm.config.V
+    r = kept_tokens(R, L, V, K, F)
+    for layout in ([3, IMAGE, 4], [IMAGE, 2, IMAGE, 5]):
+        images = layout.count(IMAGE)
+        out = vlm.generate(**one(vlm, *layout), retained_tokens=R, pruning=method, max_new_tokens=4)
+        assert [len(k) for k in out.kept] == [r * images]
+        assert out.stats.visual_kept == r * images and out.stats.visual_tokens == V * images
+        assert out.stats.visual_measured == pytest.approx(average_tokens(r, L, V, K, F))
+        assert out.stats.visual_asked == R
+        assert 0 <= out.stats.visual_measured - R < (F - K) / L + 1e-9
+
+
+def test_measured_in_a_batch_counts_rows_with_pictures_only():
+    vlm = tiny(side=56, F=4)
+    out = vlm.generate(**batch(*prompts(vlm, [[3, IMAGE, 4], [9], [2, IMAGE, IMAGE, 2]])), retained_tokens=8, max_new_tokens=3)
+    r = kept_tokens(8, 6, 16, 2, 4)
+    assert [len(k) for k in out.kept] == [r, 0, 2 * r]
+    assert out.stats.visual_measured == pytest.approx(average_tokens(r, 6, 16, 2, 4))
+    assert out.stats.visual_twig_share == pytest.approx(2 * 16 / 6)
+
+
+def test_without_pruning_all_stays():
+    vlm = tiny(side=56)
+    out = vlm.generate(**one(vlm, 3, IMAGE, 4), max_new_tokens=3)
+    assert out.kept is None and out.stats.visual_asked is None
+    assert out.stats.visual_measured == out.stats.visual_tokens == out.stats.visual_kept == 16

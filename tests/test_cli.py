@@ -1,0 +1,209 @@
+"""cli_demo.py as people call it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import cli_demo
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = re.compile(
+    r"\[(\d+) tokens, [\d.]+ tokens/s, first token after [\d.]+ s, "
+    r"(?:drafts (\d+)/(\d+) accepted|no drafts), visual tokens kept (\d+) of (\d+)\]"
+)
+DESCRIBE = ("--question", "Describe the image in detail.")
+GREEN = "\033[32m"
+
+
+def call(*flags: str, stdin: str | None = None, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    """The program in its own process, without a terminal."""
+    return subprocess.run(
+        [sys.executable, ROOT / "cli_demo.py", *flags],
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
+        capture_output=True,
+        encoding="utf-8",
+        cwd=cwd,
+        env=os.environ | env,
+        timeout=300,
+    )
+
+
+def on_a_terminal(*flags: str, keys: str = "", **env: str) -> str:
+    """What a terminal shows."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, str(ROOT / "cli_demo.py"), *flags]
+    process = subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, cwd=ROOT, env={**os.environ, "TERM": "xterm"} | env
+    )
+    os.close(follower)
+    os.write(leader, keys.encode())
+    shown, end = b"", time.monotonic() + 120
+    while time.monotonic() < end:
+        ready, _, _ = select.select([leader], [], [], 0.2)
+        try:
+            shown += os.read(leader, 4096) if ready else b""
+        except OSError:  # closed by the other side
+            break
+        if not ready and process.poll() is not None:
+            break
+    process.wait(timeout=10)
+    os.close(leader)
+    return shown.decode()
+
+
+@pytest.fixture(scope="module")
+def described() -> dict:
+    """The reference answer: --json, complete figures."""
+    out = call("--json", *DESCRIBE)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("\n") == 1, "one object and nothing else"
+    return json.loads(out.stdout)
+
+
+def test_json_holds_text_and_all_figures(described):
+    assert described["text"].startswith("There are ")
+    assert (described["L"], described["V"], described["K"], described["T"], described["F"]) == (32, 576, 2, 3, 24)
+    assert described["visual_kept"] == len(described["kept"]) == 41
+    assert described["visual_measured"] == pytest.approx(64.19, abs=0.01)
+    assert described["accepted"] == sum(s["accepted"] for s in described["steps"])
+    assert described["new_tokens"] == sum(len(s["tokens"]) for s in described["steps"])
+
+
+def test_without_flags_it_answers_and_says_how_to_use_llava(described):
+    out = call("--stream")
+    assert out.returncode == 0, out.stderr
+    assert "llava-v1.5-7b" in out.stdout.splitlines()[0]
+    assert described["text"] in out.stdout
+    assert "\033" not in out.stdout, "colour is for terminals"
+    tokens, accepted, proposed, kept, total = FIGURES.search(out.stdout).groups()
+    assert (int(tokens), int(kept), int(total)) == (described["new_tokens"], 41, 576)
+    assert (int(accepted), int(proposed)) == (described["accepted"], described["drafted"])
+
+
+def test_drafted_words_are_green_on_a_terminal(described):
+    shown = on_a_terminal("--stream", *DESCRIBE)
+    assert GREEN in shown
+    assert described["text"] in re.sub(r"\033\[\d*m", "", shown).replace("\r\n", "\n"), "and no word appears twice"
+    drafted = sum(len(piece.split()) for piece in re.findall(r"\033\[32m(.*?)\033\[0m", shown, re.S))
+    assert drafted <= described["accepted"]
+
+
+def test_no_color_is_honoured():
+    assert "\033[" not in on_a_terminal("--stream", "--question", "How many objects are there?", NO_COLOR="1")
+
+
+def test_a_conversation_ends_with_an_empty_line():
+    shown = on_a_terminal("--stream", keys="How many objects are there?\nIs there a word in the image?\n\n")
+    assert len(FIGURES.findall(shown)) == 2
+
+
+def test_questions_by_pipe_are_answered_in_turn_with_their_history():
+    out = call("--json", stdin="How many objects are there?\nHow many objects are there?\n")
+    first, second = map(json.loads, out.stdout.splitlines())
+    assert second["prompt_tokens"] > first["prompt_tokens"]
+
+
+def test_without_speculation_the_text_is_the_same(described):
+    out = json.loads(call("--json", "--no-speculation", *DESCRIBE).stdout)
+    assert out["text"] == described["text"] and out["drafted"] == 0
+
+
+def test_utf8_survives_an_ascii_locale():
+    out = call("--json", "--question", "Où est le 🙂 ?", "--max-new-tokens", "4", LC_ALL="C", PYTHONIOENCODING="ascii")
+    assert out.returncode == 0 and json.loads(out.stdout)["question"] == "Où est le 🙂 ?"
+
+
+def test_a_closed_pipe_is_no_error():
+    command = f"{sys.executable} {ROOT / 'cli_demo.py'} --question 'Describe the image in detail.' | head -c 3"
+    out = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0 and not out.stderr
+
+
+def test_kept_patches_are_shown(tmp_path):
+    target = tmp_path / "kept.png"
+    assert cli_demo.main(["--question", "Is there a circle?", "--show-kept", str(target), "--max-new-tokens", "2"]) == 0
+    with Image.open(target) as picture, Image.open(ROOT / "assets" / "image.png") as original:
+        assert picture.size == original.size
+        dimmed = sum(a != b for a, b in zip(picture.convert("L").getdata(), original.convert("L").getdata(), strict=True))
+    assert dimmed == pytest.approx((576 - 41) * 14 * 14, rel=0.02)
+
+
+def truncated(folder: Path) -> str:
+    file = folder / "cut.png"
+    file.write_bytes((ROOT / "assets" / "image.png").read_bytes()[:2000])
+    return str(file)
+
+
+def text_file(folder: Path) -> str:
+    file = folder / "words.png"
+    file.write_text("no picture")
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--image-file", "nowhere.png"], ["nowhere.png", "no such file"]),
+        (["--image-file", text_file], ["words.png", "not a picture"]),
+        (["--image-file", truncated], ["cut.png", "damaged"]),
+        (["--image-file", str(ROOT)], ["folder"]),
+        (["--image-file", "http://127.0.0.1:9/x.png"], ["127.0.0.1:9", "cannot be fetched"]),
+        (["--question", "  "], ["question", "empty"]),
+        (["-R", "35"], ["35", "36 to 432", "ceil"]),
+        (["-R", "433"], ["433", "36 to 432"]),
+        (["-R", "nan"], ["nan"]),
+        (["--pruning", "magic"], ["magic", "twig", "random"]),
+        (["--twig-K", "3"], ["K = 3", "K = 2"]),
+        (["--twig-T", "40"], ["T = 40", "T = 3"]),
+        (["--temperature", "-1"], ["-1", "temperature"]),
+        (["--top-p", "1.5", "--temperature", "1"], ["top_p", "1.5"]),
+        (["--max-new-tokens", "0"], ["max_new_tokens", "0"]),
+        (["--dtype", "float16", "--device", "cpu"], ["float16", "cpu", "float32"]),
+        (["--dtype", "int3"], ["int3", "bfloat16"]),
+        (["--device", "tpu9"], ["tpu9"]),
+        (["--attn-implementation", "magic"], ["magic", "sdpa"]),
+        (["--base-model", "no/where/at/all"], ["no/where/at/all", "no such folder"]),
+        (["--twig-block", "./nowhere"], ["nowhere", "no such folder"]),
+        (["--show-kept", "kept.jpg"], ["kept.jpg", ".png"]),
+        (["--show-kept", "nowhere/kept.png"], ["nowhere"]),
+        (["--question", "word " * 3000], ["context", "2048"]),
+    ],
+    ids=lambda v: " ".join(str(x)[:24] for x in v) if isinstance(v, list) else None,
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [f(tmp_path) if callable(f) else f for f in flags]
+    if "--question" not in flags:
+        flags += ["--question", "Is there a circle?"]
+    before = set(tmp_path.iterdir())
+    assert cli_demo.main(flags) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("error: ") and not any("Traceback" in line for line in lines)
+    assert all(word in lines[-1] for word in words), lines[-1]
+    assert set(tmp_path.iterdir()) == before, "nothing half-written is left"
+
+
+def test_usage_errors_exit_with_2():
+    out = call("--no-such-flag")
+    assert out.returncode == 2 and "usage" in out.stderr and "Traceback" not in out.stderr
+
+
+def test_every_flag_has_help():
+    out = call("--help")
+    for flag in (
+        "--base-model --twig-block --twig-K --twig-T --stream --image-file --retained-tokens --pruning --question --max-new-tokens "
+        "--temperature --top-p --seed --no-pruning --no-speculation --device --dtype --attn-implementation --json --show-kept"
+    ).split():
+        assert re.search(rf"{flag}\b.*?\n?\s+\S+", out.stdout), flag

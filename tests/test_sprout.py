@@ -1,0 +1,222 @@
+"""The embedded world and recipe: deterministic, disjoint splits, answers that a second reading confirms."""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twigvlm.model.prompt import encode
+from twigvlm.sprout import packing
+from twigvlm.sprout.base import CORE_PLACES, base_config, build, deepen
+from twigvlm.sprout.draw import IMAGE_SIZE, draw, patch_labels
+from twigvlm.sprout.questions import KINDS, ask, describe
+from twigvlm.sprout.tokenizer import build_tokenizer
+from twigvlm.sprout.world import COLOURS, PLACES, SHAPES, SPLITS, WORDS, allowed_pairs, sample_scene
+
+ROOT = Path(__file__).resolve().parents[1]
+seeds = st.integers(0, 10**6)
+splits = st.sampled_from(SPLITS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def test_the_closed_lists_are_as_promised():
+    assert (len(SHAPES), len(COLOURS), len(PLACES), len(set(WORDS))) == (8, 8, 9, 64)
+
+
+def test_splits_share_no_combination():
+    for place in range(len(PLACES)):
+        parts = [set(allowed_pairs(split, place)) for split in SPLITS]
+        assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+        assert set.union(*parts) == {(c, s) for c in COLOURS for s in SHAPES}
+
+
+@given(splits, seeds)
+@settings(max_examples=60, deadline=None)
+def test_scenes_keep_to_their_split_and_to_the_rules(split, seed):
+    scene = sample_scene(split, seed)
+    assert scene == sample_scene(split, seed)
+    assert 2 <= len(scene.objects) <= 6
+    places = [o.place for o in scene.objects] + ([scene.word_place] if scene.word else [])
+    assert len(set(places)) == len(places)
+    assert all((o.colour, o.shape) in allowed_pairs(split, o.place) for o in scene.objects)
+    assert len({o.name for o in scene.objects}) == len(scene.objects)
+
+
+def test_pictures_repeat_and_show_their_objects():
+    for seed in range(20):
+        scene = sample_scene("test", seed)
+        picture = draw(scene)
+        assert picture.size == (IMAGE_SIZE, IMAGE_SIZE) and picture.mode == "RGB"
+        assert np.array_equal(np.asarray(picture), np.asarray(draw(scene)))
+        labels = patch_labels(scene)
+        for obj in scene.objects:
+            cell = labels[obj.row * 8 : obj.row * 8 + 8, obj.column * 8 : obj.column * 8 + 8]
+            ours = (cell[..., 0] == 1 + SHAPES.index(obj.shape)) & (cell[..., 1] == 1 + COLOURS.index(obj.colour))
+            assert ours.sum() >= 9, "an object is at least three by three patches"
+            assert cell[..., 4].sum() == 1, "and has one centre"
+
+
+def facts(scene):
+    return [(o.colour, o.shape, o.size, PLACES[o.place], o.column, o.row) for o in scene.objects]
+
+
+def find(scene, words):
+    """The one object that a phrase like 'the red circle' or 'the object at the top left' means."""
+    place = re.search(r"object (?:at|in) the ([a-z ]+)$", words)
+    hits = [
+        f
+        for f in facts(scene)
+        if (place and f[3] == place[1])
+        or (not place and all(w in (f[0], f[1], "the", "object") for w in words.split()) and (f[0] in words or f[1] in words))
+    ]
+    assert len(hits) == 1, (words, hits)
+    return hits[0]
+
+
+def second_reading(scene, text):
+    """Answer a question from its words and the scene's facts alone."""
+    text = re.split(r"\nAnswer| Please", text)[0]
+    if text.startswith(("Is there a word", "Is there any text")):
+        return "Yes" if scene.word else "No"
+    if m := re.match(r"(?:Is there|Can you see) an? (?:([a-z]+) )?(object|[a-z]+)(?: in the (?:image|picture))?\?", text):
+        colour, shape = m[1], m[2]
+        return "Yes" if any((not colour or f[0] == colour) and (shape == "object" or f[1] == shape) for f in facts(scene)) else "No"
+    if m := re.match(r"(?:What|Which) (colour|shape) (?:is|does) (the .+?)(?: have)?\?", text):
+        return find(scene, m[2])[0 if m[1] == "colour" else 1]
+    if m := re.match(r"What is the (colour|shape) of (the .+)\?", text):
+        return find(scene, m[2])[0 if m[1] == "colour" else 1]
+    if m := re.match(r"(?:How many|Count the) (.+?)(?: are there| are in the image)?[?.]", text):
+        what = m[1]
+        if what == "objects":
+            return str(len(scene.objects))
+        wanted = what.removesuffix(" objects")
+        return str(sum(f[0] == wanted or what in (f[1] + "s", f[1] + "es") for f in facts(scene)))
+    if m := re.match(r"(?:Where is|Where in the image is|In which part of the picture is) (the .+)\?", text):
+        return find(scene, m[1])[3]
+    if m := re.match(r"Is (the .+) (left of or right of|above or below) (the .+)\?", text):
+        a, b = find(scene, m[1]), find(scene, m[3])
+        if m[2].startswith("left"):
+            return "left" if a[4] < b[4] else "right"
+        return "above" if a[5] < b[5] else "below"
+    if m := re.match(r"Is (the .+) (left of|right of|above|below) (the .+)\?", text):
+        a, b = find(scene, m[1]), find(scene, m[3])
+        holds = {"left of": a[4] < b[4], "right of": a[4] > b[4], "above": a[5] < b[5], "below": a[5] > b[5]}[m[2]]
+        return "Yes" if holds else "No"
+    if m := re.match(r"Is (the .+) larger than (the .+)\?", text):
+        return "Yes" if (find(scene, m[1])[2], find(scene, m[2])[2]) == ("large", "small") else "No"
+    if m := re.match(r"Do (the .+) and (the .+) have the same (colour|shape)\?", text):
+        i = 0 if m[3] == "colour" else 1
+        return "Yes" if find(scene, m[1])[i] == find(scene, m[2])[i] else "No"
+    if m := re.match(r"Are there more (.+) than (.+)\?", text):
+        one, other = (second_reading(scene, f"How many {w} are there?") for w in (m[1], m[2]))
+        return "Yes" if int(one) > int(other) else "No"
+    assert any(w in text for w in ("word", "text say")), text
+    return scene.word
+
+
+@given(splits, seeds, st.sampled_from(KINDS), seeds)
+@settings(max_examples=400, deadline=None)
+def test_answers_agree_with_a_second_reading(split, seed, kind, draw_seed):
+    scene = sample_scene(split, seed)
+    question = ask(scene, kind, random.Random(draw_seed))
+    if question is None:
+        return
+    if kind != "choice":
+        assert second_reading(scene, question.text) == question.answer
+        return
+    text, *options = question.text.split("\n")[:5]
+    listed = {line[0]: line[3:] for line in options}
+    assert listed[question.answer] == second_reading(scene, text)
+    assert len(set(listed.values())) == 4
+
+
+def test_existence_is_balanced():
+    answers = [ask(sample_scene("train", s), "exist", random.Random(s)).answer for s in range(600)]
+    assert 0.44 < answers.count("Yes") / len(answers) < 0.56
+
+
+def test_descriptions_name_everything():
+    scene = sample_scene("test", 3)
+    text = describe(scene)
+    assert all(f"{o.size} {o.colour} {o.shape}" in text and PLACES[o.place] in text for o in scene.objects)
+
+
+def test_tokenizer_survives_saving_and_reads_every_byte(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    from twigvlm.sprout.base import save_base
+
+    save_base(build(base_config(len(tokenizer), len(tokenizer) - 1, layers=1, hidden=32)), tokenizer, tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("USER: <image>\nWhere is the ring? ASSISTANT: top</s>USER: ok", "naïve 漢字 🙂", describe(sample_scene("test", 1))):
+        ids = tokenizer(text).input_ids
+        assert again(text).input_ids == ids
+        assert ids == encode(tokenizer, text, tokenizer.convert_tokens_to_ids("<image>"), 1)
+        assert tokenizer.decode(ids[1:]).replace(" ", "") == text.replace(" ", "")
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in WORDS)
+
+
+def test_packed_questions_equal_questions_asked_alone(tokenizer):
+    torch.manual_seed(0)
+    decoder = build(base_config(len(tokenizer), len(tokenizer) - 1, layers=2, hidden=64)).model.language_model
+    packed = packing.pack(sample_scene("train", 1), random.Random(1), tokenizer)
+    assert packed.asked >= 20
+    prefix = torch.randn(1, 12, 64)
+    hidden = torch.cat([prefix, decoder.embed_tokens(torch.from_numpy(packed.ids)[None])], 1)
+
+    def run(values, positions, attention):
+        decoder.config._attn_implementation = attention
+        rotary = decoder.rotary_emb(values, positions[None])
+        for layer in decoder.layers:
+            values = layer(values, attention_mask=None, position_embeddings=rotary)
+        return values
+
+    with torch.no_grad():
+        together = run(hidden, torch.cat([torch.arange(12), 12 + torch.from_numpy(packed.positions)]), "sprout_packed")
+        start = 12
+        for slots, length in packing.GROUPS:
+            for _ in range(slots):
+                alone = run(torch.cat([prefix, hidden[:, start : start + length]], 1), torch.arange(12 + length), "sdpa")
+                assert torch.allclose(alone[:, 12:], together[:, start : start + length], atol=1e-5)
+                start += length
+
+
+def test_growing_deeper_does_not_change_the_function(tokenizer):
+    small = base_config(len(tokenizer), len(tokenizer) - 1, layers=len(CORE_PLACES), hidden=32)
+    shallow = build(small).eval()
+    deep = deepen(shallow, base_config(len(tokenizer), len(tokenizer) - 1, hidden=32)).eval()
+    ids = torch.randint(3, 800, (1, 9))
+    with torch.no_grad():
+        assert torch.allclose(shallow(input_ids=ids).logits, deep(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_recipe_ends_with_the_same_weights(tmp_path):
+    """SIGKILL in the middle of a stage, start again: bit for bit the run that was never disturbed."""
+    command = [sys.executable, "-m", "twigvlm.sprout.train", "--scale", "0.05", "--hidden", "32", "--stages", "text"]
+    command += ["--no-compile", "--device", "cpu"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, "--out", whole], cwd=ROOT, check=True, capture_output=True)
+    process = subprocess.Popen([*command, "--out", broken, "--save-seconds", "0"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (broken / "text.pt").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not (broken / "text-done.pt").exists(), "killed too late to prove anything"
+    subprocess.run([*command, "--out", broken], cwd=ROOT, check=True, capture_output=True)
+    one, other = (torch.load(d / "text-done.pt", weights_only=True) for d in (whole, broken))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)

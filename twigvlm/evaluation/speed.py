@@ -1,0 +1,360 @@
+"""How fast: `python -m twigvlm.evaluation.speed`.
+
+The physics. At batch 1 every decoded token reads all the decoder's weights once, so memory
+bandwidth / weight bytes bounds plain decoding. Speculation reads them once per verified block,
+pruning shortens prefill and the cache. On a small model the bound is not bandwidth but the fixed
+cost of a layer call; both are printed. Every method runs on the same trunk in the same process,
+interleaved, after a warm-up; figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import twigvlm
+
+from ..config import TwigConfig
+from ..decoding.choose import Chooser
+from ..errors import InputError, RunError
+from ..model.cache import Cache
+from ..model.load import Loaded, pick_device, pick_dtype
+from ..model.random import random_base
+from ..model.trunk import Trunk
+from ..model.twig import grow
+from ..vlm import TwigVLM
+from .record import provenance, table, write_json
+
+MIN_TOKENS = 64  # of a description, as it would be written without a limit
+QUESTION = "Describe the image in detail."
+
+
+class CoinChooser(Chooser):
+    """Lets a seeded coin decide acceptance, for models whose drafts are never right. Figures are simulated."""
+
+    def __init__(self, settings, probability: float, seed: int = 0):
+        super().__init__(settings)
+        self.probability, self.coin = probability, random.Random(seed)
+
+    def propose(self, logits, drafts, histories, generators, going) -> None:
+        super().propose(logits, drafts, histories, generators, going)
+        for draft, go in zip(drafts, going, strict=True):
+            if go:
+                draft.probabilities[-1] = 1.0  # random weights know no confidence: always the whole draft
+
+    def judge(self, logits, drafts, histories, generators):
+        out = []
+        for choices, draft in zip(logits.argmax(-1).tolist(), drafts, strict=True):
+            accepted = 0
+            while accepted < len(draft.tokens) and self.coin.random() < self.probability:
+                accepted += 1
+            out.append((accepted, choices[accepted]))
+        return out
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One run of one method on one prompt."""
+
+    prefill: float  # seconds to the first token
+    total: float
+    tokens: int
+    late: int  # tokens after the first step
+    acceptance: float | None = None
+
+
+class Bench:
+    """The prompts and the methods that are timed on them."""
+
+    def __init__(self, vlm: TwigVLM, R: float, tokens: int, prompts: int, endless: bool, coin: float | None):
+        self.vlm, self.R, self.tokens, self.endless, self.coin = vlm, R, tokens, endless, coin
+        self.prompts = _random_prompts(vlm, prompts) if endless else _descriptions(vlm, prompts)
+
+    def methods(self) -> dict[str, Callable[[dict], Timing]]:
+        """Name → how to time it."""
+        return {
+            "stock generate": self.stock,
+            "plain": lambda p: self.ours(p, None, 0),
+            "plain + TTP": lambda p: self.ours(p, self.R, 0),
+            "SSD": lambda p: self.ours(p, None, 5),
+            "SSD + TTP": lambda p: self.ours(p, self.R, 5),
+        }
+
+    def stock(self, prompt: dict) -> Timing:
+        """The unmodified base under Hugging Face's own loop."""
+        model, vlm = self.vlm.model, self.vlm
+        inputs = {k: v.to(vlm.device) for k, v in prompt.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(vlm.dtype)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        end = {"eos_token_id": -1} if self.endless else {}
+        settings = {"do_sample": False, "pad_token_id": 0, **end}
+        clock = _FirstToken(vlm._now)
+        start = vlm._now()
+        out = model.generate(**inputs, max_new_tokens=self.tokens, streamer=clock, **settings)
+        total = vlm._now() - start
+        tokens = out.shape[1] - inputs["input_ids"].shape[1]
+        if not self.endless and int(out[0, -1]) == model.generation_config.eos_token_id:
+            tokens -= 1
+        return Timing(clock.first - start, total, tokens, tokens - 1)
+
+    def ours(self, prompt: dict, R: float | None, draft_length: int) -> Timing:
+        """One of our own settings."""
+        chooser = None
+        if self.coin is not None and draft_length:
+            chooser = lambda settings, _processors: CoinChooser(settings, self.coin)  # noqa: E731
+        end = {"eos_token_id": []} if self.endless else {}
+        out = self.vlm.generate(
+            **prompt, retained_tokens=R, draft_length=draft_length, max_new_tokens=self.tokens, chooser=chooser, **end
+        )
+        s = out.stats
+        late = s.new_tokens - len(out.steps[0][0].tokens)
+        return Timing(s.prefill_seconds, s.prefill_seconds + s.decode_seconds, s.new_tokens, late, s.acceptance)
+
+    def run(self, repeats: int) -> list[dict]:
+        """Medians per method over prompts x repeats, methods interleaved so that drift hits all alike."""
+        methods = self.methods() if self.vlm.twig else {k: v for k, v in list(self.methods().items())[:2]}
+        timings: dict[str, list[Timing]] = {name: [] for name in methods}
+        for method in methods.values():
+            method(self.prompts[0])
+        for _ in tqdm(range(repeats), desc="speed", leave=False):
+            for prompt in self.prompts:
+                for name, method in methods.items():
+                    timings[name].append(method(prompt))
+        rows = [_summary(name, timings[name]) for name in methods]
+        for row in rows:
+            for other in ("stock generate", "plain"):
+                ratios = [
+                    (a.tokens / a.total) / (b.tokens / b.total)
+                    for a, b in zip(timings[row["method"]], timings[other], strict=True)
+                ]
+                row[f"x {other}"] = statistics.median(ratios)
+            prefills = zip(timings[row["method"]], timings["stock generate"], strict=True)
+            row["prefill x stock"] = statistics.median(a.prefill / b.prefill for a, b in prefills)
+            if self.coin is not None and "SSD" in row["method"]:
+                row["method"] += f" (simulated: acceptance {self.coin:g} by coin)"
+        return rows
+
+
+class _FirstToken:
+    """A streamer that only looks at the clock."""
+
+    def __init__(self, now: Callable[[], float]):
+        self.now, self.calls, self.first = now, 0, 0.0
+
+    def put(self, _value) -> None:
+        self.calls += 1
+        if self.calls == 2:  # the prompt comes first
+            self.first = self.now()
+
+    def end(self) -> None:
+        pass
+
+
+def _summary(name: str, timings: list[Timing]) -> dict:
+    median = statistics.median
+    late = [t for t in timings if t.late > 0 and t.total > t.prefill]
+    accepted = [t.acceptance for t in timings if t.acceptance is not None]
+    return {
+        "method": name,
+        "tokens": median(t.tokens for t in timings),
+        "prefill ms": 1e3 * median(t.prefill for t in timings),
+        "tokens/s": median(t.tokens / t.total for t in timings),
+        "decode tokens/s": median(t.late / (t.total - t.prefill) for t in late) if late else None,
+        "accepted %": 100 * statistics.mean(accepted) if accepted else None,
+    }
+
+
+def _descriptions(vlm: TwigVLM, count: int) -> list[dict]:
+    """Test scenes whose full description has MIN_TOKENS tokens or more."""
+    from ..sprout.draw import draw
+    from ..sprout.questions import describe
+    from ..sprout.world import sample_scene
+
+    prompts, seed = [], 0
+    while len(prompts) < count:
+        scene = sample_scene("test", seed)
+        if len(vlm.tokenizer(describe(scene)).input_ids) > MIN_TOKENS:
+            prompts.append(vlm.prepare(draw(scene), QUESTION))
+        seed += 1
+    return prompts
+
+
+def _random_prompts(vlm: TwigVLM, count: int) -> list[dict]:
+    """LLaVA-like prompts (35 tokens, the image, 20 tokens) of random ids and pixels."""
+    generator = torch.Generator().manual_seed(0)
+    size, vocabulary = vlm.model.config.vision_config.image_size, vlm.model.lm_head.out_features
+    prompts = []
+    for _ in range(count):
+        ids = torch.randint(3, vocabulary - 1, (1, 55), generator=generator)
+        image = torch.full((1, vlm.config.V), vlm.image_token_id)
+        pixels = torch.randn(1, 3, size, size, generator=generator)
+        prompts.append({"input_ids": torch.cat([ids[:, :35], image, ids[:, 35:]], 1), "pixel_values": pixels})
+    return prompts
+
+
+# ---------------------------------------------------------------------- the machine and the parts
+
+
+def bandwidth(device: torch.device, repeats: int = 7) -> float:
+    """Bytes per second that a plain read of a large tensor reaches (median)."""
+    size = 2**28 if device.type == "cpu" else 2**31
+    data = torch.ones(size // 4, device=device)
+    times = []
+    for _ in range(repeats):
+        start = _clock(device)
+        data.sum()
+        times.append(_clock(device) - start)
+    return size / statistics.median(times)
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def weight_bytes(trunk: Trunk) -> int:
+    """What one plain step reads: decoder layers, norm and head."""
+    parts = (trunk.layers, trunk.decoder.norm, trunk.model.lm_head)
+    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+
+
+@torch.inference_mode()
+def step_costs(vlm: TwigVLM, context: int, blocks: tuple[int, ...] = (1, 2, 4, 6, 8), repeats: int = 15) -> dict[str, float]:
+    """Milliseconds of a draft step (K + T layers, one token) and of verifying blocks, behind `context` tokens."""
+    trunk, twig, costs = vlm.trunk, vlm.twig, {}
+    K = twig.config.K if twig else 0
+    cache = Cache(trunk.L + (twig.config.T if twig else 0), 1, 64)
+    prompt = trunk.tokens([5], [0], [1])
+    wide = replace(prompt, hidden=prompt.hidden.expand(1, context, -1), positions=torch.arange(context, device=trunk.device)[None],
+                   visual=torch.zeros(1, context, dtype=torch.bool, device=trunk.device), lengths=(context,))  # fmt: skip
+    trunk.run(trunk.layers, wide, cache)
+    if twig:
+        trunk.run(twig.layers, wide, cache)
+
+        def draft() -> None:
+            stream = trunk.run(twig.layers, trunk.run(trunk.layers[:K], trunk.tokens([5], [context], [1]), cache), cache)
+            twig.logits(stream.hidden).argmax(-1).tolist()
+            cache.drop_last([*range(K), *range(trunk.L, trunk.L + twig.config.T)], [1])
+
+        costs["draft 1 token"] = _median_ms(draft, trunk.device, repeats)
+    for block in blocks:
+        stream = replace(wide, hidden=wide.hidden[:, :block], positions=wide.positions[:, :block] + context,
+                         visual=wide.visual[:, :block], lengths=(block,))  # fmt: skip
+
+        def verify(stream=stream, block=block) -> None:
+            top = trunk.run(trunk.layers[K:], stream, cache)
+            trunk.logits(top.hidden).argmax(-1).tolist()
+            cache.drop_last(range(K, trunk.L), [block])
+
+        costs[f"verify {block} token{'s' if block > 1 else ''}"] = _median_ms(verify, trunk.device, repeats)
+    return costs
+
+
+def _median_ms(work: Callable[[], None], device: torch.device, repeats: int) -> float:
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(repeats):
+        start = _clock(device)
+        work()
+        times.append(_clock(device) - start)
+    return 1e3 * statistics.median(times)
+
+
+def open_model(args: argparse.Namespace) -> TwigVLM:
+    """The model that the flags name."""
+    if args.random is None:
+        return twigvlm.load(args.base_model, args.twig_block, args.twig_K, args.twig_T, device=args.device, dtype=args.dtype,
+                            attn_implementation=args.attn_implementation)  # fmt: skip
+    if args.base_model or args.twig_block:
+        raise InputError("--random builds its own base and twig; leave --base-model and --twig-block away")
+    device = pick_device(args.device)
+    trunk = Trunk(random_base(args.random, device, pick_dtype(args.dtype, device), args.attn_implementation))
+    twig = grow(trunk, TwigConfig(trunk.L, args.twig_K or 2, args.twig_T or 3))
+    return TwigVLM(Loaded(trunk, Path(), f"random {args.random}", True), twig)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All figures of one run."""
+    vlm = open_model(args)
+    if args.assume_acceptance is not None and not 0 <= args.assume_acceptance <= 1:
+        raise InputError(f"--assume-acceptance is {args.assume_acceptance:g}; 0 to 1 is needed")
+    endless = args.random is not None
+    tokens = args.tokens or (MIN_TOKENS if endless else 160)
+    bench = Bench(vlm, args.retained_tokens, tokens, args.prompts, endless, args.assume_acceptance)
+    rows = bench.run(args.repeats)
+    speed, needed = bandwidth(vlm.device), weight_bytes(vlm.trunk)
+    plain = next(r for r in rows if r["method"] == "plain")
+    facts = {
+        "model": vlm.base_name, "letters": vars(vlm.config), "R": args.retained_tokens, "dtype": str(vlm.dtype).removeprefix("torch."),
+        "attention": args.attn_implementation, "prompts": args.prompts, "repeats": args.repeats,
+        "simulated_acceptance": args.assume_acceptance,
+    }  # fmt: skip
+    limit = speed / needed
+    facts["bandwidth"] = {
+        "measured_GB_per_s": speed / 1e9,
+        "weights_GB": needed / 1e9,
+        "limit_tokens_per_s": limit,
+        "plain_share_of_limit": plain["decode tokens/s"] / limit if plain["decode tokens/s"] else None,
+    }
+    return provenance() | facts | {"rows": rows, "step_ms": step_costs(vlm, vlm.config.V + 55)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base-model", metavar="ID", help="hub id or folder (default: the embedded model)")
+    parser.add_argument("--twig-block", metavar="ID", help="its twig")
+    parser.add_argument("--random", metavar="SHAPE", help="random weights instead: llava-1.5-7b, llava-1.5-13b or WIDTHxLAYERS")
+    parser.add_argument("--twig-K", type=int)
+    parser.add_argument("--twig-T", type=int)
+    parser.add_argument("-R", "--retained-tokens", type=float, default=64)
+    parser.add_argument("--tokens", type=int, help="longest answer (default: a whole description; 64 with --random)")
+    parser.add_argument("--prompts", type=int, default=3, help="different pictures (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="runs per picture (default %(default)s)")
+    parser.add_argument("--assume-acceptance", type=float, metavar="P", help="a seeded coin accepts drafts; figures are simulated")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--attn-implementation", default="sdpa")
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        facts = measure(args)
+    except (InputError, RunError) as fault:
+        parser.exit(2 if isinstance(fault, InputError) else 1, f"error: {fault}\n")
+    show(facts)
+    if args.out:
+        write_json(facts, args.out)
+    print(json.dumps(facts), flush=True)
+    return 0
+
+
+def show(facts: dict) -> None:
+    """The table for people."""
+    letters = ", ".join(f"{k}={v}" for k, v in facts["letters"].items())
+    print(f"{facts['model']} ({letters}), R={facts['R']:g}, {facts['dtype']}, {facts['attention']}")
+    print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, transformers {facts['transformers']}\n")
+    print(table(facts["rows"], digits=2))
+    b = facts["bandwidth"]
+    share = f"{100 * b['plain_share_of_limit']:.0f} %" if b["plain_share_of_limit"] else "-"
+    print(
+        f"\nmemory {b['measured_GB_per_s']:.1f} GB/s, weights {b['weights_GB']:.3f} GB: at most {b['limit_tokens_per_s']:.1f} "
+        f"tokens/s at batch 1 without drafts; plain decoding reaches {share} of it"
+    )
+    print("step costs in ms: " + ", ".join(f"{k} {v:.1f}" for k, v in facts["step_ms"].items()))
+
+
+if __name__ == "__main__":
+    main()

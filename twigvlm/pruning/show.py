@@ -1,0 +1,51 @@
+"""Which patches stayed, as a picture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import InputError, RunError
+
+DIM = 0.25  # brightness of a dropped patch
+
+
+def kept_picture(image: Image.Image, kept: torch.Tensor | None, visual: int) -> Image.Image:
+    """The picture with the dropped ones of its `visual` (a square number) patches dimmed.
+
+    `kept` are indices in raster order over the padded square, as the model saw it; None keeps all.
+    """
+    side = round(visual**0.5)
+    light = np.full(visual, DIM if kept is not None else 1.0, np.float32)
+    if kept is not None:
+        light[kept.cpu().numpy()] = 1.0
+    longer = max(image.size)
+    mask = Image.fromarray((light * 255).astype(np.uint8).reshape(side, side)).resize((longer, longer), Image.Resampling.NEAREST)
+    left, top = (longer - image.width) // 2, (longer - image.height) // 2
+    mask = mask.crop((left, top, left + image.width, top + image.height))
+    return Image.composite(image, Image.new("RGB", image.size), mask)
+
+
+def check_target(path: Path) -> None:
+    """Raises InputError when a PNG cannot be written there, before any work is done."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path}: the picture of kept patches is a PNG; give a name that ends in .png")
+    if path.is_dir() or not path.parent.is_dir():
+        raise InputError(f"{path}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}; give a file in an existing folder")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: folder {path.parent} may not be written; choose another")
+
+
+def save_kept(image: Image.Image, kept: torch.Tensor | None, visual: int, path: Path) -> None:
+    """Write `kept_picture` as PNG, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        kept_picture(image, kept, visual).save(part, format="PNG")
+        part.replace(path)
+    except OSError as fault:
+        part.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({fault.strerror or fault}); free some space or choose another place") from fault

@@ -1,0 +1,169 @@
+"""How good the embedded model is, on its test split: `python -m twigvlm.sprout.report`.
+
+Short answers by kind, whole descriptions, and what is left of both under pruning by the twig, by the
+base's own attention and by chance, at the same budgets. Prints a table, writes JSON and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import twigvlm
+
+from ..evaluation.record import provenance, table, write_json
+from .draw import draw
+from .questions import KINDS, Question, ask, describe
+from .world import Scene, sample_scene
+
+BUDGETS = (192, 128, 64)
+METHODS = ("twig", "layer-attention", "random")
+SENTENCE = re.compile(r"(?:At|In) the ([a-z ]+) there is an? (?:small|large) ([a-z]+) ([a-z]+)\.")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the report: pruned how and to what average; R None keeps everything."""
+
+    pruning: str = "twig"
+    R: int | None = None
+
+    @property
+    def name(self) -> str:
+        return "base" if self.R is None else f"{self.pruning} R={self.R}"
+
+
+def quiz(scenes: int, split: str = "test") -> list[tuple[Scene, list[Question]]]:
+    """One question of each kind about each scene (where it has one)."""
+    out = []
+    for seed in range(scenes):
+        scene = sample_scene(split, seed)
+        rng = random.Random(f"quiz {split} {seed}")
+        asked = [q for q in (ask(scene, kind, rng) for kind in KINDS) if q]
+        out.append((scene, asked))
+    return out
+
+
+def batch(vlm: twigvlm.TwigVLM, scene: Scene, texts: list[str]) -> dict[str, torch.Tensor]:
+    """Several questions about one picture as rows of `generate`."""
+    picture = draw(scene)
+    rows = [vlm.prepare(picture, text) for text in texts]
+    width = max(r["input_ids"].shape[1] for r in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : row["input_ids"].shape[1]] = row["input_ids"][0]
+        mask[i, : row["input_ids"].shape[1]] = 1
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat([r["pixel_values"] for r in rows])}
+
+
+def short_answers(vlm: twigvlm.TwigVLM, asked: list[tuple[Scene, list[Question]]], setting: Setting) -> dict[str, list[bool]]:
+    """Kind → whether each answer is exactly right."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for scene, questions in tqdm(asked, desc=setting.name, leave=False):
+        inputs = batch(vlm, scene, [q.text for q in questions])
+        out = vlm.generate(
+            **inputs, retained_tokens=setting.R, pruning=setting.pruning, draft_length=0, max_new_tokens=8, seed=scene.seed
+        )
+        for question, tokens in zip(questions, out.tokens, strict=True):
+            right[question.kind].append(vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip() == question.answer)
+    return right
+
+
+def descriptions(vlm: twigvlm.TwigVLM, scenes: list[Scene], setting: Setting) -> dict[str, float]:
+    """Shares of scenes with every object (place, colour, shape) right, of exact texts, and the drafts' acceptance."""
+    objects = exact = drafted = accepted = seconds = tokens = 0.0
+    for scene in tqdm(scenes, desc=f"describe, {setting.name}", leave=False):
+        inputs = vlm.prepare(draw(scene), "Describe the image in detail.")
+        out = vlm.generate(**inputs, retained_tokens=setting.R, pruning=setting.pruning, max_new_tokens=160)
+        text = vlm.tokenizer.decode(out.tokens[0], skip_special_tokens=True).strip()
+        truth = describe(scene)
+        objects += sorted(SENTENCE.findall(text)) == sorted(SENTENCE.findall(truth))
+        exact += text == truth
+        drafted, accepted = drafted + out.stats.drafted, accepted + out.stats.accepted
+        seconds += out.stats.prefill_seconds + out.stats.decode_seconds
+        tokens += out.stats.new_tokens
+    count = len(scenes)
+    return {
+        "objects": 100 * objects / count,
+        "exact": 100 * exact / count,
+        "acceptance": 100 * accepted / drafted if drafted else None,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def report(vlm: twigvlm.TwigVLM, scenes: int, budgets: tuple[int, ...], methods: tuple[str, ...]) -> dict:
+    """All figures; `rows` is the table (percent)."""
+    asked = quiz(scenes)
+    described = [scene for scene, _ in asked[: max(1, scenes // 2)]]
+    rows, base = [], None
+    for setting in [Setting(), *(Setting(m, R) for R in budgets for m in methods)]:
+        right = short_answers(vlm, asked, setting)
+        every = [r for answers in right.values() for r in answers]
+        accuracy = 100 * sum(every) / len(every)
+        base = accuracy if base is None else base
+        row = {"setting": setting.name, "all": accuracy, "RelAcc": 100 * accuracy / base if base else None}
+        row |= {kind: 100 * sum(right[kind]) / len(right[kind]) for kind in KINDS}
+        if setting.R is None or setting.pruning == "twig":
+            told = descriptions(vlm, described, setting)
+            row |= {f"description, {k}": told[k] for k in ("objects", "exact")} | {"acceptance": told["acceptance"]}
+        rows.append({"pruning": setting.pruning, "R": setting.R, "questions": len(every), "descriptions": len(described)} | row)
+    return {"rows": rows, "scenes": scenes}
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Accuracy against R, one line a method, the base as a level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    base = next(r for r in rows if r["R"] is None)
+    axes.axhline(base["all"], color="0.3", linestyle="--", label="base, all 576 tokens")
+    labels = {"twig": "twig", "layer-attention": "the base's layer 1", "random": "random"}
+    for method, label in labels.items():
+        points = sorted((r["R"], r["all"]) for r in rows if r["pruning"] == method and r["R"])
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    axes.set(xlabel="R, average visual tokens per layer", ylabel="right short answers (%)", title="sprout, test split")
+    axes.set_xticks(sorted({r["R"] for r in rows if r["R"]}))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="base folder (default: the embedded one)")
+    parser.add_argument("--twig", type=Path, help="twig folder (default: the embedded one)")
+    parser.add_argument("--scenes", type=int, default=100, help="test scenes; each is asked one question of every kind (default %(default)s)")
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="values of R (default %(default)s)")
+    parser.add_argument("--methods", default=",".join(METHODS), help="pruning methods (default %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for sprout_report.json and .png")
+    parser.add_argument("--device", help="default: the best there is")
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    vlm = twigvlm.load(args.base, args.twig, device=args.device)
+    budgets = tuple(int(b) for b in args.budgets.split(",") if b)
+    result = report(vlm, args.scenes, budgets, tuple(args.methods.split(",")))
+    result = provenance() | {"seconds": None} | result
+    result["seconds"] = round(time.monotonic() - start)
+    write_json(result, args.out / "sprout_report.json")
+    plot(result["rows"], args.out / "sprout_report.png")
+    hidden = ("pruning", "R", "questions", "descriptions")
+    print(table([{k: v for k, v in row.items() if k not in hidden} for row in result["rows"]]))
+    print(f"{result['rows'][0]['questions']} questions, {result['rows'][0]['descriptions']} descriptions; {args.out}/sprout_report.json, .png")
+
+
+if __name__ == "__main__":
+    main()
