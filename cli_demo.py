@@ -28,27 +28,64 @@ GREEN, RESET = "\033[32m", "\033[0m"
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
-    model.add_argument("--base-model", metavar="ID", help="hub id or folder of a LLaVA-1.5 model (default: the embedded one)")
-    model.add_argument("--twig-block", metavar="ID", help="hub id, folder or .safetensors of its twig (default: none, or the embedded one)")
-    model.add_argument("--twig-K", type=int, metavar="K", help="base layers below the twig (default: from the twig's files, else 2)")
+    model.add_argument(
+        "--base-model", metavar="ID", help="hub id or folder of a LLaVA-1.5 model (default: the embedded one)"
+    )
+    model.add_argument(
+        "--twig-block",
+        metavar="ID",
+        help="hub id, folder or .safetensors of its twig (default: none, or the embedded one)",
+    )
+    model.add_argument(
+        "--twig-K", type=int, metavar="K", help="base layers below the twig (default: from the twig's files, else 2)"
+    )
     model.add_argument("--twig-T", type=int, metavar="T", help="layers of the twig (default: from the twig's files)")
     model.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
     model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the device likes)")
-    model.add_argument("--attn-implementation", default="sdpa", metavar="NAME", help="sdpa, eager or flash_attention_2 (default %(default)s)")
+    model.add_argument(
+        "--attn-implementation",
+        default="sdpa",
+        metavar="NAME",
+        help="sdpa, eager or flash_attention_2 (default %(default)s)",
+    )
     ask = parser.add_argument_group("what to ask")
-    ask.add_argument("--image-file", default=str(DEFAULT_IMAGE), metavar="FILE", help="path or http(s) URL (default assets/image.png)")
-    ask.add_argument("--question", metavar="TEXT", help="ask this and stop (default: a conversation, ended by an empty line or Ctrl-D)")
+    ask.add_argument(
+        "--image-file",
+        default=str(DEFAULT_IMAGE),
+        metavar="FILE",
+        help="path or http(s) URL (default assets/image.png)",
+    )
+    ask.add_argument(
+        "--question",
+        metavar="TEXT",
+        help="ask this and stop (default: a conversation, ended by an empty line or Ctrl-D)",
+    )
     how = parser.add_argument_group("how to answer")
-    how.add_argument("-R", "--retained-tokens", type=float, default=DEFAULT_R, metavar="R", help="average of visual tokens per layer (default %(default)s)")
-    how.add_argument("--pruning", default="twig", metavar="NAME", help="twig, layer-attention or random (default %(default)s)")
+    how.add_argument(
+        "-R",
+        "--retained-tokens",
+        type=float,
+        default=DEFAULT_R,
+        metavar="R",
+        help="average of visual tokens per layer (default %(default)s)",
+    )
+    how.add_argument(
+        "--pruning", default="twig", metavar="NAME", help="twig, layer-attention or random (default %(default)s)"
+    )
     how.add_argument("--no-pruning", action="store_true", help="keep all visual tokens")
     how.add_argument("--no-speculation", action="store_true", help="no drafts: one forward per token")
-    how.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)")
-    how.add_argument("--temperature", type=float, default=0.0, metavar="X", help="sample at this temperature (default 0: greedy)")
+    how.add_argument(
+        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)"
+    )
+    how.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="sample at this temperature (default 0: greedy)"
+    )
     how.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
     how.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     show = parser.add_argument_group("what to show")
-    show.add_argument("--stream", action="store_true", help="print words as they come, drafted ones in green on a terminal")
+    show.add_argument(
+        "--stream", action="store_true", help="print words as they come, drafted ones in green on a terminal"
+    )
     show.add_argument("--json", action="store_true", help="print one JSON object per answer and nothing else")
     show.add_argument("--show-kept", metavar="FILE.png", help="write the picture with the dropped patches dimmed")
     return parser.parse_args(argv)

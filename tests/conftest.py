@@ -72,7 +72,7 @@ def tiny_model(
     attention: str = "sdpa",
     seed: int = 0,
 ) -> LlavaForConditionalGeneration:
-    """A random LLaVA whose words depend on the picture. The last id of the vocabulary is the image token. Do not change it."""
+    """A random LLaVA whose words depend on the picture; the last id is the image token. Shared: do not change it."""
     text = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -138,8 +138,10 @@ def tiny(K: int = 2, T: int = 2, F: int = 0, noise: float = 0.2, twig: bool = Tr
 # ---------------------------------------------------------------------- prompts and answers
 
 
-def prompts(vlm: TwigVLM, layouts: Sequence[Sequence[int | str]], seed: int = 0) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Rows of token ids and the pictures [images, 3, h, w] of each; a layout is text lengths and IMAGE in their order."""
+def prompts(
+    vlm: TwigVLM, layouts: Sequence[Sequence[int | str]], seed: int = 0
+) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Token ids and pictures [images, 3, h, w] of each row; a layout is text lengths and IMAGE in their order."""
     generator = torch.Generator().manual_seed(seed)
     side = vlm.model.config.vision_config.image_size
     rows, pictures = [], []
@@ -171,7 +173,9 @@ def one(vlm: TwigVLM, *layout: int | str, seed: int = 0) -> dict:
     return batch(*prompts(vlm, [layout], seed))
 
 
-def stock(vlm: TwigVLM, row: Sequence[int], pictures: torch.Tensor | None = None, eos: int = EOS, **settings) -> list[int]:
+def stock(
+    vlm: TwigVLM, row: Sequence[int], pictures: torch.Tensor | None = None, eos: int = EOS, **settings
+) -> list[int]:
     """Greedy answer of the unmodified `generate` to one prompt, without the end token."""
     ids = torch.tensor([row])
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings}
@@ -203,6 +207,13 @@ def tiny_tokenizer() -> LlamaTokenizer:
         extra_special_tokens={"image_token": "<image>"},
         pad_token="<unk>",
     )
+
+
+class Numbers:
+    """A tokenizer whose words are numbers."""
+
+    def decode(self, tokens, skip_special_tokens=True) -> str:
+        return "".join(f"{t}." for t in tokens)
 
 
 def speaking(**shape) -> TwigVLM:

@@ -94,7 +94,9 @@ def test_measured_is_asked(K, F, R, method):
 
 def test_measured_in_a_batch_counts_rows_with_pictures_only():
     vlm = tiny(side=56, F=4)
-    out = vlm.generate(**batch(*prompts(vlm, [[3, IMAGE, 4], [9], [2, IMAGE, IMAGE, 2]])), retained_tokens=8, max_new_tokens=3)
+    out = vlm.generate(
+        **batch(*prompts(vlm, [[3, IMAGE, 4], [9], [2, IMAGE, IMAGE, 2]])), retained_tokens=8, max_new_tokens=3
+    )
     r = kept_tokens(8, 6, 16, 2, 4)
     assert [len(k) for k in out.kept] == [r, 0, 2 * r]
     assert out.stats.visual_measured == pytest.approx(average_tokens(r, 6, 16, 2, 4))

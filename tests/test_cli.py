@@ -136,7 +136,9 @@ def test_kept_patches_are_shown(tmp_path):
     assert cli_demo.main(["--question", "Is there a circle?", "--show-kept", str(target), "--max-new-tokens", "2"]) == 0
     with Image.open(target) as picture, Image.open(ROOT / "assets" / "image.png") as original:
         assert picture.size == original.size
-        dimmed = sum(a != b for a, b in zip(picture.convert("L").getdata(), original.convert("L").getdata(), strict=True))
+        dimmed = sum(
+            a != b for a, b in zip(picture.convert("L").getdata(), original.convert("L").getdata(), strict=True)
+        )
     assert dimmed == pytest.approx((576 - 41) * 14 * 14, rel=0.02)
 
 
@@ -202,8 +204,26 @@ def test_usage_errors_exit_with_2():
 
 def test_every_flag_has_help():
     out = call("--help")
-    for flag in (
-        "--base-model --twig-block --twig-K --twig-T --stream --image-file --retained-tokens --pruning --question --max-new-tokens "
-        "--temperature --top-p --seed --no-pruning --no-speculation --device --dtype --attn-implementation --json --show-kept"
-    ).split():
+    for flag in [
+        "--base-model",
+        "--twig-block",
+        "--twig-K",
+        "--twig-T",
+        "--stream",
+        "--image-file",
+        "--retained-tokens",
+        "--pruning",
+        "--question",
+        "--max-new-tokens",
+        "--temperature",
+        "--top-p",
+        "--seed",
+        "--no-pruning",
+        "--no-speculation",
+        "--device",
+        "--dtype",
+        "--attn-implementation",
+        "--json",
+        "--show-kept",
+    ]:
         assert re.search(rf"{flag}\b.*?\n?\s+\S+", out.stdout), flag

@@ -209,10 +209,10 @@ def test_stopping_inside_a_draft(place):
     assert seen == [[1, 1, 1, *TEXT[:n]] for n in range(1, place + 1)]
 
 
-def test_stop_string_inside_a_draft(monkeypatch):
+def test_stop_string_inside_a_draft():
     tokenizer = tiny_tokenizer()
     words = tokenizer.convert_tokens_to_ids(["t", "h", "e", "r", "e", "a", "d", "o", "n", "l", "y", "x"])
-    table = {token: word for token, word in zip(TEXT, words, strict=False)}
+    table = dict(zip(TEXT, words, strict=False))
     rule = StopStringCriteria(tokenizer, ["ead"])
 
     def translated(ids, scores):

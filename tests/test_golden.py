@@ -157,7 +157,7 @@ def test_case(case, run, layout, record):
 @pytest.mark.parametrize(("case", "run"), EDGES)
 def test_edge_case(case, run, layout):
     vlm = load(layout, case["twig"], case["K"], case["F"])
-    assert vlm.config.T == case["T"]
+    assert case["T"] == vlm.config.T
     out = generate(vlm, case, run, case, case["pruning"])
     check_answer(out, run, case, case["pruning"])
 

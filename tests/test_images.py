@@ -176,7 +176,11 @@ def test_the_processor_does_the_same(vlm):
 def test_pixels_that_do_not_fit_the_prompt():
     model = tiny()
     arguments = one(model, 3, "image", 4)
-    for pixels, part in [(None, "0 images"), (torch.zeros(2, 3, 28, 28), "2 images"), (torch.zeros(1, 3, 56, 56), "[images, 3, 28, 28]")]:
+    for pixels, part in [
+        (None, "0 images"),
+        (torch.zeros(2, 3, 28, 28), "2 images"),
+        (torch.zeros(1, 3, 56, 56), "[images, 3, 28, 28]"),
+    ]:
         with pytest.raises(InputError) as caught:
             model.generate(**{**arguments, "pixel_values": pixels})
         assert part in str(caught.value)
@@ -197,11 +201,14 @@ REFUSED = {
     "text": (_write(b"not a picture at all"), "not a picture"),
     "empty": (_write(b""), "not a picture"),
     "truncated-png": (_write(png(halves(size=(400, 400)))[:-300]), "damaged"),
-    "truncated-jpeg": (lambda f: (Image.effect_noise((200, 200), 90).save(f, "JPEG"), f.write_bytes(f.read_bytes()[:2000])), "damaged"),
+    "truncated-jpeg": (
+        lambda f: (Image.effect_noise((200, 200), 90).save(f, "JPEG"), f.write_bytes(f.read_bytes()[:2000])),
+        "damaged",
+    ),
     "header-only": (_write(png(halves())[:40]), "not a picture"),
     "missing": (lambda file: None, "no such file"),
     "folder": (lambda file: file.mkdir(), "is a folder"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

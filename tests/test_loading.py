@@ -45,10 +45,20 @@ def write_original(folder: Path, tower: str | None, carried: bool) -> Path:
     if not carried:
         state = {k: v for k, v in state.items() if "vision_tower" not in k}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    keys = (
-        "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size "
-        "max_position_embeddings rms_norm_eps bos_token_id eos_token_id pad_token_id hidden_act"
-    ).split()
+    keys = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "hidden_act",
+    ]
     facts = {key: getattr(text, key) for key in keys}
     facts |= {"model_type": "llava", "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2}
     facts |= {"mm_vision_select_feature": "patch", "mm_vision_tower": tower}
@@ -112,7 +122,9 @@ def split(folder: Path, kind: str) -> Path:
     for key, shard in place.items():
         shards[shard][key] = state[key]
     for shard, part in shards.items():
-        save_file(part, folder / shard, metadata={"format": "pt"}) if kind == "safetensors" else torch.save(part, folder / shard)
+        save_file(part, folder / shard, metadata={"format": "pt"}) if kind == "safetensors" else torch.save(
+            part, folder / shard
+        )
     (folder / f"{index}.index.json").write_text(json.dumps({"weight_map": place}))
     return folder
 
@@ -151,7 +163,10 @@ def test_shards(base, kind):
 @pytest.mark.parametrize("where", ["relative", "absolute", "inside", "carried"])
 def test_original_folder(tmp_path, kind, where):
     """The tower beside the checkpoint, elsewhere, in a folder inside it, or its weights among the others."""
-    folder, name = tmp_path / "original", {"relative": "../tower", "inside": "tower"}.get(where, str(tmp_path / "tower"))
+    folder, name = (
+        tmp_path / "original",
+        {"relative": "../tower", "inside": "tower"}.get(where, str(tmp_path / "tower")),
+    )
     write_original(folder, name, carried=where == "carried")
     write_tower(folder / "tower" if where == "inside" else tmp_path / "tower")
     vlm = twigvlm.load(folder if kind == "single" else split(folder, kind))
@@ -185,7 +200,10 @@ def test_dtype(base, twig, dtype):
     for parameter in (*vlm.model.parameters(), *vlm.twig.parameters()):
         assert parameter.dtype == wanted and not parameter.requires_grad and not parameter.is_meta
     assert vlm.dtype == wanted
-    assert len(vlm.generate(**one(vlm, 3, IMAGE, 4), max_new_tokens=4, retained_tokens=2.5, eos_token_id=[]).tokens[0]) == 4
+    assert (
+        len(vlm.generate(**one(vlm, 3, IMAGE, 4), max_new_tokens=4, retained_tokens=2.5, eos_token_id=[]).tokens[0])
+        == 4
+    )
 
 
 @pytest.mark.parametrize("layout", ["base", "original"])
@@ -236,7 +254,11 @@ def test_the_release_format(base, twig, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(twig / WEIGHTS, bare / WEIGHTS)
-    assert set(load_file(bare / WEIGHTS)) >= {"lm_head.weight", "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"}
+    assert set(load_file(bare / WEIGHTS)) >= {
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.1.self_attn.q_proj.weight",
+    }
     for source in (bare, bare / WEIGHTS):
         vlm = twigvlm.load(base, source)
         assert (vlm.config.K, vlm.config.T, vlm.config.F) == (2, 2, 4)
@@ -256,12 +278,27 @@ def test_the_wipe_layer_may_be_changed(base, twig):
 UP = "model.layers.1.mlp.up_proj.weight"
 TWIGS = {
     "missing-tensor": (lambda d: change(d / WEIGHTS, **{UP: None}), [WEIGHTS, "missing key", UP, "[64, 32]"]),
-    "unexpected-tensor": (lambda d: change(d / WEIGHTS, **{"model.extra.weight": torch.ones(2)}), [WEIGHTS, "unexpected key", "model.extra.weight"]),
-    "mis-shaped-tensor": (lambda d: change(d / WEIGHTS, **{UP: lambda t: t[:, 1:]}), [WEIGHTS, UP, "[64, 31]", "[64, 32]"]),
+    "unexpected-tensor": (
+        lambda d: change(d / WEIGHTS, **{"model.extra.weight": torch.ones(2)}),
+        [WEIGHTS, "unexpected key", "model.extra.weight"],
+    ),
+    "mis-shaped-tensor": (
+        lambda d: change(d / WEIGHTS, **{UP: lambda t: t[:, 1:]}),
+        [WEIGHTS, UP, "[64, 31]", "[64, 32]"],
+    ),
     "transposed": (lambda d: change(d / WEIGHTS, **{UP: lambda t: t.T}), [WEIGHTS, UP, "[32, 64]", "[64, 32]"]),
-    "missing-norm": (lambda d: change(d / WEIGHTS, **{"model.norm.weight": None}), [WEIGHTS, "model.norm.weight", "[32]"]),
-    "missing-head": (lambda d: change(d / WEIGHTS, **{"lm_head.weight": None}), [WEIGHTS, "lm_head.weight", "[64, 32]"]),
-    "another-head": (lambda d: change(d / WEIGHTS, **{"lm_head.weight": lambda t: t[:, :16]}), [WEIGHTS, "lm_head.weight", "[64, 16]", "[64, 32]"]),
+    "missing-norm": (
+        lambda d: change(d / WEIGHTS, **{"model.norm.weight": None}),
+        [WEIGHTS, "model.norm.weight", "[32]"],
+    ),
+    "missing-head": (
+        lambda d: change(d / WEIGHTS, **{"lm_head.weight": None}),
+        [WEIGHTS, "lm_head.weight", "[64, 32]"],
+    ),
+    "another-head": (
+        lambda d: change(d / WEIGHTS, **{"lm_head.weight": lambda t: t[:, :16]}),
+        [WEIGHTS, "lm_head.weight", "[64, 16]", "[64, 32]"],
+    ),
     "gap-in-layers": (lambda d: _rename_layer(d / WEIGHTS, 1, 5), [WEIGHTS, "layers [0, 5]", "0 to 5"]),
     "no-layers": (lambda d: save_file({"a": torch.ones(1)}, d / WEIGHTS), [WEIGHTS, "model.layers.0"]),
     "truncated": (lambda d: _truncate(d / WEIGHTS), [WEIGHTS, "damaged"]),
@@ -274,10 +311,13 @@ TWIGS = {
     "no-K": (lambda d: edit(d / CONFIG, K=None), [CONFIG, "K is None"]),
     "another-T": (lambda d: edit(d / CONFIG, T=3), [CONFIG, "T is 3", "2 layers"]),
     "another-L": (lambda d: edit(d / CONFIG, L=32), [CONFIG, "'tiny'", "L = 32", "L = 6"]),
-    "another-width": (lambda d: edit(d / CONFIG, hidden_size=64), [CONFIG, "'tiny'", "hidden_size = 64", "hidden_size = 32"]),
+    "another-width": (
+        lambda d: edit(d / CONFIG, hidden_size=64),
+        [CONFIG, "'tiny'", "hidden_size = 64", "hidden_size = 32"],
+    ),
     "other-weights": (lambda d: edit(d / CONFIG, base_signature=[0.1] * 16), [CONFIG, "'tiny'", "other weights"]),
     "too-deep": (lambda d: edit(d / CONFIG, K=5), ["K + T is 5 + 2", "L = 6"]),
-}  # fmt: skip
+}
 
 
 def _rename_layer(file: Path, old: int, new: int) -> None:
@@ -321,21 +361,51 @@ def test_a_twig_knows_its_base_under_another_dtype_and_layout(twig, base, origin
 
 
 BASES = {
-    "missing-tensor": (lambda d: change(d / "model.safetensors", **_drop(d, "layers.3.mlp.up_proj.weight")), ["missing key", "layers.3.mlp.up_proj.weight", "[64, 32]"]),
-    "unexpected-tensor": (lambda d: change(d / "model.safetensors", extra=torch.ones(2)), ["model.safetensors", "unexpected key", "extra"]),
-    "mis-shaped-tensor": (lambda d: change(d / "model.safetensors", **_cut(d, "layers.3.mlp.up_proj.weight")), ["model.safetensors", "layers.3.mlp.up_proj.weight", "[64, 31]", "[64, 32]"]),
+    "missing-tensor": (
+        lambda d: change(d / "model.safetensors", **_drop(d, "layers.3.mlp.up_proj.weight")),
+        ["missing key", "layers.3.mlp.up_proj.weight", "[64, 32]"],
+    ),
+    "unexpected-tensor": (
+        lambda d: change(d / "model.safetensors", extra=torch.ones(2)),
+        ["model.safetensors", "unexpected key", "extra"],
+    ),
+    "mis-shaped-tensor": (
+        lambda d: change(d / "model.safetensors", **_cut(d, "layers.3.mlp.up_proj.weight")),
+        ["model.safetensors", "layers.3.mlp.up_proj.weight", "[64, 31]", "[64, 32]"],
+    ),
     "truncated": (lambda d: _truncate(d / "model.safetensors"), ["model.safetensors", "damaged"]),
-    "no-weights": (lambda d: (d / "model.safetensors").unlink(), ["no weights", "model.safetensors", "pytorch_model.bin"]),
-    "missing-shard": (lambda d: next(iter(split(d, "safetensors").glob("*2-of*"))).unlink(), ["1 of 2 shards", "model-00002-of-00002.safetensors"]),
-    "missing-bin-shard": (lambda d: next(iter(split(d, "bin").glob("*1-of*"))).unlink(), ["1 of 2 shards", "pytorch_model-00001-of-00002.bin"]),
-    "damaged-bin-shard": (lambda d: _truncate(next(iter(split(d, "bin").glob("*1-of*")))), ["pytorch_model-00001-of-00002.bin", "damaged"]),
-    "bad-index": (lambda d: (split(d, "safetensors") / "model.safetensors.index.json").write_text('{"a": 1}'), ["model.safetensors.index.json", "not a weight index"]),
-    "doubled-tensor": (lambda d: _double(split(d, "safetensors")), ["model-00002-of-00002.safetensors", "again", "model-00001-of-00002.safetensors"]),
+    "no-weights": (
+        lambda d: (d / "model.safetensors").unlink(),
+        ["no weights", "model.safetensors", "pytorch_model.bin"],
+    ),
+    "missing-shard": (
+        lambda d: next(iter(split(d, "safetensors").glob("*2-of*"))).unlink(),
+        ["1 of 2 shards", "model-00002-of-00002.safetensors"],
+    ),
+    "missing-bin-shard": (
+        lambda d: next(iter(split(d, "bin").glob("*1-of*"))).unlink(),
+        ["1 of 2 shards", "pytorch_model-00001-of-00002.bin"],
+    ),
+    "damaged-bin-shard": (
+        lambda d: _truncate(next(iter(split(d, "bin").glob("*1-of*")))),
+        ["pytorch_model-00001-of-00002.bin", "damaged"],
+    ),
+    "bad-index": (
+        lambda d: (split(d, "safetensors") / "model.safetensors.index.json").write_text('{"a": 1}'),
+        ["model.safetensors.index.json", "not a weight index"],
+    ),
+    "doubled-tensor": (
+        lambda d: _double(split(d, "safetensors")),
+        ["model-00002-of-00002.safetensors", "again", "model-00001-of-00002.safetensors"],
+    ),
     "bad-json": (lambda d: (d / "config.json").write_text('{"model_type":'), ["config.json", "JSON"]),
     "no-config": (lambda d: (d / "config.json").unlink(), ["config.json", "no such file"]),
-    "wrong-type": (lambda d: (d / "config.json").write_text('{"model_type": "bert"}'), ["config.json", "'bert'", "LLaVA"]),
+    "wrong-type": (
+        lambda d: (d / "config.json").write_text('{"model_type": "bert"}'),
+        ["config.json", "'bert'", "LLaVA"],
+    ),
     "next": (lambda d: edit(d / "config.json", model_type="llava_next"), ["config.json", "'llava_next'", "LLaVA-1.5"]),
-}  # fmt: skip
+}
 
 
 def _full_name(folder: Path, ending: str) -> str:

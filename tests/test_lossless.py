@@ -183,8 +183,9 @@ def test_keeping_all_equals_not_pruning(case):
 def test_sdpa_equals_eager(case):
     arguments = {**batch(*case.prompts(), case.left), "max_new_tokens": case.new, "eos_token_id": []}
     eager = tiny(**dict(case.shape), attention="eager")
-    for settings in (case.pruned, {}):
-        same(case.vlm.generate(**arguments, **settings, **case.speculation), eager.generate(**arguments, **settings, **case.speculation))
+    for pruning in ({}, case.pruned):
+        arguments |= pruning | case.speculation
+        same(case.vlm.generate(**arguments), eager.generate(**arguments))
 
 
 def test_the_tiny_models_draft_right_and_wrong():
@@ -218,7 +219,7 @@ def road(layers, hidden, visible, rotary):
 
 @torch.inference_mode()
 def masked_forward(vlm, row, answer, pictures, r, method, query):
-    """(kept, logits at every answer place) of a forward in which nothing is dropped, only hidden from layer K or F on."""
+    """(kept, logits of every answer place) of a forward in which nothing is dropped, only hidden from K or F on."""
     trunk, config = vlm.trunk, vlm.config
     ids = torch.tensor([row + answer])
     visual = ids[0] == vlm.image_token_id
@@ -285,7 +286,11 @@ def _processors(name: str, row: list[int]) -> LogitsProcessorList:
         "repetition": lambda: [RepetitionPenaltyLogitsProcessor(1.7)],
         "ngram": lambda: [NoRepeatNGramLogitsProcessor(2)],
         "minimum": lambda: [MinNewTokensLengthLogitsProcessor(len(row), 7, EOS)],
-        "all": lambda: [RepetitionPenaltyLogitsProcessor(1.2), NoRepeatNGramLogitsProcessor(3), MinNewTokensLengthLogitsProcessor(len(row), 4, EOS)],
+        "all": lambda: [
+            RepetitionPenaltyLogitsProcessor(1.2),
+            NoRepeatNGramLogitsProcessor(3),
+            MinNewTokensLengthLogitsProcessor(len(row), 4, EOS),
+        ],
     }
     return LogitsProcessorList(made[name]())
 
@@ -320,6 +325,23 @@ def test_processors_in_a_batch():
     out = vlm.generate(**batch(rows, pictures), logits_processor=processors, max_new_tokens=NEW, draft_confidence=0.2)
     pairs = zip(rows, pictures, strict=True)
     assert out.tokens == [stock(vlm, *p, logits_processor=processors, max_new_tokens=NEW) for p in pairs]
+
+
+def test_drafts_obey_the_processors_too():
+    """Else all drafts behind the first would be refused: each is judged behind those before it."""
+    vlm, repeated = tiny(fade=0.3, noise=0.1), 0
+    forbid = LogitsProcessorList([NoRepeatNGramLogitsProcessor(1)])
+    for seed in range(4):
+        arguments = {
+            **one(vlm, 3, IMAGE, 4, seed=seed),
+            "max_new_tokens": NEW,
+            "draft_confidence": 0.0,
+            "eos_token_id": [],
+        }
+        for step in vlm.generate(**arguments, logits_processor=forbid).steps[0]:
+            assert len(set(step.drafted)) == len(step.drafted)
+        repeated += any(len(set(s.drafted)) < len(s.drafted) for s in vlm.generate(**arguments).steps[0])
+    assert repeated, "without the processor the twig must repeat itself somewhere"
 
 
 def test_maximal_time():
@@ -370,7 +392,9 @@ SAMPLING = [
 ]
 
 
-def filtered(logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> torch.Tensor:
+def filtered(
+    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> torch.Tensor:
     """[N, vocabulary] → probabilities that sampling should follow, written out slowly."""
     result = torch.zeros_like(logits)
     for row, out in zip(logits / temperature, result, strict=True):
@@ -451,7 +475,13 @@ def test_rejection_sampling_alone():
 def test_a_seed_repeats(draft_length):
     vlm = tiny(sharpness=1.0)
     rows, pictures = prompts(vlm, [(3, IMAGE, 4), (5,), (IMAGE, 3)])
-    settings = {"do_sample": True, "max_new_tokens": NEW, "draft_length": draft_length, "draft_confidence": 0.1, "eos_token_id": []}
+    settings = {
+        "do_sample": True,
+        "max_new_tokens": NEW,
+        "draft_length": draft_length,
+        "draft_confidence": 0.1,
+        "eos_token_id": [],
+    }
     first = vlm.generate(**batch(rows, pictures), seed=4, **settings)
     assert vlm.generate(**batch(rows, pictures), seed=4, **settings).tokens == first.tokens
     assert vlm.generate(**batch(rows, pictures), seed=5, **settings).tokens != first.tokens

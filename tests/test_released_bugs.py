@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import EOS, IMAGE, ROOT, batch, drafts, one, prompts, stock, tiny, tiny_model, write_base
+from conftest import EOS, IMAGE, ROOT, Numbers, batch, drafts, one, prompts, stock, tiny, tiny_model, write_base
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +16,7 @@ from twigvlm.config import TwigConfig
 from twigvlm.decoding import DraftStreamer
 from twigvlm.errors import InputError
 from twigvlm.model.images import open_image
-from twigvlm.model.twig import CONFIG, WEIGHTS, save_twig
+from twigvlm.model.twig import WEIGHTS, save_twig
 from twigvlm.pruning import METHODS
 
 NEW = 8
@@ -83,7 +83,9 @@ def test_wipe_layer_by_default(L, F):
 def test_one_new_token(R, draft_length):
     vlm = tiny()
     (row,), (pictures,) = prompts(vlm, [(3, IMAGE, 4)])
-    out = vlm.generate(**batch([row], [pictures]), retained_tokens=R, draft_length=draft_length, max_new_tokens=1, eos_token_id=[])
+    out = vlm.generate(
+        **batch([row], [pictures]), retained_tokens=R, draft_length=draft_length, max_new_tokens=1, eos_token_id=[]
+    )
     assert len(out.tokens[0]) == 1 and drafts(out) == [(0, 0)]
     assert R or out.tokens[0] == stock(vlm, row, pictures, max_new_tokens=1)
 
@@ -91,24 +93,23 @@ def test_one_new_token(R, draft_length):
 def test_streaming_when_the_first_draft_is_refused():
     vlm = tiny(noise=3.0)
     shown = []
-    streamer = DraftStreamer(_Numbers(), lambda text, drafted: shown.append(text))
+    streamer = DraftStreamer(Numbers(), lambda text, drafted: shown.append(text))
     out = vlm.generate(**one(vlm, 3, IMAGE, 4), max_new_tokens=NEW, streamer=streamer, eos_token_id=[])
     assert drafts(out)[0][0] > 0 and drafts(out)[0][1] == 0
-    assert "".join(shown) == _Numbers().decode(out.tokens[0])
-
-
-class _Numbers:
-    """A tokenizer whose words are numbers."""
-
-    def decode(self, tokens, skip_special_tokens=True) -> str:
-        return "".join(f"{t}." for t in tokens)
+    assert "".join(shown) == Numbers().decode(out.tokens[0])
 
 
 @pytest.mark.parametrize("R", [None, 2.5])
 def test_sampling(R):
     """Its losslessness is test_lossless.py's; here it works at all, with a draft accepted and one refused."""
     vlm = tiny(sharpness=1.0)
-    arguments = {**one(vlm, 3, IMAGE, 4), "do_sample": True, "max_new_tokens": 30, "draft_confidence": 0.1, "eos_token_id": []}
+    arguments = {
+        **one(vlm, 3, IMAGE, 4),
+        "do_sample": True,
+        "max_new_tokens": 30,
+        "draft_confidence": 0.1,
+        "eos_token_id": [],
+    }
     out = vlm.generate(**arguments, temperature=0.8, top_k=20, top_p=0.95, seed=1, retained_tokens=R)
     assert len(out.tokens[0]) == 30
     assert 0 < out.stats.accepted < out.stats.drafted

@@ -80,7 +80,11 @@ def find(scene, words):
         f
         for f in facts(scene)
         if (place and f[3] == place[1])
-        or (not place and all(w in (f[0], f[1], "the", "object") for w in words.split()) and (f[0] in words or f[1] in words))
+        or (
+            not place
+            and all(w in (f[0], f[1], "the", "object") for w in words.split())
+            and (f[0] in words or f[1] in words)
+        )
     ]
     assert len(hits) == 1, (words, hits)
     return hits[0]
@@ -91,9 +95,15 @@ def second_reading(scene, text):
     text = re.split(r"\nAnswer| Please", text)[0]
     if text.startswith(("Is there a word", "Is there any text")):
         return "Yes" if scene.word else "No"
-    if m := re.match(r"(?:Is there|Can you see) an? (?:([a-z]+) )?(object|[a-z]+)(?: in the (?:image|picture))?\?", text):
+    if m := re.match(
+        r"(?:Is there|Can you see) an? (?:([a-z]+) )?(object|[a-z]+)(?: in the (?:image|picture))?\?", text
+    ):
         colour, shape = m[1], m[2]
-        return "Yes" if any((not colour or f[0] == colour) and (shape == "object" or f[1] == shape) for f in facts(scene)) else "No"
+        return (
+            "Yes"
+            if any((not colour or f[0] == colour) and (shape == "object" or f[1] == shape) for f in facts(scene))
+            else "No"
+        )
     if m := re.match(r"(?:What|Which) (colour|shape) (?:is|does) (the .+?)(?: have)?\?", text):
         return find(scene, m[2])[0 if m[1] == "colour" else 1]
     if m := re.match(r"What is the (colour|shape) of (the .+)\?", text):
@@ -161,7 +171,11 @@ def test_tokenizer_survives_saving_and_reads_every_byte(tokenizer, tmp_path):
 
     save_base(build(base_config(len(tokenizer), len(tokenizer) - 1, layers=1, hidden=32)), tokenizer, tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("USER: <image>\nWhere is the ring? ASSISTANT: top</s>USER: ok", "naïve 漢字 🙂", describe(sample_scene("test", 1))):
+    for text in (
+        "USER: <image>\nWhere is the ring? ASSISTANT: top</s>USER: ok",
+        "naïve 漢字 🙂",
+        describe(sample_scene("test", 1)),
+    ):
         ids = tokenizer(text).input_ids
         assert again(text).input_ids == ids
         assert ids == encode(tokenizer, text, tokenizer.convert_tokens_to_ids("<image>"), 1)
@@ -189,7 +203,9 @@ def test_packed_questions_equal_questions_asked_alone(tokenizer):
         start = 12
         for slots, length in packing.GROUPS:
             for _ in range(slots):
-                alone = run(torch.cat([prefix, hidden[:, start : start + length]], 1), torch.arange(12 + length), "sdpa")
+                alone = run(
+                    torch.cat([prefix, hidden[:, start : start + length]], 1), torch.arange(12 + length), "sdpa"
+                )
                 assert torch.allclose(alone[:, 12:], together[:, start : start + length], atol=1e-5)
                 start += length
 

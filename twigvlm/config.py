@@ -64,7 +64,9 @@ class GenerationSettings:
             if not ok:
                 raise InputError(f"{name} is {getattr(self, name)!r}; {legal}")
 
-        check(_whole(self.draft_length) and self.draft_length >= 0, "draft_length", "0 (plain decoding) or more is needed")
+        check(
+            _whole(self.draft_length) and self.draft_length >= 0, "draft_length", "0 (plain decoding) or more is needed"
+        )
         check(0 <= self.draft_confidence <= 1, "draft_confidence", "0 to 1 is needed")
         check(_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", "1 or more is needed")
         good = math.isfinite(self.temperature) and self.temperature > 0

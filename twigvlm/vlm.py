@@ -145,10 +145,16 @@ class TwigVLM:
         ids, lengths, padded = self._rows(input_ids, attention_mask)
         plan = self._plan(pruning, retained_tokens, query, seed or 0)
         if plan.stages and (bare := [b for b, row in enumerate(ids) if set(row) == {self.image_token_id}]):
-            raise InputError(f"row {bare[0]} of input_ids holds image tokens only; pruned, it needs a text token to go on from")
+            raise InputError(
+                f"row {bare[0]} of input_ids holds image tokens only; pruned, it needs a text token to go on from"
+            )
         if streamer is not None and len(ids) > 1:
             raise InputError(f"a streamer takes one row, but input_ids have {len(ids)}; call generate row by row")
-        rules = [stopping_criteria] if callable(stopping_criteria) and not isinstance(stopping_criteria, list) else stopping_criteria
+        rules = (
+            [stopping_criteria]
+            if callable(stopping_criteria) and not isinstance(stopping_criteria, list)
+            else stopping_criteria
+        )
         chosen = (chooser or Chooser)(settings, logits_processor)
         decoder = Decoder(self.trunk, self.twig, plan, settings, self._eos(eos_token_id), chosen, rules)
         with torch.inference_mode():
@@ -173,7 +179,9 @@ class TwigVLM:
         first, reply = turns[0]
         marks = first.count(IMAGE)
         if marks not in (0, len(images)):
-            raise InputError(f"the question has {marks} {IMAGE} marks for {len(images)} images; write none or one per image")
+            raise InputError(
+                f"the question has {marks} {IMAGE} marks for {len(images)} images; write none or one per image"
+            )
         if not marks and images:
             turns[0] = (f"{IMAGE}\n" * len(images) + first, reply)
         ids = encode(self.tokenizer, VICUNA_V1.render(turns), self.image_token_id, self.config.V)
@@ -206,12 +214,18 @@ class TwigVLM:
         if streamer is not None:
             streamer.end()
         tokens = [[t for step in steps for t in step.tokens] for steps in rows]
-        return Output(tokens, decoder.kept, rows, self._stats(decoder, rows, lengths, plan, asked, first - start, end - first))
+        return Output(
+            tokens, decoder.kept, rows, self._stats(decoder, rows, lengths, plan, asked, first - start, end - first)
+        )
 
-    def _rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[list, list[int], torch.Tensor]:
+    def _rows(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[list, list[int], torch.Tensor]:
         """Each prompt as a list, its length, and all of them right-padded [B, S]."""
         if input_ids.dim() != 2 or not input_ids.numel():
-            raise InputError(f"input_ids have shape {list(input_ids.shape)}; [rows, tokens] with one token at least is needed")
+            raise InputError(
+                f"input_ids have shape {list(input_ids.shape)}; [rows, tokens] with one token at least is needed"
+            )
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.device)
         if mask.shape != input_ids.shape:
             raise InputError(f"attention_mask has shape {list(mask.shape)}, but input_ids have {list(input_ids.shape)}")
@@ -225,7 +239,9 @@ class TwigVLM:
                     f"prompt of {len(row)} tokens (row {b}) leaves no room in the context of {self.trunk.context}; shorten it"
                 )
             if wrong := [t for t in row if not (0 <= t < vocabulary or t == self.image_token_id)]:
-                raise InputError(f"token id {wrong[0]} in row {b} is outside the vocabulary of {vocabulary}; wrong tokenizer?")
+                raise InputError(
+                    f"token id {wrong[0]} in row {b} is outside the vocabulary of {vocabulary}; wrong tokenizer?"
+                )
         lengths = [len(row) for row in ids]
         padded = torch.zeros(len(ids), max(lengths), dtype=torch.long)
         for out, row in zip(padded, ids, strict=True):
@@ -236,7 +252,9 @@ class TwigVLM:
         if retained is None:
             return plan_for(pruning, None, self.config.V, TwigConfig(L=10**6), query)  # checks the names
         if self.twig is None and pruning == "twig":
-            raise InputError("pruning 'twig' needs a twig, and none is loaded; give one, another method, or retained_tokens=None")
+            raise InputError(
+                "pruning 'twig' needs a twig, and none is loaded; give one, another method, or retained_tokens=None"
+            )
         config = self.twig.config if self.twig else self._fallback or TwigConfig(self.config.L, DEFAULT_K, DEFAULT_T)
         return plan_for(pruning, retained, self.config.V, config, query, seed)
 

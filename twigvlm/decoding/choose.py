@@ -42,7 +42,12 @@ class Chooser:
         self.simple = not self.sampling and not self.processors
 
     def propose(
-        self, logits: torch.Tensor, drafts: list[Proposal], histories: list[list[int]], generators: list, going: list[bool]
+        self,
+        logits: torch.Tensor,
+        drafts: list[Proposal],
+        histories: list[list[int]],
+        generators: list,
+        going: list[bool],
     ) -> None:
         """Append one token to the draft of every going row; `logits` [B, vocabulary] are the twig's."""
         if self.simple:

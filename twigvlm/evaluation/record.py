@@ -18,10 +18,7 @@ def provenance() -> dict:
     """Command line, commit, time, versions and device of this process."""
     import torch
 
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = _processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
         "command": " ".join([Path(sys.executable).name, *_argv()]),
         "commit": _commit(),

@@ -121,7 +121,7 @@ class Bench:
 
     def run(self, repeats: int) -> list[dict]:
         """Medians per method over prompts x repeats, methods interleaved so that drift hits all alike."""
-        methods = self.methods() if self.vlm.twig else {k: v for k, v in list(self.methods().items())[:2]}
+        methods = self.methods() if self.vlm.twig else dict(list(self.methods().items())[:2])
         timings: dict[str, list[Timing]] = {name: [] for name in methods}
         for method in methods.values():
             method(self.prompts[0])
@@ -229,7 +229,9 @@ def weight_bytes(trunk: Trunk) -> int:
 
 
 @torch.inference_mode()
-def step_costs(vlm: TwigVLM, context: int, blocks: tuple[int, ...] = (1, 2, 4, 6, 8), repeats: int = 15) -> dict[str, float]:
+def step_costs(
+    vlm: TwigVLM, context: int, blocks: tuple[int, ...] = (1, 2, 4, 6, 8), repeats: int = 15
+) -> dict[str, float]:
     """Milliseconds of a draft step (K + T layers, one token) and of verifying blocks, behind `context` tokens."""
     trunk, twig, costs = vlm.trunk, vlm.twig, {}
     K = twig.config.K if twig else 0
@@ -242,7 +244,9 @@ def step_costs(vlm: TwigVLM, context: int, blocks: tuple[int, ...] = (1, 2, 4, 6
         trunk.run(twig.layers, wide, cache)
 
         def draft() -> None:
-            stream = trunk.run(twig.layers, trunk.run(trunk.layers[:K], trunk.tokens([5], [context], [1]), cache), cache)
+            stream = trunk.run(
+                twig.layers, trunk.run(trunk.layers[:K], trunk.tokens([5], [context], [1]), cache), cache
+            )
             twig.logits(stream.hidden).argmax(-1).tolist()
             cache.drop_last([*range(K), *range(trunk.L, trunk.L + twig.config.T)], [1])
 
@@ -314,14 +318,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-model", metavar="ID", help="hub id or folder (default: the embedded model)")
     parser.add_argument("--twig-block", metavar="ID", help="its twig")
-    parser.add_argument("--random", metavar="SHAPE", help="random weights instead: llava-1.5-7b, llava-1.5-13b or WIDTHxLAYERS")
+    parser.add_argument(
+        "--random", metavar="SHAPE", help="random weights instead: llava-1.5-7b, llava-1.5-13b or WIDTHxLAYERS"
+    )
     parser.add_argument("--twig-K", type=int)
     parser.add_argument("--twig-T", type=int)
     parser.add_argument("-R", "--retained-tokens", type=float, default=64)
     parser.add_argument("--tokens", type=int, help="longest answer (default: a whole description; 64 with --random)")
     parser.add_argument("--prompts", type=int, default=3, help="different pictures (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs per picture (default %(default)s)")
-    parser.add_argument("--assume-acceptance", type=float, metavar="P", help="a seeded coin accepts drafts; figures are simulated")
+    parser.add_argument(
+        "--assume-acceptance", type=float, metavar="P", help="a seeded coin accepts drafts; figures are simulated"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
@@ -345,7 +353,9 @@ def show(facts: dict) -> None:
     """The table for people."""
     letters = ", ".join(f"{k}={v}" for k, v in facts["letters"].items())
     print(f"{facts['model']} ({letters}), R={facts['R']:g}, {facts['dtype']}, {facts['attention']}")
-    print(f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, transformers {facts['transformers']}\n")
+    print(
+        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, transformers {facts['transformers']}\n"
+    )
     print(table(facts["rows"], digits=2))
     b = facts["bandwidth"]
     share = f"{100 * b['plain_share_of_limit']:.0f} %" if b["plain_share_of_limit"] else "-"

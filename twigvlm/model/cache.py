@@ -25,7 +25,9 @@ class Cache:
     def lengths(self, slot: int) -> tuple[int, ...]:
         return self._lengths[slot]
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_, **__) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_, **__
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new [B, H, q, d] behind each row's length; views of all up to the longest row.
 
         The lengths move only with `advance`: what padding rows wrote is overwritten by the next call.

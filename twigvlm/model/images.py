@@ -53,7 +53,9 @@ def _exists(path: Path) -> bool:
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Turn by EXIF orientation and convert any mode to RGB (transparency on white)."""
     if image.width * image.height > MAX_PIXELS:
-        raise InputError(f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are accepted, make it smaller")
+        raise InputError(
+            f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are accepted, make it smaller"
+        )
     try:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith(("I", "F")):  # 16 and 32 bit greys: scale to what is there
@@ -104,7 +106,7 @@ def _download(url: str) -> bytes:
     request = urllib.request.Request(url, headers={"User-Agent": "twigvlm"})
     try:
         end = time.monotonic() + TIMEOUT
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:  # noqa: S310 (scheme checked by the caller)
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             data = bytearray()
             while chunk := answer.read1(CHUNK):
                 data += chunk

@@ -91,7 +91,9 @@ def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: i
     if not file.exists():
         raise InputError(f"{file}: no such file; a twig is a folder with {WEIGHTS}")
     if file.suffix != ".safetensors":
-        raise InputError(f"{file}: a twig is one .safetensors file; convert it, or give the folder that holds {WEIGHTS}")
+        raise InputError(
+            f"{file}: a twig is one .safetensors file; convert it, or give the folder that holds {WEIGHTS}"
+        )
     described = (folder / CONFIG).exists()
     facts = read_json(folder / CONFIG) if described else {}
     shapes = {name: shape for name, _, shape in read_tensors(file, torch.device("cpu"))}
@@ -100,7 +102,9 @@ def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: i
         _check_description(folder / CONFIG, facts, stored_T, trunk)
     for letter, asked, stored in (("K", K, facts.get("K")), ("T", T, stored_T)):
         if asked is not None and stored is not None and asked != stored:
-            raise InputError(f"{file}: {letter} = {asked} was asked for, but the twig was grown with {letter} = {stored}")
+            raise InputError(
+                f"{file}: {letter} = {asked} was asked for, but the twig was grown with {letter} = {stored}"
+            )
     config = TwigConfig(trunk.L, facts.get("K") or K or DEFAULT_K, stored_T, F if F is not None else facts.get("F", 0))
     vocabulary = _check_head(file, shapes, trunk)
     module = twig_skeleton(trunk, config, vocabulary)
@@ -198,14 +202,18 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     return chosen
 
 
-def _load_original(folder: Path, facts: dict, device: torch.device, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+def _load_original(
+    folder: Path, facts: dict, device: torch.device, dtype: torch.dtype
+) -> LlavaForConditionalGeneration:
     """LLaVA's own layout: flat configuration, `mm_*` fields, the tower often elsewhere."""
     files = weight_files(folder)
     carried = any("vision_tower" in name for f in files for name, _, _ in read_tensors(f, torch.device("cpu")))
     tower, tower_facts = _find_tower(folder, facts, carried)
     kind = facts.get("mm_projector_type", "linear")
     if kind != "mlp2x_gelu":
-        raise InputError(f"{folder / 'config.json'}: mm_projector_type is {kind!r}; only LLaVA-1.5's mlp2x_gelu is supported")
+        raise InputError(
+            f"{folder / 'config.json'}: mm_projector_type is {kind!r}; only LLaVA-1.5's mlp2x_gelu is supported"
+        )
     vocabulary = facts["vocab_size"]
     model = skeleton(original_config(facts, tower_facts, vocabulary), device, dtype)
     # The image token gets an embedding row behind the vocabulary; the head stays as it was trained.
@@ -243,7 +251,9 @@ def original_config(facts: dict, tower_facts: dict, vocabulary: int) -> LlavaCon
         vision_config=CLIPVisionConfig(**{k: v for k, v in tower_facts.items() if k in vision_keys}),
         image_token_index=vocabulary,
         vision_feature_layer=facts.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}[facts.get("mm_vision_select_feature", "patch")],
+        vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}[
+            facts.get("mm_vision_select_feature", "patch")
+        ],
         projector_hidden_act="gelu",
         tie_word_embeddings=False,
     )
@@ -253,7 +263,9 @@ def _find_tower(folder: Path, facts: dict, carried: bool) -> tuple[Path | None, 
     """(folder or None, configuration) of the vision tower that `mm_vision_tower` names."""
     name = facts.get("mm_vision_tower")
     if not name:
-        raise InputError(f"{folder / 'config.json'}: no mm_vision_tower; it names the CLIP model that sees for this one")
+        raise InputError(
+            f"{folder / 'config.json'}: no mm_vision_tower; it names the CLIP model that sees for this one"
+        )
     for place in (folder / name, Path(name).expanduser()):
         if (place / "config.json").exists():
             found = place
@@ -262,7 +274,9 @@ def _find_tower(folder: Path, facts: dict, carried: bool) -> tuple[Path | None, 
         if carried and name in KNOWN_TOWERS:
             return None, KNOWN_TOWERS[name]
         if name.startswith((".", "/", "~")):
-            raise InputError(f"{folder / 'config.json'}: mm_vision_tower is {name!r}, but {folder / name} is no model folder")
+            raise InputError(
+                f"{folder / 'config.json'}: mm_vision_tower is {name!r}, but {folder / name} is no model folder"
+            )
         found = resolve(name, "vision tower")
     tower = read_json(found / "config.json")
     return found, tower.get("vision_config", tower)
@@ -308,7 +322,9 @@ AttentionInterface.register("flash_or_sdpa", _flash_or_sdpa)
 def _count_layers(file: Path, shapes: dict[str, tuple[int, ...]]) -> int:
     numbers = {int(m[1]) for m in (re.match(r"model\.layers\.(\d+)\.", k) for k in shapes) if m}
     if not numbers:
-        raise InputError(f"{file}: no key model.layers.0.*; this is not a twig (lm_head, model.norm, model.layers.0..T-1)")
+        raise InputError(
+            f"{file}: no key model.layers.0.*; this is not a twig (lm_head, model.norm, model.layers.0..T-1)"
+        )
     if numbers != set(range(len(numbers))):
         raise InputError(f"{file}: layers {sorted(numbers)} found, expected 0 to {max(numbers)} without a gap")
     return len(numbers)
@@ -338,7 +354,9 @@ def _check_head(file: Path, shapes: dict[str, tuple[int, ...]], trunk: Trunk) ->
     if shape is None:
         raise InputError(f"{file}: missing key lm_head.weight, expected with shape {list(base)}")
     if len(shape) != 2 or shape[1] != base[1] or not base[0] - MAX_PADDED_ROWS <= shape[0] <= base[0]:
-        raise InputError(f"{file}: key lm_head.weight has shape {list(shape)}, expected {list(base)}: a twig of another base?")
+        raise InputError(
+            f"{file}: key lm_head.weight has shape {list(shape)}, expected {list(base)}: a twig of another base?"
+        )
     return shape[0]
 
 
@@ -346,4 +364,6 @@ def _check_signature(file: Path, facts: dict, trunk: Trunk) -> None:
     stored = torch.tensor(facts["base_signature"])
     found = torch.tensor(signature(trunk))
     if stored.shape != found.shape or not torch.allclose(stored, found, rtol=0.02, atol=1e-4):
-        raise InputError(f"{file}: this twig grew on other weights ({facts.get('base')!r}) than this base's; give the twig of this base")
+        raise InputError(
+            f"{file}: this twig grew on other weights ({facts.get('base')!r}) than this base's; give the twig of this base"
+        )

@@ -29,7 +29,9 @@ def build_processor(loaded: Loaded) -> LlavaProcessor:
         kind = LlamaTokenizer if loaded.original else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, legacy=True)
     except (OSError, ValueError, TypeError) as fault:
-        raise InputError(f"{folder}: no usable tokenizer ({str(fault).splitlines()[0]}); fetch tokenizer.model") from fault
+        raise InputError(
+            f"{folder}: no usable tokenizer ({str(fault).splitlines()[0]}); fetch tokenizer.model"
+        ) from fault
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     size = config.vision_config.image_size

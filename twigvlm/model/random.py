@@ -24,7 +24,9 @@ def random_config(shape: str) -> LlavaConfig:
     else:
         match = re.fullmatch(r"(\d+)x(\d+)", shape)
         if not match or int(match[1]) % 64 or not int(match[1]) or not int(match[2]):
-            raise InputError(f"random shape is {shape!r}; {', '.join(SHAPES)} or WIDTHxLAYERS (width a multiple of 64) is needed")
+            raise InputError(
+                f"random shape is {shape!r}; {', '.join(SHAPES)} or WIDTHxLAYERS (width a multiple of 64) is needed"
+            )
         width, layers = int(match[1]), int(match[2])
         forward, heads = round(width * 2.6875 / 64) * 64, width // 64
     text = LlamaConfig(
@@ -33,12 +35,19 @@ def random_config(shape: str) -> LlavaConfig:
     )  # fmt: skip
     tower = dict(KNOWN_TOWERS["openai/clip-vit-large-patch14-336"])
     if width < tower["hidden_size"]:  # a small decoder behind a small tower
-        tower |= {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64, "num_hidden_layers": 4}
+        tower |= {
+            "hidden_size": width,
+            "intermediate_size": 4 * width,
+            "num_attention_heads": width // 64,
+            "num_hidden_layers": 4,
+        }
     vision = CLIPVisionConfig(**tower)
     return LlavaConfig(text_config=text, vision_config=vision, image_token_index=32000, vision_feature_layer=-2)
 
 
-def random_base(shape: str, device: torch.device, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0) -> LlavaForConditionalGeneration:
+def random_base(
+    shape: str, device: torch.device, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0
+) -> LlavaForConditionalGeneration:
     """Weights drawn straight on the device, in the wanted dtype."""
     model = skeleton(random_config(shape), device, dtype)
     generator = torch.Generator(device).manual_seed(seed)

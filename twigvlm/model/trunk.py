@@ -64,7 +64,9 @@ class Trunk:
         images = 0 if pixel_values is None else len(pixel_values)
         side = self.model.config.vision_config.image_size
         if images and pixel_values.shape[1:] != (3, side, side):
-            raise InputError(f"pixel_values have shape {list(pixel_values.shape)}; [images, 3, {side}, {side}] is needed")
+            raise InputError(
+                f"pixel_values have shape {list(pixel_values.shape)}; [images, 3, {side}, {side}] is needed"
+            )
         tokens = int(visual.sum())
         if tokens != images * self.V:
             raise InputError(
@@ -73,7 +75,9 @@ class Trunk:
             )
         for b, count in enumerate(visual.sum(1).tolist()):
             if count % self.V:
-                raise InputError(f"row {b} of input_ids holds {count} image tokens; whole images of {self.V} tokens are needed")
+                raise InputError(
+                    f"row {b} of input_ids holds {count} image tokens; whole images of {self.V} tokens are needed"
+                )
         hidden = self.decoder.embed_tokens(ids.masked_fill(visual, 0))
         if images:
             hidden[visual] = self.image_features(pixel_values).flatten(0, 1).to(hidden)
@@ -122,7 +126,7 @@ class Trunk:
         chosen = stream.hidden.gather(1, order[..., None].expand(-1, -1, stream.hidden.shape[-1]))
         query = attention.q_proj(layer.input_layernorm(chosen)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
         cos, sin = (t[:, None] for t in self._rotary_at(stream.positions.gather(1, order)))
-        query = query * cos + _rotate_half(query) * sin  # B H Q d
+        query = query * cos + rotate_half(query) * sin  # B H Q d
         keys = cache.keys(layer.self_attn.layer_idx)
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
         scores = (query @ keys.transpose(2, 3) * attention.scaling).float()
@@ -159,6 +163,6 @@ class Trunk:
         return torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)
 
 
-def _rotate_half(x: torch.Tensor) -> torch.Tensor:
+def rotate_half(x: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
     return torch.cat((-x[..., half:], x[..., :half]), -1)

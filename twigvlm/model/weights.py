@@ -28,7 +28,9 @@ def weight_files(folder: Path) -> list[Path]:
                 raise InputError(f"{index}: not a weight index ({fault}); fetch the file again") from fault
             missing = [s for s in shards if not (folder / s).exists()]
             if missing:
-                raise InputError(f"{folder}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}; fetch them")
+                raise InputError(
+                    f"{folder}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}; fetch them"
+                )
             return [folder / s for s in shards]
         if (folder / name).exists():
             return [folder / name]
@@ -61,7 +63,9 @@ def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
             # Rotary frequencies and position numbers: computed by the constructor, stored nowhere.
             real = dict(type(owner)(owner.config).named_buffers(recurse=False))
             for name, buffer in list(owner.named_buffers(recurse=False)):
-                owner.register_buffer(name, real[name].to(device), persistent=name not in owner._non_persistent_buffers_set)
+                owner.register_buffer(
+                    name, real[name].to(device), persistent=name not in owner._non_persistent_buffers_set
+                )
                 assert buffer.shape == real[name].shape
 
 
@@ -90,7 +94,9 @@ class Filling:
             parameter = self.open.get(name)
             if parameter is None:
                 if name in self.filled:
-                    raise InputError(f"{file}: key {stored} appears again; it was already read from {self.filled[name].name}")
+                    raise InputError(
+                        f"{file}: key {stored} appears again; it was already read from {self.filled[name].name}"
+                    )
                 raise InputError(f"{file}: unexpected key {stored}; the configuration has no such tensor")
             expected = tuple(parameter.shape)
             short = name in padded_rows and shape[1:] == expected[1:] and shape[0] <= expected[0]

@@ -24,7 +24,9 @@ def kept_picture(image: Image.Image, kept: torch.Tensor | None, visual: int) -> 
     if kept is not None:
         light[kept.cpu().numpy()] = 1.0
     longer = max(image.size)
-    mask = Image.fromarray((light * 255).astype(np.uint8).reshape(side, side)).resize((longer, longer), Image.Resampling.NEAREST)
+    mask = Image.fromarray((light * 255).astype(np.uint8).reshape(side, side)).resize(
+        (longer, longer), Image.Resampling.NEAREST
+    )
     left, top = (longer - image.width) // 2, (longer - image.height) // 2
     mask = mask.crop((left, top, left + image.width, top + image.height))
     return Image.composite(image, Image.new("RGB", image.size), mask)
@@ -35,7 +37,9 @@ def check_target(path: Path) -> None:
     if path.suffix.lower() != ".png":
         raise InputError(f"{path}: the picture of kept patches is a PNG; give a name that ends in .png")
     if path.is_dir() or not path.parent.is_dir():
-        raise InputError(f"{path}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}; give a file in an existing folder")
+        raise InputError(
+            f"{path}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}; give a file in an existing folder"
+        )
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: folder {path.parent} may not be written; choose another")
 
@@ -48,4 +52,6 @@ def save_kept(image: Image.Image, kept: torch.Tensor | None, visual: int, path: 
         part.replace(path)
     except OSError as fault:
         part.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({fault.strerror or fault}); free some space or choose another place") from fault
+        raise RunError(
+            f"{path}: cannot be written ({fault.strerror or fault}); free some space or choose another place"
+        ) from fault

@@ -23,6 +23,7 @@ LAYERS = 32
 # Where the layers of the shallow decoder go when it grows to its full depth: the early ones stay
 # together, so that trunk and twig (layers 0 to 4) look at the image, the last ones move up.
 CORE_PLACES = (0, 1, 2, 3, 4, 8, 14, 20)
+MATCHING = 0.4  # of a plain initialisation's scale: a token attends to its like e times more than to others
 
 
 def base_config(vocab_size: int, image_token_id: int, layers: int = LAYERS, hidden: int = 160) -> LlavaConfig:
@@ -76,8 +77,9 @@ def build(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
                     for linear in part.children():
                         if isinstance(linear, torch.nn.Linear):
                             linear.weight.normal_(0, width**-0.5)
-                # Queries that start as their keys match like with like from the first step
-                # (mimetic initialisation, Trockman and Kolter 2023): look-ups form sooner.
+                # Queries that start as their keys, but softly, match like with like from the first
+                # step (mimetic initialisation, Trockman and Kolter 2023).
+                layer.self_attn.q_proj.weight.mul_(MATCHING)
                 layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
                 layer.self_attn.o_proj.weight.mul_(scale)
                 layer.mlp.down_proj.weight.mul_(scale)

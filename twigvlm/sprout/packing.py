@@ -18,8 +18,8 @@ import torch
 from transformers import AttentionInterface
 
 from ..model.prompt import IMAGE, VICUNA_V1, encode
-from .questions import KINDS, ask
-from .world import Scene
+from .questions import KINDS, ask, plural
+from .world import COLOURS, PLACES, SHAPES, Scene
 
 # (slots, tokens a slot), chosen so that 9 of 10 questions find a slot and a third of it is padding.
 GROUPS = ((15, 25), (4, 37), (2, 60), (1, 108))
@@ -35,6 +35,7 @@ class Packed:
     labels: np.ndarray
     positions: np.ndarray
     weights: np.ndarray
+    looks: np.ndarray  # per token, bit c: it names what stands in cell c of the scene
     asked: int = field(default=0)
 
 
@@ -61,13 +62,15 @@ def pack(scene: Scene, rng: random.Random, tokenizer, groups: Sequence[tuple[int
             free[min(fitting)] -= 1
             placed[min(fitting)].append((ids, labels, DESCRIPTION_WEIGHT if kind == "describe" else 1.0))
     total = sum(slots * length for slots, length in groups)
-    out = Packed(*(np.full(total, v, np.int64) for v in (0, -100, 0)), np.zeros(total, np.float32))
+    empty = [np.full(total, v, np.int64) for v in (0, -100, 0)]
+    out = Packed(*empty, np.zeros(total, np.float32), np.zeros(total, np.int64))
     start = 0
     for slots, length in groups:
         out.positions[start : start + slots * length] = np.tile(np.arange(length), slots)
         for i, (ids, labels, weight) in enumerate(placed[length]):
             place = slice(start + i * length, start + i * length + len(ids))
             out.ids[place], out.labels[place], out.weights[place] = ids, labels, weight
+            out.looks[place] = looks(ids, scene, tokenizer)
             out.asked += 1
         start += slots * length
     return out
@@ -91,6 +94,45 @@ def _tokens(turns: list[tuple[str, str]], tokenizer) -> tuple[list[int], list[in
 def _encode(tokenizer, text: str) -> tuple[int, ...]:
     """Most questions come up again and again; encoding was two thirds of a batch's cost."""
     return tuple(encode(tokenizer, text, -1, 0, bos=False))
+
+
+def looks(ids: Sequence[int], scene: Scene, tokenizer) -> list[int]:
+    """For each token, the cells (as bits) of the objects that it names: what a reader would look at.
+
+    The last word of "red circle" means both, "top left" one cell, "word" the printed word.
+    """
+    names = _names(tokenizer)
+    out, colour, place = [], None, []
+    for i, token in enumerate(ids):
+        kind, value = names.get(token, ("", ""))
+        place = [*place, value] if kind == "place" else []
+        cells = 0
+        if kind in ("colour", "shape", "object"):
+            for obj in scene.objects:
+                fits = (kind != "shape" or obj.shape == value) and (colour is None or obj.colour == colour)
+                if kind == "colour":
+                    fits = obj.colour == value
+                if fits and (kind != "object" or colour):
+                    cells |= 1 << obj.place
+        elif kind == "place" and (i + 1 == len(ids) or names.get(ids[i + 1], ("", ""))[0] not in ("place", "of")):
+            cells = 1 << PLACES.index(" ".join(place)) if " ".join(place) in PLACES else 0
+        elif kind == "text" and scene.word:
+            cells = 1 << scene.word_place
+        colour = value if kind == "colour" else None
+        out.append(cells)
+    return out
+
+
+@lru_cache
+def _names(tokenizer) -> dict[int, tuple[str, str]]:
+    """Token id → what kind of name it is."""
+    words = [(c, "colour") for c in COLOURS] + [(s, "shape") for s in SHAPES]
+    words += [(p, "place") for p in ("top", "bottom", "left", "right", "centre")] + [("of", "of")]
+    words += [("object", "object"), ("objects", "object"), ("word", "text"), ("text", "text")]
+    table = {_encode(tokenizer, word)[0]: (kind, word) for word, kind in words}
+    for shape in SHAPES:
+        table[_encode(tokenizer, plural(shape))[0]] = ("shape", shape)
+    return table
 
 
 def attention(module, query, key, value, attention_mask, scaling, groups=GROUPS, **_):

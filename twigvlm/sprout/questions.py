@@ -36,7 +36,7 @@ def _at(place: int) -> str:
     return f"in the {PLACES[place]}" if PLACES[place] == "centre" else f"at the {PLACES[place]}"
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
     return f"{shape}es" if shape == "cross" else f"{shape}s"
 
 
@@ -73,7 +73,11 @@ def _exist(scene: Scene, rng: random.Random) -> tuple[str, str]:
         what += " object" if level == "colour" else ""
     article = "an" if what[0] in "aeiou" else "a"
     text = rng.choice(
-        (f"Is there {article} {what} in the image?", f"Is there {article} {what}?", f"Can you see {article} {what} in the picture?")
+        (
+            f"Is there {article} {what} in the image?",
+            f"Is there {article} {what}?",
+            f"Can you see {article} {what} in the picture?",
+        )
     )
     return text, _yes(wanted)
 
@@ -102,7 +106,7 @@ def _count(scene: Scene, rng: random.Random) -> tuple[str, str]:
         values = [getattr(o, level) for o in scene.objects]
         absent = rng.choice([v for v in (COLOURS if level == "colour" else SHAPES) if v not in values])
         value = absent if rng.random() < 0.15 else rng.choice(values)
-        what = f"{value} objects" if level == "colour" else _plural(value)
+        what = f"{value} objects" if level == "colour" else plural(value)
         number = values.count(value)
     text = rng.choice((f"How many {what} are there?", f"How many {what} are in the image?", f"Count the {what}."))
     return text, str(number)
@@ -110,7 +114,9 @@ def _count(scene: Scene, rng: random.Random) -> tuple[str, str]:
 
 def _where(scene: Scene, rng: random.Random) -> tuple[str, str]:
     obj, what = rng.choice(_references(scene))
-    text = rng.choice((f"Where is {what}?", f"Where in the image is {what}?", f"In which part of the picture is {what}?"))
+    text = rng.choice(
+        (f"Where is {what}?", f"Where in the image is {what}?", f"In which part of the picture is {what}?")
+    )
     return text, PLACES[obj.place]
 
 
@@ -142,7 +148,7 @@ def _compare(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     aspect = rng.choice(("size", "size", "colour", "shape", "more"))
     wanted = rng.random() < 0.5
     if aspect == "more":
-        level, name = rng.choice((("colour", lambda v: f"{v} objects"), ("shape", _plural)))
+        level, name = rng.choice((("colour", lambda v: f"{v} objects"), ("shape", plural)))
         values = [getattr(o, level) for o in scene.objects]
         pairs = [(a, b) for a in set(values) for b in set(values) if a != b]
         pairs = sorted(p for p in pairs if (values.count(p[0]) > values.count(p[1])) == wanted)
@@ -165,7 +171,9 @@ def _compare(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
 
 def _read(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
     if rng.random() < 0.2:
-        return rng.choice(("Is there a word in the image?", "Is there any text in the picture?")), _yes(bool(scene.word))
+        return rng.choice(("Is there a word in the image?", "Is there any text in the picture?")), _yes(
+            bool(scene.word)
+        )
     if not scene.word:
         return None
     text = rng.choice(

@@ -65,16 +65,25 @@ def batch(vlm: twigvlm.TwigVLM, scene: Scene, texts: list[str]) -> dict[str, tor
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat([r["pixel_values"] for r in rows])}
 
 
-def short_answers(vlm: twigvlm.TwigVLM, asked: list[tuple[Scene, list[Question]]], setting: Setting) -> dict[str, list[bool]]:
+def short_answers(
+    vlm: twigvlm.TwigVLM, asked: list[tuple[Scene, list[Question]]], setting: Setting
+) -> dict[str, list[bool]]:
     """Kind → whether each answer is exactly right."""
     right: dict[str, list[bool]] = defaultdict(list)
     for scene, questions in tqdm(asked, desc=setting.name, leave=False):
         inputs = batch(vlm, scene, [q.text for q in questions])
         out = vlm.generate(
-            **inputs, retained_tokens=setting.R, pruning=setting.pruning, draft_length=0, max_new_tokens=8, seed=scene.seed
+            **inputs,
+            retained_tokens=setting.R,
+            pruning=setting.pruning,
+            draft_length=0,
+            max_new_tokens=8,
+            seed=scene.seed,
         )
         for question, tokens in zip(questions, out.tokens, strict=True):
-            right[question.kind].append(vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip() == question.answer)
+            right[question.kind].append(
+                vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip() == question.answer
+            )
     return right
 
 
@@ -115,7 +124,9 @@ def report(vlm: twigvlm.TwigVLM, scenes: int, budgets: tuple[int, ...], methods:
         if setting.R is None or setting.pruning == "twig":
             told = descriptions(vlm, described, setting)
             row |= {f"description, {k}": told[k] for k in ("objects", "exact")} | {"acceptance": told["acceptance"]}
-        rows.append({"pruning": setting.pruning, "R": setting.R, "questions": len(every), "descriptions": len(described)} | row)
+        rows.append(
+            {"pruning": setting.pruning, "R": setting.R, "questions": len(every), "descriptions": len(described)} | row
+        )
     return {"rows": rows, "scenes": scenes}
 
 
@@ -146,10 +157,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="base folder (default: the embedded one)")
     parser.add_argument("--twig", type=Path, help="twig folder (default: the embedded one)")
-    parser.add_argument("--scenes", type=int, default=100, help="test scenes; each is asked one question of every kind (default %(default)s)")
+    parser.add_argument(
+        "--scenes",
+        type=int,
+        default=100,
+        help="test scenes; each is asked one question of every kind (default %(default)s)",
+    )
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="values of R (default %(default)s)")
     parser.add_argument("--methods", default=",".join(METHODS), help="pruning methods (default %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for sprout_report.json and .png")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results"), help="folder for sprout_report.json and .png"
+    )
     parser.add_argument("--device", help="default: the best there is")
     args = parser.parse_args(argv)
     start = time.monotonic()
@@ -162,7 +180,9 @@ def main(argv: list[str] | None = None) -> None:
     plot(result["rows"], args.out / "sprout_report.png")
     hidden = ("pruning", "R", "questions", "descriptions")
     print(table([{k: v for k, v in row.items() if k not in hidden} for row in result["rows"]]))
-    print(f"{result['rows'][0]['questions']} questions, {result['rows'][0]['descriptions']} descriptions; {args.out}/sprout_report.json, .png")
+    print(
+        f"{result['rows'][0]['questions']} questions, {result['rows'][0]['descriptions']} descriptions; {args.out}/sprout_report.json, .png"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The recipe of the embedded model, one resumable command: `python -m twigvlm.sprout.train`.
 
-Six stages, LLaVA's order with the cheap things first: the tower on patch labels; a shallow decoder
-on scenes in words, then on pictures; the same decoder grown to 32 layers; all of it joined at the
-full number of visual tokens; and the twig on the finished base. Each stage writes `<out>/<stage>.jsonl` (metrics) and `.pt`
+LLaVA's order with the cheap things first: the tower on patch labels; a shallow decoder on scenes
+spelt out in nine words' sums, then in many; the projector aligned to those words; pictures; the same
+decoder grown to 32 layers; all of it joined at the full number of visual tokens; and the twig on the
+finished base. Each stage writes `<out>/<stage>.jsonl` (metrics) and `.pt`
 (checkpoint, every two minutes); a run that is killed goes on where it was. The same command runs on
 a GPU, where `--scale` multiplies the number of steps that a faster machine affords.
 """
@@ -33,9 +34,19 @@ STAGES = ("tower", "cells", "symbols", "align", "image", "deep", "joint", "twig"
 class Recipe:
     """One training run: holds what the stages share and hands the model from each to the next."""
 
-    def __init__(self, out: Path, device: str, workers: int, scale: float, hidden: int, compiled: bool, save_seconds: float):
+    def __init__(
+        self,
+        out: Path,
+        device: str,
+        workers: int,
+        scale: float,
+        hidden: int,
+        compiled: bool,
+        save_seconds: float,
+        steps: dict[str, int],
+    ):
         self.out, self.device, self.workers, self.scale, self.hidden = out, device, workers, scale, hidden
-        self.compiled, self.save_seconds = compiled, save_seconds
+        self.compiled, self.save_seconds, self.steps = compiled, save_seconds, steps
         self.tokenizer = build_tokenizer()
         self.image_token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
@@ -43,14 +54,17 @@ class Recipe:
         return base_config(len(self.tokenizer), self.image_token, layers, self.hidden)
 
     def loop(self, name: str, steps: int, lr: float, **settings) -> LoopConfig:
-        return LoopConfig(name, max(1, round(steps * self.scale)), lr, workers=self.workers, save_seconds=self.save_seconds, **settings)
+        steps = self.steps.get(name, max(1, round(steps * self.scale)))
+        return LoopConfig(name, steps, lr, workers=self.workers, save_seconds=self.save_seconds, **settings)
 
     def run(self, stages: tuple[str, ...]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         for stage in stages:
             if not self.result(stage).exists():
                 model = getattr(self, stage)()
-                save_atomically({k: v.to("cpu", torch.float32) for k, v in model.state_dict().items()}, self.result(stage))
+                save_atomically(
+                    {k: v.to("cpu", torch.float32) for k, v in model.state_dict().items()}, self.result(stage)
+                )
 
     def result(self, stage: str) -> Path:
         return self.out / f"{stage}-done.pt"
@@ -73,11 +87,13 @@ class Recipe:
 
     def cells(self) -> LlavaForConditionalGeneration:
         model = build(self.config(len(CORE_PLACES)))  # needs no eyes yet
-        return self.answers(model, self.loop("cells", 1200, 2e-3, final_lr=0.5), rows=4, kind="cells", keep_share=1 / 9)
+        return self.answers(model, self.loop("cells", 2400, 2e-3, final_lr=0.5), rows=4, kind="cells", keep_share=1 / 9)
 
     def symbols(self) -> LlavaForConditionalGeneration:
         model = self.load("cells", len(CORE_PLACES))
-        return self.answers(model, self.loop("symbols", 300, 1e-3, final_lr=0.5), rows=4, kind="symbols", keep_share=1 / 9)
+        return self.answers(
+            model, self.loop("symbols", 900, 1e-3, final_lr=0.5), rows=4, kind="symbols", keep_share=1 / 9
+        )
 
     def align(self) -> LlavaForConditionalGeneration:
         model, seeing = self.load("symbols", len(CORE_PLACES)), self.load("tower", len(CORE_PLACES))
@@ -85,21 +101,29 @@ class Recipe:
         aligner = Aligner(model.to(self.device))
         aligner.reader.tower.config._attn_implementation = "eager"
         loop = self.loop("align", 900, 1e-3)
-        fit(loop, aligner, partial(align_batch, images=32, window=SIDE // 2, tokenizer=self.tokenizer), aligner.loss, self.out)
+        fit(
+            loop,
+            aligner,
+            partial(align_batch, images=32, window=SIDE // 2, tokenizer=self.tokenizer),
+            aligner.loss,
+            self.out,
+        )
         return model
 
     def image(self) -> LlavaForConditionalGeneration:
         model = self.load("align", len(CORE_PLACES))
-        loop = self.loop("image", 1200, 8e-4, final_lr=0.2)
+        loop = self.loop("image", 4000, 8e-4, final_lr=0.2)
         return self.answers(model, loop, rows=4, kind="image", keep_share=0.25, whole_share=0.2)
 
     def deep(self) -> LlavaForConditionalGeneration:
         model = deepen(self.load("image", len(CORE_PLACES)), self.config(LAYERS))
-        return self.answers(model, self.loop("deep", 160, 5e-4, final_lr=0.3), rows=8, kind="image", keep_share=0.25, offset=1)
+        return self.answers(
+            model, self.loop("deep", 400, 5e-4, final_lr=0.3), rows=8, kind="image", keep_share=0.25, offset=1
+        )
 
     def joint(self) -> LlavaForConditionalGeneration:
         model = self.load("deep", LAYERS)
-        loop = self.loop("joint", 80, 2e-4)
+        loop = self.loop("joint", 200, 2e-4)
         return self.answers(model, loop, rows=8, kind="image", keep_share=1, offset=2, train_tower=True)
 
     def twig(self) -> torch.nn.Module:
@@ -108,7 +132,7 @@ class Recipe:
         device = torch.device(self.device)
         trunk = load_base(self.out / "base", device, torch.float32, "sdpa").trunk
         twig = grow(trunk, TwigConfig(trunk.L)).requires_grad_(True)
-        loop = self.loop("twig", 500, 8e-4, final_lr=0.02)
+        loop = self.loop("twig", 800, 8e-4, final_lr=0.02)
         batches = partial(decoder_batch, rows=8, kind="image", keep_share=1, tokenizer=self.tokenizer, offset=3)
         task = PackedAnswers(trunk.model, twig)
         self.compile(task.frozen + task.layers)
@@ -117,8 +141,15 @@ class Recipe:
         return twig
 
     def answers(
-        self, model, loop: LoopConfig, rows: int, kind: str, keep_share: float, whole_share: float = 0.0,
-        offset: int = 0, train_tower: bool = False,
+        self,
+        model,
+        loop: LoopConfig,
+        rows: int,
+        kind: str,
+        keep_share: float,
+        whole_share: float = 0.0,
+        offset: int = 0,
+        train_tower: bool = False,
     ) -> LlavaForConditionalGeneration:
         """Train decoder and projector (and the tower's live layers) on packed questions."""
         model.to(self.device)
@@ -128,12 +159,16 @@ class Recipe:
         task = PackedAnswers(model, train_tower=train_tower)
         self.compile(task.layers)
         batches = partial(
-            decoder_batch, rows=rows, kind=kind, keep_share=keep_share, whole_share=whole_share,
-            tokenizer=self.tokenizer, offset=offset,
+            decoder_batch,
+            rows=rows,
+            kind=kind,
+            keep_share=keep_share,
+            whole_share=whole_share,
+            tokenizer=self.tokenizer,
+            offset=offset,
         )
         fit(loop, model, batches, task.loss, self.out)
         return model
-
 
     def compile(self, layers: list[torch.nn.Module]) -> None:
         """Fuse the layers' small operations: twice the speed on a CPU."""
@@ -150,15 +185,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw the scenes (default %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps (default %(default)s)")
+    parser.add_argument(
+        "--steps", default="", metavar="NAME=N,…", help="other numbers of steps than the recipe's, by loop name"
+    )
     parser.add_argument("--hidden", type=int, default=160, help="decoder width, a multiple of 32 (default %(default)s)")
-    parser.add_argument("--save-seconds", type=float, default=120.0, help="time between checkpoints (default %(default)s)")
+    parser.add_argument(
+        "--save-seconds", type=float, default=120.0, help="time between checkpoints (default %(default)s)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="do not compile the layers (half the speed)")
     args = parser.parse_args(argv)
     stages = tuple(args.stages.split(","))
     if unknown := set(stages) - set(STAGES):
         parser.error(f"--stages: unknown {sorted(unknown)}; choose from {', '.join(STAGES)}")
+    try:
+        steps = {name: int(n) for name, n in (item.split("=") for item in args.steps.split(",") if item)}
+    except ValueError:
+        parser.error(f"--steps is {args.steps!r}; NAME=N,NAME=N is needed")
     torch.set_flush_denormal(True)
-    recipe = Recipe(args.out, args.device, args.workers, args.scale, args.hidden, not args.no_compile, args.save_seconds)
+    recipe = Recipe(
+        args.out, args.device, args.workers, args.scale, args.hidden, not args.no_compile, args.save_seconds, steps
+    )
     (args.out).mkdir(parents=True, exist_ok=True)
     (args.out / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}, indent=1))
     recipe.run(stages)

@@ -19,12 +19,14 @@ PLACES = (
     "left", "centre", "right",
     "bottom left", "bottom", "bottom right",
 )  # fmt: skip
-WORDS = tuple(
-    "ANT APE BAT BEE CAT COD COW DOG EEL ELK EMU FOX GNU HEN OWL PIG "
-    "BEAR BIRD CRAB CROW DEER DOVE DUCK FISH FROG GOAT HARE LION MOLE MOTH MULE NEWT "
-    "PUMA SEAL SWAN TOAD WOLF WORM WREN ZEBRA CAMEL EAGLE GOOSE HORSE HYENA KOALA LLAMA MOOSE "
-    "MOUSE OTTER PANDA PONY QUAIL RAVEN ROBIN SHARK SHEEP SKUNK SLOTH SNAIL SNAKE TIGER TROUT WHALE".split()
-)
+WORDS = (
+    "ANT", "APE", "BAT", "BEE", "CAT", "COD", "COW", "DOG", "EEL", "ELK", "EMU", "FOX",
+    "GNU", "HEN", "OWL", "PIG", "BEAR", "BIRD", "CRAB", "CROW", "DEER", "DOVE", "DUCK", "FISH",
+    "FROG", "GOAT", "HARE", "LION", "MOLE", "MOTH", "MULE", "NEWT", "PUMA", "SEAL", "SWAN", "TOAD",
+    "WOLF", "WORM", "WREN", "ZEBRA", "CAMEL", "EAGLE", "GOOSE", "HORSE", "HYENA", "KOALA", "LLAMA", "MOOSE",
+    "MOUSE", "OTTER", "PANDA", "PONY", "QUAIL", "RAVEN", "ROBIN", "SHARK", "SHEEP", "SKUNK", "SLOTH", "SNAIL",
+    "SNAKE", "TIGER", "TROUT", "WHALE",
+)  # fmt: skip
 SPLITS = ("train", "validation", "test")
 
 GRID = 3  # cells per side

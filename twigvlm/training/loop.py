@@ -132,8 +132,16 @@ def fit(
             if (step + 1) % 20 == 0 or step + 1 == config.steps:
                 mean = {k: sum(f[k] for f in figures) / len(figures) for k in figures[0]}
                 bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
-                line = {"step": step + 1, **{k: round(v, 5) for k, v in mean.items()}, "grad_norm": round(norm.item(), 4)}
-                line |= {"lr": optimizer.param_groups[0]["lr"], "waited_s": round(waited, 2), "time": round(time.time())}
+                line = {
+                    "step": step + 1,
+                    **{k: round(v, 5) for k, v in mean.items()},
+                    "grad_norm": round(norm.item(), 4),
+                }
+                line |= {
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "waited_s": round(waited, 2),
+                    "time": round(time.time()),
+                }
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 figures, waited = [], 0.0
