@@ -285,7 +285,9 @@ class Handler(BaseHTTPRequestHandler):
     def dripping(self):
         self.send_response(200)
         self.end_headers()
-        while not self.released.wait(0.05):
+        for _ in range(100):  # five seconds, should nobody hang up
+            if self.released.wait(0.05):
+                break
             self.wfile.write(b"x")
             self.wfile.flush()
 

@@ -28,6 +28,7 @@ from .decoder import PackedAnswers, decoder_batch
 from .tokenizer import IMAGE_TOKEN, build_tokenizer
 from .tower import SIDE, PatchReader, tower_batch
 
+WORTH_COMPILING = 200  # steps; a minute of compilation must pay
 STAGES = ("tower", "cells", "symbols", "align", "image", "deep", "joint", "twig")
 
 
@@ -135,7 +136,7 @@ class Recipe:
         loop = self.loop("twig", 800, 8e-4, final_lr=0.02)
         batches = partial(decoder_batch, rows=8, kind="image", keep_share=1, tokenizer=self.tokenizer, offset=3)
         task = PackedAnswers(trunk.model, twig)
-        self.compile(task.frozen + task.layers)
+        self.compile(task.frozen + task.layers, loop)
         fit(loop, twig, batches, task.loss, self.out)
         save_twig(twig, trunk, self.out / "twig", base="sprout", dtype=torch.float16)
         return twig
@@ -157,7 +158,7 @@ class Recipe:
             dead = ".post_layernorm." in name or f".layers.{model.config.vision_config.num_hidden_layers - 1}." in name
             parameter.requires_grad_(train_tower and not dead if "vision_tower" in name else True)
         task = PackedAnswers(model, train_tower=train_tower)
-        self.compile(task.layers)
+        self.compile(task.layers, loop)
         batches = partial(
             decoder_batch,
             rows=rows,
@@ -170,9 +171,9 @@ class Recipe:
         fit(loop, model, batches, task.loss, self.out)
         return model
 
-    def compile(self, layers: list[torch.nn.Module]) -> None:
+    def compile(self, layers: list[torch.nn.Module], loop: LoopConfig) -> None:
         """Fuse the layers' small operations: twice the speed on a CPU."""
-        if self.compiled:
+        if self.compiled and loop.steps >= WORTH_COMPILING:
             torch._dynamo.config.recompile_limit = 256  # layers x shapes share one code object
             for layer in layers:
                 layer.compile(dynamic=False)  # kernels for unknown lengths are twice as slow

@@ -55,11 +55,15 @@ def _one_thread(_worker: int) -> None:
 def save_atomically(state: object, path: Path) -> None:
     """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one."""
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _lr_share(step: int, config: LoopConfig) -> float:
