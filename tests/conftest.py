@@ -26,7 +26,6 @@ from twigvlm.config import TwigConfig
 from twigvlm.model.load import Loaded, set_attention
 from twigvlm.model.trunk import Trunk
 from twigvlm.model.twig import grow
-from twigvlm.sprout.base import build
 from twigvlm.vlm import TwigVLM
 
 torch.set_num_threads(1)
@@ -104,19 +103,34 @@ def tiny_model(
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    model = build(config, seed).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    projector = model.model.multi_modal_projector
-    for linear in (projector.linear_1, projector.linear_2):
-        linear.weight.normal_(0, linear.in_features**-0.5, generator=generator)
-    for layer in model.model.language_model.layers[2:]:
-        layer.self_attn.o_proj.weight.mul_(fade)
-        layer.mlp.down_proj.weight.mul_(fade)
-    model.model.language_model.layers[0].self_attn.o_proj.weight.mul_(4)  # words must depend on what was read
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config).float().eval().requires_grad_(False)
+        _enliven(model, fade)
     model.lm_head.weight.mul_(sharpness)
     model.lm_head.weight[:rare].mul_(0.1)
     set_attention(model, attention)
     return model
+
+
+def _enliven(model: LlavaForConditionalGeneration, fade: float) -> None:
+    """Weights of such a size that every layer, the picture and all that was read have a say in the next word."""
+    decoder, projector = model.model.language_model, model.model.multi_modal_projector
+    width = model.config.text_config.hidden_size
+    for layer in decoder.layers:
+        for linear in (*layer.self_attn.children(), *layer.mlp.children()):
+            if isinstance(linear, torch.nn.Linear):
+                linear.weight.normal_(0, width**-0.5)
+        layer.self_attn.o_proj.weight.mul_((2 * len(decoder.layers)) ** -0.5)
+        layer.mlp.down_proj.weight.mul_((2 * len(decoder.layers)) ** -0.5)
+    decoder.embed_tokens.weight.normal_(0, 0.5)
+    model.lm_head.weight.normal_(0, width**-0.5)
+    for linear in (projector.linear_1, projector.linear_2):
+        linear.weight.normal_(0, linear.in_features**-0.5)
+    for layer in decoder.layers[2:]:
+        layer.self_attn.o_proj.weight.mul_(fade)
+        layer.mlp.down_proj.weight.mul_(fade)
+    decoder.layers[0].self_attn.o_proj.weight.mul_(4)
 
 
 @cache

@@ -26,7 +26,13 @@ def commands(language: str) -> list[str]:
 
 def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        arguments, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=900
+        arguments,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=900,
     )
 
 
@@ -57,7 +63,7 @@ def test_python_example_runs(workplace):
     assert out.returncode == 0, out.stderr
 
 
-@pytest.mark.parametrize("command", sorted({m for m in re.findall(r"python -m (twigvlm[\w.]+)", README)}))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m (twigvlm[\w.]+)", README))))
 def test_module_explains_itself(command, workplace):
     out = run([sys.executable, "-m", command, "--help"], workplace)
     assert out.returncode == 0 and "usage" in out.stdout

@@ -21,7 +21,9 @@ def run(capsys, *flags: str) -> tuple[dict, str]:
 
 def test_random_model_is_measured_and_simulation_is_labelled(capsys, tmp_path):
     target = tmp_path / "speed.json"
-    facts, text = run(capsys, "--random", "64x8", "--tokens", "12", "-R", "200", "--assume-acceptance", "1", "--out", str(target))
+    facts, text = run(
+        capsys, "--random", "64x8", "--tokens", "12", "-R", "200", "--assume-acceptance", "1", "--out", str(target)
+    )
     assert json.loads(target.read_text()) == facts
     rows = {row["method"]: row for row in facts["rows"]}
     assert rows["stock generate"]["tokens"] == rows["plain"]["tokens"] == 12

@@ -46,12 +46,18 @@ def card(kind: str, run: Path, report: dict | None) -> str:
     """The model card: what it is, data, recipe with the steps really done, figures with their command."""
     settings = json.loads((run / "settings.json").read_text())
     lines = [HEADS[kind], "## Data\n", DATA, "\n## Recipe\n"]
-    lines.append("`python -m twigvlm.sprout.train`, on this machine with these stages (seconds are wall clock, shared machine):\n")
-    lines.append(table([_stage(file) for file in sorted(run.glob("*.jsonl"), key=lambda f: f.stat().st_mtime)], digits=3))
+    lines.append(
+        "`python -m twigvlm.sprout.train`, on this machine with these stages (seconds are wall clock, shared machine):\n"
+    )
+    lines.append(
+        table([_stage(file) for file in sorted(run.glob("*.jsonl"), key=lambda f: f.stat().st_mtime)], digits=3)
+    )
     lines.append(f"\nLast call's settings: `{json.dumps(settings)}`; code: commit `{provenance()['commit']}`.")
     if report:
         lines.append("\n## Figures\n")
-        lines.append(f"`{report['command']}` on the test split, {report['rows'][0]['questions']} questions (percent):\n")
+        lines.append(
+            f"`{report['command']}` on the test split, {report['rows'][0]['questions']} questions (percent):\n"
+        )
         hidden = ("pruning", "R", "questions", "descriptions")
         lines.append(table([{k: v for k, v in row.items() if k not in hidden} for row in report["rows"]]))
     return "\n".join(lines) + "\n"
@@ -86,7 +92,9 @@ def publish(run: Path, report: Path) -> None:
             raise InputError(f"{source}: no such folder; train first: python -m twigvlm.sprout.train --out {run}")
     size = sum(f.stat().st_size for source, _ in sources.values() for f in source.rglob("*") if f.is_file())
     if size > LIMIT:
-        raise InputError(f"base and twig have {size} bytes; at most {LIMIT} are published, train a narrower one (--hidden)")
+        raise InputError(
+            f"base and twig have {size} bytes; at most {LIMIT} are published, train a narrower one (--hidden)"
+        )
     for kind, (source, target) in sources.items():
         shutil.copytree(source, target, dirs_exist_ok=True)
         (target / "README.md").write_text(card(kind, run, found), encoding="utf-8")
@@ -94,8 +102,12 @@ def publish(run: Path, report: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=Path("runs/sprout"), help="folder of the training run (default %(default)s)")
-    parser.add_argument("--report", type=Path, default=Path("benchmarks/results/sprout_report.json"), help="figures for the cards")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/sprout"), help="folder of the training run (default %(default)s)"
+    )
+    parser.add_argument(
+        "--report", type=Path, default=Path("benchmarks/results/sprout_report.json"), help="figures for the cards"
+    )
     args = parser.parse_args(argv)
     try:
         publish(args.run, args.report)
