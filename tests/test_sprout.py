@@ -169,7 +169,11 @@ def test_tokenizer_survives_saving_and_reads_every_byte(tokenizer, tmp_path):
 
     from twigvlm.sprout.base import save_base
 
-    save_base(build(base_config(len(tokenizer), len(tokenizer) - 1, layers=1, hidden=32)), tokenizer, tmp_path)
+    save_base(
+        build(base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), layers=1, hidden=32)),
+        tokenizer,
+        tmp_path,
+    )
     again = AutoTokenizer.from_pretrained(tmp_path)
     for text in (
         "USER: <image>\nWhere is the ring? ASSISTANT: top</s>USER: ok",
@@ -183,9 +187,19 @@ def test_tokenizer_survives_saving_and_reads_every_byte(tokenizer, tmp_path):
     assert all(len(tokenizer.tokenize(word)) == 1 for word in WORDS)
 
 
+def test_no_text_becomes_the_image_token(tokenizer):
+    vocabulary = tokenizer.get_vocab()
+    assert len(set(vocabulary.values())) == len(vocabulary) == len(tokenizer)
+    image = vocabulary["<image>"]
+    for text in (*WORDS, *PLACES, "a\nb", *(describe(sample_scene("test", s)) for s in range(50))):
+        assert image not in tokenizer(text).input_ids
+
+
 def test_packed_questions_equal_questions_asked_alone(tokenizer):
     torch.manual_seed(0)
-    decoder = build(base_config(len(tokenizer), len(tokenizer) - 1, layers=2, hidden=64)).model.language_model
+    decoder = build(
+        base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), layers=2, hidden=64)
+    ).model.language_model
     packed = packing.pack(sample_scene("train", 1), random.Random(1), tokenizer)
     assert packed.asked >= 20
     prefix = torch.randn(1, 12, 64)
@@ -211,9 +225,9 @@ def test_packed_questions_equal_questions_asked_alone(tokenizer):
 
 
 def test_growing_deeper_does_not_change_the_function(tokenizer):
-    small = base_config(len(tokenizer), len(tokenizer) - 1, layers=len(CORE_PLACES), hidden=32)
+    small = base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), layers=len(CORE_PLACES), hidden=32)
     shallow = build(small).eval()
-    deep = deepen(shallow, base_config(len(tokenizer), len(tokenizer) - 1, hidden=32)).eval()
+    deep = deepen(shallow, base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), hidden=32)).eval()
     ids = torch.randint(3, 800, (1, 9))
     with torch.no_grad():
         assert torch.allclose(shallow(input_ids=ids).logits, deep(input_ids=ids).logits, atol=1e-5)

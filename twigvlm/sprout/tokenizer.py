@@ -47,7 +47,8 @@ def build_tokenizer() -> LlamaTokenizer:
     )
     trained.train_from_iterator(corpus(), trainer)
     state = json.loads(trained.to_str())["model"]
-    vocabulary = {k: v for k, v in state["vocab"].items() if k != "\n"}
+    vocabulary = state["vocab"]
+    vocabulary[IMAGE_TOKEN] = vocabulary.pop("\n")  # a line's end is written as its byte; no id may serve two tokens
     return LlamaTokenizer(
         vocab=vocabulary,
         merges=[tuple(m) for m in state["merges"]],
