@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from twigvlm.model.prompt import encode
 from twigvlm.sprout import packing
-from twigvlm.sprout.base import CORE_PLACES, base_config, build, deepen
+from twigvlm.sprout.base import CORE_PLACES, base_config, build, deepen, shorten
 from twigvlm.sprout.draw import IMAGE_SIZE, draw, patch_labels
 from twigvlm.sprout.questions import KINDS, ask, describe
 from twigvlm.sprout.tokenizer import build_tokenizer
@@ -224,29 +224,41 @@ def test_packed_questions_equal_questions_asked_alone(tokenizer):
                 start += length
 
 
-def test_growing_deeper_does_not_change_the_function(tokenizer):
+def test_growing_deeper_does_not_change_the_function_and_can_be_undone(tokenizer):
     small = base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), layers=len(CORE_PLACES), hidden=32)
     shallow = build(small).eval()
     deep = deepen(shallow, base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), hidden=32)).eval()
+    again = shorten(deep, small).eval()
     ids = torch.randint(3, 800, (1, 9))
     with torch.no_grad():
         assert torch.allclose(shallow(input_ids=ids).logits, deep(input_ids=ids).logits, atol=1e-5)
+        assert torch.equal(shallow(input_ids=ids).logits, again(input_ids=ids).logits)
 
 
 @pytest.mark.slow
 def test_a_killed_recipe_ends_with_the_same_weights(tmp_path):
     """SIGKILL in the middle of a stage, start again: bit for bit the run that was never disturbed."""
-    command = [sys.executable, "-m", "twigvlm.sprout.train", "--scale", "0.05", "--hidden", "32", "--stages", "text"]
+    command = [
+        sys.executable,
+        "-m",
+        "twigvlm.sprout.train",
+        "--steps",
+        "cells=40",
+        "--hidden",
+        "32",
+        "--stages",
+        "cells",
+    ]
     command += ["--no-compile", "--device", "cpu"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run([*command, "--out", whole], cwd=ROOT, check=True, capture_output=True)
     process = subprocess.Popen([*command, "--out", broken, "--save-seconds", "0"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not (broken / "text.pt").exists():
+    while not (broken / "cells.pt").exists():
         assert process.poll() is None
     process.kill()
     process.wait()
-    assert not (broken / "text-done.pt").exists(), "killed too late to prove anything"
+    assert not (broken / "cells-done.pt").exists(), "killed too late to prove anything"
     subprocess.run([*command, "--out", broken], cwd=ROOT, check=True, capture_output=True)
-    one, other = (torch.load(d / "text-done.pt", weights_only=True) for d in (whole, broken))
+    one, other = (torch.load(d / "cells-done.pt", weights_only=True) for d in (whole, broken))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one)

@@ -107,6 +107,16 @@ def deepen(shallow: LlavaForConditionalGeneration, config: LlavaConfig, seed: in
     return deep
 
 
+def shorten(deep: LlavaForConditionalGeneration, config: LlavaConfig) -> LlavaForConditionalGeneration:
+    """The core that a deep decoder grew from: its layers at CORE_PLACES, to go on learning at a quarter of the cost."""
+    shallow = build(config)
+    prefix = "model.language_model.layers."
+    shallow.load_state_dict({k: v for k, v in deep.state_dict().items() if not k.startswith(prefix)}, strict=False)
+    for layer, place in zip(shallow.model.language_model.layers, CORE_PLACES, strict=True):
+        layer.load_state_dict(deep.model.language_model.layers[place].state_dict())
+    return shallow
+
+
 def save_base(model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, folder: Path) -> None:
     """Write a Hugging Face folder in fp16 (half the bytes; its ten bits of mantissa suffice here)."""
     folder.mkdir(parents=True, exist_ok=True)

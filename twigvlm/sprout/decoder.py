@@ -196,7 +196,8 @@ def grounding(layer, hidden: torch.Tensor, rotary, prefix: int, batch: dict) -> 
     wanted = (batch["looks"][rows, places, None] & bits > 0) & shown[rows]
     found = wanted.any(-1)
     rows, places, wanted = rows[found], places[found], wanted[found]
-    attention, heads = layer.self_attn, GROUNDED_HEADS
+    attention = layer.self_attn
+    heads = min(GROUNDED_HEADS, attention.q_proj.out_features // attention.head_dim)
     normed = layer.input_layernorm(hidden)
     width = heads * attention.head_dim
     query = F.linear(normed[rows, prefix + places], attention.q_proj.weight[:width]).float().unflatten(-1, (heads, -1))

@@ -23,11 +23,12 @@ from ..model.load import load_base
 from ..model.twig import grow, save_twig
 from ..training.loop import LoopConfig, fit, save_atomically
 from .align import Aligner, align_batch
-from .base import CORE_PLACES, LAYERS, base_config, build, deepen, save_base
+from .base import CORE_PLACES, LAYERS, base_config, build, deepen, save_base, shorten
 from .decoder import PackedAnswers, decoder_batch
 from .tokenizer import IMAGE_TOKEN, build_tokenizer
 from .tower import SIDE, PatchReader, tower_batch
 
+CONTINUED = 9  # the offset of the scenes that a continued base sees
 WORTH_COMPILING = 200  # steps; a minute of compilation must pay
 STAGES = ("tower", "cells", "symbols", "align", "image", "deep", "joint", "twig")
 
@@ -45,9 +46,11 @@ class Recipe:
         compiled: bool,
         save_seconds: float,
         steps: dict[str, int],
+        start: Path | None = None,
     ):
         self.out, self.device, self.workers, self.scale, self.hidden = out, device, workers, scale, hidden
         self.compiled, self.save_seconds, self.steps = compiled, save_seconds, steps
+        self.start = start
         self.tokenizer = build_tokenizer()
         self.image_token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
@@ -112,9 +115,14 @@ class Recipe:
         return model
 
     def image(self) -> LlavaForConditionalGeneration:
-        model = self.load("align", len(CORE_PLACES))
+        config, offset = self.config(len(CORE_PLACES)), 0
+        if self.start is None:
+            model = self.load("align", len(CORE_PLACES))
+        else:
+            base = LlavaForConditionalGeneration.from_pretrained(self.start, dtype=torch.float32)
+            model, offset = shorten(base, config), CONTINUED
         loop = self.loop("image", 4000, 8e-4, final_lr=0.2)
-        return self.answers(model, loop, rows=4, kind="image", keep_share=0.25, whole_share=0.2)
+        return self.answers(model, loop, rows=4, kind="image", keep_share=0.25, whole_share=0.2, offset=offset)
 
     def deep(self) -> LlavaForConditionalGeneration:
         model = deepen(self.load("image", len(CORE_PLACES)), self.config(LAYERS))
@@ -182,8 +190,11 @@ class Recipe:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/sprout"), help="folder of the run (default %(default)s)")
+    parser.add_argument(
+        "--start", type=Path, metavar="BASE", help="go on from this base folder: image, deep, joint, twig"
+    )
     parser.add_argument("--stages", default=",".join(STAGES), help="which stages, in order (default %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw the scenes (default %(default)s)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps (default %(default)s)")
     parser.add_argument(
@@ -196,6 +207,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-compile", action="store_true", help="do not compile the layers (half the speed)")
     args = parser.parse_args(argv)
     stages = tuple(args.stages.split(","))
+    if args.start:
+        if not (args.start / "config.json").exists():
+            parser.error(f"--start {args.start}: no config.json; give the folder of a trained base")
+        stages = stages[stages.index("image") :] if "image" in stages else stages
     if unknown := set(stages) - set(STAGES):
         parser.error(f"--stages: unknown {sorted(unknown)}; choose from {', '.join(STAGES)}")
     try:
@@ -204,7 +219,15 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--steps is {args.steps!r}; NAME=N,NAME=N is needed")
     torch.set_flush_denormal(True)
     recipe = Recipe(
-        args.out, args.device, args.workers, args.scale, args.hidden, not args.no_compile, args.save_seconds, steps
+        args.out,
+        args.device,
+        args.workers,
+        args.scale,
+        args.hidden,
+        not args.no_compile,
+        args.save_seconds,
+        steps,
+        args.start,
     )
     (args.out).mkdir(parents=True, exist_ok=True)
     (args.out / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}, indent=1))
