@@ -27,6 +27,7 @@ It is for testing, teaching and measuring token pruning and speculative decoding
 
 ```python
 from transformers import LlavaForConditionalGeneration
+
 base = LlavaForConditionalGeneration.from_pretrained("checkpoints/sprout-base")
 ```
 """,
