@@ -158,7 +158,7 @@ class TwigVLM:
         chosen = (chooser or Chooser)(settings, logits_processor)
         decoder = Decoder(self.trunk, self.twig, plan, settings, self._eos(eos_token_id), chosen, rules)
         with torch.inference_mode():
-            return self._run(decoder, ids, lengths, padded, pixel_values, streamer, plan, retained_tokens)
+            return self._run(decoder, ids, lengths, padded, pixel_values, streamer, retained_tokens)
 
     def answer(self, image, question: str, history: Sequence[tuple[str, str]] = (), **settings) -> str:
         """The answer to a question about a picture (PIL image, path, URL, a list of them, or None).
@@ -197,7 +197,7 @@ class TwigVLM:
 
     # ------------------------------------------------------------------ the parts of generate
 
-    def _run(self, decoder: Decoder, ids, lengths, padded, pixel_values, streamer, plan: Plan, asked) -> Output:
+    def _run(self, decoder: Decoder, ids, lengths, padded, pixel_values, streamer, asked) -> Output:
         rows: list[list[Step]] = [[] for _ in ids]
         start = self._now()
         prompt = self.trunk.embed(padded, lengths, pixel_values)
@@ -215,7 +215,7 @@ class TwigVLM:
             streamer.end()
         tokens = [[t for step in steps for t in step.tokens] for steps in rows]
         return Output(
-            tokens, decoder.kept, rows, self._stats(decoder, rows, lengths, plan, asked, first - start, end - first)
+            tokens, decoder.kept, rows, self._stats(decoder, rows, lengths, asked, first - start, end - first)
         )
 
     def _rows(
@@ -272,7 +272,7 @@ class TwigVLM:
             torch.mps.synchronize()
         return time.perf_counter()
 
-    def _stats(self, decoder: Decoder, rows, lengths, plan: Plan, asked, prefill: float, decode: float) -> Stats:
+    def _stats(self, decoder: Decoder, rows, lengths, asked, prefill: float, decode: float) -> Stats:
         steps = [s for row in rows for s in row]
         new = sum(len(s.tokens) for s in steps)
         late = new - sum(len(row[0].tokens) for row in rows)

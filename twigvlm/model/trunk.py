@@ -16,8 +16,6 @@ from ..errors import InputError
 from .cache import Cache
 from .stream import Stream
 
-NO_IMAGE = -1  # padding in input_ids of a batch
-
 
 def slots(layers: Sequence[nn.Module]) -> list[int]:
     """The cache slots that these decoder layers write."""
@@ -118,7 +116,7 @@ class Trunk:
 
         `stream` is what entered the layer, as it did at prefill (the layer's slot holds the same
         tokens); `rows` [B, S] bool marks the queries. Softmax over the full causal row, as eager
-        attention computes it, for just these rows: baselines section 1.
+        attention computes it, for just these rows (paper section 3.2).
         """
         attention = layer.self_attn
         count = rows.sum(1).max().item()

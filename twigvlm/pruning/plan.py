@@ -1,6 +1,6 @@
 """A pruning method as data: where it acts, which attention row it wants to see, how many it keeps.
 
-Knows nothing of masks, caches and positions; the road (decoding.prefill) looks up the scores that a
+Knows nothing of masks, caches and positions; the road (decoding.loop) looks up the scores that a
 stage's probe names, asks `select`, and does the cutting.
 """
 
@@ -29,7 +29,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Stage:
-    """Before base layer `before`, keep `share` = r of V visual tokens an image: those scored highest.
+    """Before base layer `before`, keep `keep` = r of V visual tokens an image: those scored highest.
 
     Without a probe the tokens are drawn at random (from `seed`). `keep` = 0 drops the image.
     """

@@ -1,6 +1,6 @@
 """Many questions about one picture in one training sequence, each seeing the picture and itself only.
 
-Layout of a row: a prefix (system sentence, picture or scene text) shared by all questions, then
+Layout of a row: a prefix (system sentence, then the picture or its symbols) shared by all questions, then
 groups of equally long slots, one question (or a short conversation) a slot. Every slot continues
 the prefix's positions, so that training equals asking each question alone, while the prefix is
 computed once. `attention` does the masking by shape: no S x S mask exists.
@@ -21,7 +21,7 @@ from ..model.prompt import IMAGE, VICUNA_V1, encode
 from .questions import KINDS, ask, plural
 from .world import COLOURS, PLACES, SHAPES, Scene
 
-# (slots, tokens a slot), chosen so that 9 of 10 questions find a slot and a third of it is padding.
+# (slots, tokens a slot): most questions are short, some carry a hint or options, one is a description.
 GROUPS = ((15, 25), (4, 37), (2, 60), (1, 108))
 DESCRIPTION_WEIGHT = 0.5  # of a description's tokens against a short answer's
 TURN_SHARE = 0.15  # of the questions are followed by a second one

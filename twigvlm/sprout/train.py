@@ -1,7 +1,7 @@
 """The recipe of the embedded model, one resumable command: `python -m twigvlm.sprout.train`.
 
 LLaVA's order with the cheap things first: the tower on patch labels; a shallow decoder on scenes
-spelt out in nine words' sums, then in many; the projector aligned to those words; pictures; the same
+spelt out in nine symbols (sums of words), then in many; the projector aligned to those words; pictures; the same
 decoder grown to 32 layers; all of it joined at the full number of visual tokens; and the twig on the
 finished base. Each stage writes `<out>/<stage>.jsonl` (metrics) and `.pt`
 (checkpoint, every two minutes); a run that is killed goes on where it was. The same command runs on

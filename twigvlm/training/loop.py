@@ -127,6 +127,7 @@ def fit(
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(list(learning.values()), config.clip)
             if not torch.isfinite(norm):
+                save(step)  # this step has changed nothing yet
                 raise FloatingPointError(
                     f"{config.name}: gradient norm {norm.item()} at step {step}; the last good checkpoint is "
                     f"{checkpoint}; lower lr (now {config.lr})"
