@@ -29,7 +29,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Stage:
-    """Before base layer `before`, keep `keep` = r of V visual tokens an image: those scored highest.
+    """Before base layer `before`, `keep` = r of V visual tokens an image stay: those scored highest.
 
     Without a probe the tokens are drawn at random (from `seed`). `keep` = 0 drops the image.
     """
