@@ -20,9 +20,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from .draw import IMAGE_SIZE, PATCH
 
 LAYERS = 32
-# Where the layers of the shallow decoder go when it grows to its full depth: the early ones stay
-# together, so that trunk and twig (layers 0 to 4) look at the image, the last ones move up.
-CORE_PLACES = (0, 1, 2, 3, 4, 8, 14, 20)
+# Where the layers of the shallow decoder go when it grows to its full depth. Those that look at the
+# image (looking.py) stand above the trunk, where pruning bites, and inside the twig (layers 2 to 4),
+# whose last layer looks where the answer lies; the later ones spread to just below the wipe layer.
+CORE_PLACES = (0, 2, 3, 4, 8, 12, 16, 20)
 MATCHING = 0.4  # of a plain initialisation's scale: a token attends to its like e times more than to others
 
 

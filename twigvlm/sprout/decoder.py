@@ -16,24 +16,23 @@ from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 from ..model.prompt import encode
-from ..model.trunk import rotate_half
 from ..model.twig import Twig
-from . import packing
-from .draw import draw, patch_labels
+from . import looking, packing
+from .base import CORE_PLACES, LAYERS
+from .draw import centre_patches, draw, patch_labels
+from .looking import SPAN
 from .tower import SIDE, pixels
 from .world import COLOURS, GRID, PLACES, SHAPES, SIZES, WORDS, Scene, sample_scene
 
-GROUNDED_LAYER, GROUNDED_HEADS, GROUNDING_WEIGHT = 1, 2, 0.3
+LOOKING_WEIGHT = 0.3  # of the look-up losses against the answers'
 STREAMS = {"symbols": 1, "image": 2, "cells": 3}  # disjoint seed ranges of the training split
 MARK, NOTHING = "object", "image"  # the words for an object's centre and for an empty patch
 SYMBOLS = 8  # tokens that describe one patch, at most
-SPAN = SIDE // GRID  # patches along a cell
 CELLS = [
     [(r * SPAN + i) * SIDE + c * SPAN + j for i in range(SPAN) for j in range(SPAN)]
     for r in range(GRID)
     for c in range(GRID)
 ]
-CELL_BITS = [1 << ((p // SIDE // SPAN) * GRID + p % SIDE // SPAN) for p in range(SIDE * SIDE)]
 CELL_CENTRES = [cell[len(cell) // 2 + SPAN // 2] for cell in CELLS]
 
 
@@ -49,13 +48,15 @@ def decoder_batch(
     first = (STREAMS[kind] << 34) + (offset << 28) + step * rows
     scenes = [sample_scene("train", first + i) for i in range(rows)]
     packed = [packing.pack(s, random.Random(s.seed), tokenizer) for s in scenes]
-    names = ("ids", "labels", "positions", "weights", "looks")
+    names = ("ids", "labels", "positions", "weights", "looks", "evidence", "points")
     batch = {name: torch.from_numpy(np.stack([getattr(p, name) for p in packed])) for name in names}
+    batch["centres"] = torch.tensor([centre_patches(s) for s in scenes])
     head = encode(tokenizer, packing.prefix_text().split("<image>")[0], -1, 0)
     batch["prefix"] = torch.tensor(head).expand(rows, -1).clone()
     batch["keep"] = torch.arange(SIDE * SIDE) if rng.random() < whole_share else _stratified(keep_share, rng)
     if kind == "cells":
         batch["keep"] = torch.tensor(CELL_CENTRES)
+        batch["centres"] = torch.where(batch["centres"] < 0, -1, batch["keep"])
         batch["symbols"] = torch.stack([cell_symbols(s, tokenizer) for s in scenes])
     else:
         batch["symbols"] = torch.stack([patch_symbols(s, tokenizer)[batch["keep"]] for s in scenes])
@@ -128,7 +129,8 @@ class PackedAnswers:
         self.decoder = model.model.language_model
         self.decoder.config._attn_implementation = "sprout_packed"
         model.model.vision_tower.config._attn_implementation = "sdpa"
-        self.grounded = twig is None
+        deep = len(self.decoder.layers) == LAYERS
+        self.looks = {} if twig else {CORE_PLACES[i] if deep else i: look for i, look in looking.LOOKS.items()}
         self.frozen = list(self.decoder.layers[: twig.config.K]) if twig else []
         self.layers = list(twig.layers) if twig else list(self.decoder.layers)
         self.norm, self.head = (twig.model.norm, twig.lm_head) if twig else (self.decoder.norm, model.lm_head)
@@ -162,10 +164,10 @@ class PackedAnswers:
             rotary = self.decoder.rotary_emb(hidden, positions)
             for layer in self.frozen:
                 hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
-        looking = None
+        told = {}
         for i, layer in enumerate(self.layers):
-            if i == GROUNDED_LAYER and self.grounded:
-                looking = grounding(layer, hidden, rotary, prefix, batch)
+            if look := self.looks.get(i):
+                told[look.__name__] = look(layer, looking.Scope(hidden, rotary, prefix), batch)
             hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
         targets = batch["labels"][:, 1:]
         chosen = targets != -100
@@ -176,35 +178,5 @@ class PackedAnswers:
         short = weights == 1
         figures = {"short": right[short].mean().item(), "long": right[~short].mean().item()}
         loss = (losses * weights).sum() / weights.sum()
-        if looking is not None:
-            figures["looking"] = looking.item()
-            loss = loss + GROUNDING_WEIGHT * looking
-        return loss, figures
-
-
-def grounding(layer, hidden: torch.Tensor, rotary, prefix: int, batch: dict) -> torch.Tensor:
-    """How far two heads of `layer` are from looking at what a token names: -log of the attention spent there.
-
-    Left to itself this look-up forms late and suddenly, after hundreds of thousands of questions;
-    told where to look, the two heads find it in minutes, and what reads them follows.
-    """
-    kept, symbols = batch["keep"], batch["symbols"]
-    first = prefix - len(kept)
-    bits = torch.tensor(CELL_BITS, device=kept.device)[kept]
-    shown = symbols[..., 0] + (symbols[..., 6] * (symbols[..., 0] == 0) * (symbols[..., 6] != batch["nothing"])) > 0
-    rows, places = batch["looks"].nonzero(as_tuple=True)
-    wanted = (batch["looks"][rows, places, None] & bits > 0) & shown[rows]
-    found = wanted.any(-1)
-    rows, places, wanted = rows[found], places[found], wanted[found]
-    attention = layer.self_attn
-    heads = min(GROUNDED_HEADS, attention.q_proj.out_features // attention.head_dim)
-    normed = layer.input_layernorm(hidden)
-    width = heads * attention.head_dim
-    query = F.linear(normed[rows, prefix + places], attention.q_proj.weight[:width]).float().unflatten(-1, (heads, -1))
-    keys = F.linear(normed[:, first:prefix], attention.k_proj.weight[:width]).float().unflatten(-1, (heads, -1))
-    cos, sin = (t.float().unsqueeze(2) for t in rotary)
-    query = query * cos[rows, prefix + places] + rotate_half(query) * sin[rows, prefix + places]
-    keys = keys * cos[:, first:prefix] + rotate_half(keys) * sin[:, first:prefix]
-    scores = torch.einsum("nhd,nvhd->nhv", query, keys[rows]) * attention.scaling
-    spent = scores.log_softmax(-1).masked_fill(~wanted[:, None], -1e4).logsumexp(-1)
-    return -spent.mean()
+        figures |= {name: distance.item() for name, distance in told.items()}
+        return loss + LOOKING_WEIGHT * sum(told.values()), figures

@@ -18,24 +18,33 @@ import torch
 from transformers import AttentionInterface
 
 from ..model.prompt import IMAGE, VICUNA_V1, encode
-from .questions import KINDS, ask, plural
+from .questions import KINDS, LETTERS, Question, ask, plural
 from .world import COLOURS, PLACES, SHAPES, Scene
 
 # (slots, tokens a slot): most questions are short, some carry a hint or options, one is a description.
-GROUPS = ((15, 25), (4, 37), (2, 60), (1, 108))
+GROUPS = ((12, 25), (4, 37), (5, 60), (1, 108))
+# Reading, choosing and comparing are learnt last, so they are asked most.
+ASKED = {"count": 2, "compare": 3, "read": 3, "choice": 4}
 DESCRIPTION_WEIGHT = 0.5  # of a description's tokens against a short answer's
 TURN_SHARE = 0.15  # of the questions are followed by a second one
 
 
 @dataclass
 class Packed:
-    """int64 arrays over the slots' tokens [S]: `ids`, `labels` (-100 = not learnt), `positions` from the prefix's end."""
+    """int64 arrays over the slots' tokens [S]: `ids`, `labels` (-100 = not learnt), `positions` from the prefix's end.
+
+    What a reader would look at while answering: `looks`, per token, bit c: it names what stands in cell
+    c of the scene; `evidence`, at the last token of a question, the cells that the answer depends on;
+    `points`, there too, the token in S that ends the right option (-1 = none).
+    """
 
     ids: np.ndarray
     labels: np.ndarray
     positions: np.ndarray
     weights: np.ndarray
-    looks: np.ndarray  # per token, bit c: it names what stands in cell c of the scene
+    looks: np.ndarray
+    evidence: np.ndarray
+    points: np.ndarray
     asked: int = field(default=0)
 
 
@@ -46,8 +55,9 @@ def prefix_text() -> str:
 def pack(scene: Scene, rng: random.Random, tokenizer, groups: Sequence[tuple[int, int]] = GROUPS) -> Packed:
     """Fill every slot with questions about `scene`; what does not fit a free slot is dropped."""
     free = {length: slots for slots, length in groups}
-    placed: dict[int, list[tuple[list[int], list[int], float]]] = {length: [] for length in free}
-    wanted = ["describe", *rng.choices(KINDS, k=3 * sum(free.values()))]
+    placed: dict[int, list[_Slot]] = {length: [] for length in free}
+    asked = [ASKED.get(kind, 1) for kind in KINDS]
+    wanted = ["describe", *rng.choices(KINDS, asked, k=4 * sum(free.values()))]
     for kind in wanted:
         if not any(free.values()):
             break
@@ -56,38 +66,82 @@ def pack(scene: Scene, rng: random.Random, tokenizer, groups: Sequence[tuple[int
             turns += [q for q in [ask(scene, rng.choice(KINDS), rng)] if q]
         if not turns:
             continue
-        ids, labels = _tokens([(q.text, q.answer) for q in turns], tokenizer)
-        fitting = [length for length, slots in free.items() if slots and length >= len(ids)]
+        slot = _slot(turns, scene, tokenizer)
+        fitting = [length for length, slots in free.items() if slots and length >= len(slot.ids)]
         if fitting:
             free[min(fitting)] -= 1
-            placed[min(fitting)].append((ids, labels, DESCRIPTION_WEIGHT if kind == "describe" else 1.0))
+            placed[min(fitting)].append(slot)
     total = sum(slots * length for slots, length in groups)
-    empty = [np.full(total, v, np.int64) for v in (0, -100, 0)]
-    out = Packed(*empty, np.zeros(total, np.float32), np.zeros(total, np.int64))
+    ids, labels, positions, looks, evidence, points = (np.full(total, v, np.int64) for v in (0, -100, 0, 0, 0, -1))
+    out = Packed(ids, labels, positions, np.zeros(total, np.float32), looks, evidence, points)
     start = 0
     for slots, length in groups:
         out.positions[start : start + slots * length] = np.tile(np.arange(length), slots)
-        for i, (ids, labels, weight) in enumerate(placed[length]):
-            place = slice(start + i * length, start + i * length + len(ids))
-            out.ids[place], out.labels[place], out.weights[place] = ids, labels, weight
-            out.looks[place] = looks(ids, scene, tokenizer)
+        for i, slot in enumerate(placed[length]):
+            first = start + i * length
+            place = slice(first, first + len(slot.ids))
+            out.ids[place], out.labels[place], out.weights[place] = slot.ids, slot.labels, slot.weight
+            out.looks[place], out.evidence[place] = slot.looks, slot.evidence
+            out.points[place] = [p if p < 0 else p + first for p in slot.points]
             out.asked += 1
         start += slots * length
     return out
 
 
-def _tokens(turns: list[tuple[str, str]], tokenizer) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation as it continues after the picture."""
-    ids: list[int] = []
-    labels: list[int] = []
-    for i, (text, answer) in enumerate(turns):
-        head = f"\n{text}" if i == 0 else f"{VICUNA_V1.user}: {text}"
+@dataclass
+class _Slot:
+    """A conversation as it continues after the picture, token by token; `points` are offsets in the slot."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    looks: list[int] = field(default_factory=list)
+    evidence: list[int] = field(default_factory=list)
+    points: list[int] = field(default_factory=list)
+    weight: float = 1.0
+
+
+def _slot(turns: list[Question], scene: Scene, tokenizer) -> _Slot:
+    slot = _Slot(weight=DESCRIPTION_WEIGHT if turns[0].kind == "describe" else 1.0)
+    for i, turn in enumerate(turns):
+        head = f"\n{turn.text}" if i == 0 else f"{VICUNA_V1.user}: {turn.text}"
         asked = _encode(tokenizer, f"{head} {VICUNA_V1.assistant}:")
         # No token of ours spans two words, so question and answer may be encoded apart.
-        told = _encode(tokenizer, f"{answer}{VICUNA_V1.end}")
-        ids += [*asked, *told]
-        labels += [*[-100] * len(asked), *told]
-    return ids, labels
+        told = _encode(tokenizer, f"{turn.answer}{VICUNA_V1.end}")
+        point = _point(turn, asked, tokenizer)
+        slot.points += [-1] * (len(asked) - 1) + [point if point < 0 else point + len(slot.ids)] + [-1] * len(told)
+        slot.evidence += [0] * (len(asked) - 1) + [_evidence(turn, scene, tokenizer)] + [0] * len(told)
+        slot.ids += [*asked, *told]
+        slot.labels += [*[-100] * len(asked), *told]
+    slot.looks = looks(slot.ids, scene, tokenizer)
+    return slot
+
+
+def _evidence(turn: Question, scene: Scene, tokenizer) -> int:
+    """The cells (as bits) that the answer depends on: of what the question names, or of everything."""
+    every = sum(1 << o.place for o in scene.objects)
+    if turn.kind == "describe":
+        return every | (1 << scene.word_place if scene.word else 0)
+    ids = _encode(tokenizer, turn.text.split("\n")[0])  # options follow in further lines
+    names = [_names(tokenizer).get(token, ("", ""))[0] for token in ids]
+    after = [*names[1:], ""]
+    seen = [
+        cells
+        for cells, name in zip(looks(ids, scene, tokenizer), after, strict=True)
+        if name not in ("shape", "object")
+    ]
+    cells = 0
+    for one in seen:
+        cells |= one
+    return every if not cells and set(names) <= {"", "object"} and "object" in names else cells
+
+
+def _point(turn: Question, asked: Sequence[int], tokenizer) -> int:
+    """Where in the question the right option ends; -1 without options."""
+    if not turn.options:
+        return -1
+    upto = turn.text.split(f"{turn.answer}. ")[0] + f"{turn.answer}. {turn.options[LETTERS.index(turn.answer)]}"
+    end = len(_encode(tokenizer, f"\n{upto}")) - 1
+    return end if end < len(asked) else -1
 
 
 @lru_cache(maxsize=100_000)
@@ -127,7 +181,7 @@ def looks(ids: Sequence[int], scene: Scene, tokenizer) -> list[int]:
 def _names(tokenizer) -> dict[int, tuple[str, str]]:
     """Token id → what kind of name it is."""
     words = [(c, "colour") for c in COLOURS] + [(s, "shape") for s in SHAPES]
-    words += [(p, "place") for p in ("top", "bottom", "left", "right", "centre")] + [("of", "of")]
+    words += [(p, "place") for p in ("top", "bottom", "left", "right", "centre")] + [("of", "of"), ("or", "of")]
     words += [("object", "object"), ("objects", "object"), ("word", "text"), ("text", "text")]
     table = {_encode(tokenizer, word)[0]: (kind, word) for word, kind in words}
     for shape in SHAPES:

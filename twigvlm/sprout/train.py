@@ -121,8 +121,8 @@ class Recipe:
         else:
             base = LlavaForConditionalGeneration.from_pretrained(self.start, dtype=torch.float32)
             model, offset = shorten(base, config), CONTINUED
-        loop = self.loop("image", 4000, 8e-4, final_lr=0.2)
-        return self.answers(model, loop, rows=4, kind="image", keep_share=0.25, whole_share=0.2, offset=offset)
+        loop = self.loop("image", 4000, 8e-4, final_lr=0.05)
+        return self.answers(model, loop, rows=4, kind="image", keep_share=0.25, whole_share=0.25, offset=offset)
 
     def deep(self) -> LlavaForConditionalGeneration:
         model = deepen(self.load("image", len(CORE_PLACES)), self.config(LAYERS))
