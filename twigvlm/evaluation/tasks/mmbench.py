@@ -1,0 +1,250 @@
+"""MMBench, English and Chinese: four options, each question asked once per rotation of its options.
+
+Files, as in LLaVA's eval.zip: `mmbench/<split>.tsv` with the columns index, question, hint, A to D,
+answer, category, image (base64, or the index of the row that carries it), l2-category. The rotations
+are rows of their own: index modulo 1,000,000 names the question, so 1,164 questions are 4,377 rows.
+
+`score` is circular accuracy, the number of the tables: a question is right when all its rotations are.
+`plain`, beside it, counts only the first pass. LLaVA's published numbers (64.3, 67.7; Chinese 58.3, 63.6)
+were given by the OpenCompass server for an uploaded table of answers to the development split: circular,
+with ChatGPT reading the answers that name no option by rule. Here such answers are wrong and counted as
+`unmatched`; LLaVA, asked for a letter, gives none or hardly any.
+
+An answer's option is found as in OpenCompass's public matcher: the one option letter that stands as a word
+of its own (punctuation aside), else the one option whose text occurs in the answer, case aside.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from ...errors import InputError
+from .base import Question, Score, Task
+from .pairing import pair, upload_path
+from .reading import locate
+from .xlsx import write_xlsx
+
+LETTERS = "ABCD"
+ROTATION = 1_000_000  # added to a question's index by each rotation
+REFERENCE = 64  # an `image` of at most so many characters is the index of the row that has it
+PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+# What a table reader of the official tools takes for an empty cell.
+EMPTY = {
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
+    "NULL", "NaN", "None", "n/a", "nan", "null",
+}  # fmt: skip
+UPLOADED = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+
+
+class MMBench(Task):
+    name = "mmbench"
+    title = "MMBench"
+    metric = "circular accuracy, %"
+    splits = (
+        "mmbench_dev_20230712",
+        "mmbench_dev_en_20231003",
+        "mmbench_test_20230712",
+        "mmbench_test_en_20231003",
+    )
+    suffix = "\nAnswer with the option's letter from the given choices directly."
+    max_new_tokens = 1024
+    published: ClassVar[Mapping[str, float]] = {"llava-1.5-7b": 64.3, "llava-1.5-13b": 67.7}
+    source = "LLaVA-1.5 (arXiv 2310.03744), table 4; the TwigVLM paper's base row has 64.7 for 7B"
+
+    def files(self, root: Path, split: str) -> dict[str, Path]:
+        table = root / "mmbench" / f"{split}.tsv"
+        return {"questions": table, "annotations": table}
+
+    def questions(self, root: Path, split: str) -> list[Question]:
+        path = self.files(root, split)["questions"]
+        rows = list(read_table(path))
+        pictures = _pictures(path, rows)
+        return [self._question(row, pictures(row)) for row in rows]
+
+    def _question(self, row: dict[str, str], picture: bytes) -> Question:
+        options = options_of(row)
+        lines = [row["question"], *(f"{letter}. {text}" for letter, text in options.items())]
+        if not empty(row["hint"]):
+            lines.insert(0, row["hint"])
+        line = {
+            "question_id": int(row["index"]),
+            "round_id": 0,
+            "options": list(options.values()),
+            "option_char": list(options),
+        }
+        return Question(row["index"], "\n".join(lines) + self.suffix, (picture,), line)
+
+    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
+        path = self._table(annotations or questions)
+        rows = list(read_table(path, images=False))
+        texts, doubts = pair(answers, [row["index"] for row in rows], strict)
+        if all(empty(row["answer"]) for row in rows):
+            note = f"not scored here: {path.name} has no answers; upload the exported table to the OpenCompass server"
+            return Score(None, {"count": len(rows)}, doubts.counts(), note)
+        right, unmatched = {}, 0
+        for row in rows:
+            if row["answer"] not in options_of(row):
+                raise InputError(f"{path}, row {row['index']}, has the answer {row['answer']!r}; an option is needed")
+            text = texts.get(row["index"])
+            option = None if text is None else option_of(text, options_of(row))
+            unmatched += text is not None and option is None
+            right[row["index"]] = option == row["answer"]
+        circular, lonely = _circular(rows, right)
+        if not circular:
+            raise InputError(f"{path} has rotations only; rows with an index below {ROTATION} are needed")
+        plain = {row["index"]: right[row["index"]] for row in rows if int(row["index"]) < ROTATION}
+        parts = {"circular": _percent(circular), "plain": _percent(plain), "count": len(circular), "rows": len(rows)}
+        for column in ("l2-category", "category"):
+            parts[column] = _by(column, rows, circular)
+        parts["unmatched"] = unmatched
+        doubts.add("rotations without their question", lonely)
+        if strict and lonely:
+            doubts.refuse(path)
+        return Score(parts["circular"], parts, doubts.counts())
+
+    def _table(self, path: Path) -> Path:
+        return locate(path, *(f"{split}.tsv" for split in self.splits))
+
+    def export(self, root: Path, split: str, answers: Path, out: Path) -> Path:
+        """Write the server's table: one row a question of the TSV with the column `prediction`, as .xlsx."""
+        rows = list(read_table(self.files(root, split)["questions"], images=False))
+        texts, _ = pair(answers, [row["index"] for row in rows])
+        columns = [name for name in UPLOADED if name == "prediction" or name in rows[0]]
+
+        def cells(row: dict[str, str]) -> Iterator[str | int | None]:
+            for name in columns:
+                value = texts.get(row["index"]) if name == "prediction" else row[name]
+                yield int(value) if name == "index" else None if value is None or empty(value) else value
+
+        target = upload_path(out, answers, ".xlsx")
+        write_xlsx(target, [columns, *(list(cells(row)) for row in rows)])
+        return target
+
+
+class MMBenchCN(MMBench):
+    """The same questions in Chinese; the prompt ends in the Chinese sentence of LLaVA's script."""
+
+    name = "mmbench_cn"
+    title = "MMBench-CN"
+    splits = ("mmbench_dev_cn_20231003", "mmbench_test_cn_20231003")
+    suffix = "\n请直接回答选项字母。"
+    published: ClassVar[Mapping[str, float]] = {"llava-1.5-7b": 58.3, "llava-1.5-13b": 63.6}
+    source = "LLaVA-1.5 (arXiv 2310.03744), table 4"
+
+
+def empty(cell: str) -> bool:
+    return cell in EMPTY or cell.lower() in ("nan", "none")
+
+
+def options_of(row: Mapping[str, str]) -> dict[str, str]:
+    """Letter → text; the first empty cell ends the options."""
+    out = {}
+    for letter in LETTERS:
+        if empty(row.get(letter, "")):
+            break
+        out[letter] = row[letter]
+    return out
+
+
+def option_of(answer: str, options: Mapping[str, str]) -> str | None:
+    """The letter that an answer means, None when the rule finds none or several."""
+    if any(refusal in answer for refusal in REFUSALS):
+        return None
+    words = answer.translate(PUNCTUATION).split()
+    letters = [letter for letter in options if letter in words]
+    if len(letters) == 1:
+        return letters[0]
+    if not letters and "Z" in words:
+        return None  # the server's own sign for "no option"
+    texts = [letter for letter, text in options.items() if text.lower() in answer.lower()]
+    return texts[0] if len(texts) == 1 else None
+
+
+def read_table(path: Path, images: bool = True) -> Iterator[dict[str, str]]:
+    """The rows of an MMBench table; `images=False` leaves the pictures out."""
+    needed = ("index", "question", "hint", "A", "B", "answer", *(("image",) if images else ()))
+    csv.field_size_limit(sys.maxsize)  # one cell holds one picture
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter="\t")
+            absent = [name for name in needed if name not in (rows.fieldnames or ()) and name not in ("hint", "answer")]
+            if absent:
+                raise InputError(f"{path} has no column {', '.join(absent)}")
+            seen = set()
+            for row in rows:
+                yield _checked(path, row, rows.line_num, seen, images)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; playground/README.md says where it is fetched") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {error}; fetch it again") from None
+    if not seen:
+        raise InputError(f"{path} has no rows; fetch it again")
+
+
+def _checked(path: Path, row: dict, line: int, seen: set[str], images: bool) -> dict[str, str]:
+    if None in row or None in row.values():
+        raise InputError(f"{path}, line {line}, has not as many cells as the head has columns; fetch it again")
+    if not row["index"].isdecimal():
+        raise InputError(f"{path}, line {line}, has the index {row['index']!r}; a number is needed")
+    row["index"] = str(int(row["index"]))
+    if row["index"] in seen:
+        raise InputError(f"{path}, line {line}, repeats the index {row['index']}")
+    seen.add(row["index"])
+    if not images:
+        row.pop("image", None)
+    return {"hint": "", "answer": "", **row}
+
+
+def _pictures(path: Path, rows: list[dict[str, str]]) -> Callable[[dict[str, str]], bytes]:
+    """row → encoded picture; rotations share theirs."""
+    raw = {row["index"]: row["image"] for row in rows}
+    decoded: dict[str, bytes] = {}
+
+    def picture(row: dict[str, str]) -> bytes:
+        text = row["image"]
+        if len(text) <= REFERENCE:
+            text = raw.get(text, "")
+        if text not in decoded:
+            try:
+                decoded[text] = base64.b64decode(text, validate=True)
+            except (binascii.Error, ValueError):
+                decoded[text] = b""
+        if not decoded[text]:
+            raise InputError(f"{path}, row {row['index']}, has no whole picture; fetch it again")
+        return decoded[text]
+
+    return picture
+
+
+def _circular(rows: list[dict[str, str]], right: Mapping[str, bool]) -> tuple[dict[str, bool], list[str]]:
+    """Question → whether all its rotations are right; and the rotations that have no question."""
+    rotations = defaultdict(list)
+    for row in rows:
+        rotations[str(int(row["index"]) % ROTATION)].append(right[row["index"]])
+    lonely = [row["index"] for row in rows if str(int(row["index"]) % ROTATION) not in right]
+    return {index: all(r) for index, r in rotations.items() if index in right}, lonely
+
+
+def _percent(hits: Mapping[str, bool]) -> float:
+    return 100 * sum(hits.values()) / len(hits)
+
+
+def _by(column: str, rows: list[dict[str, str]], circular: Mapping[str, bool]) -> dict[str, float]:
+    groups: dict[str, dict[str, bool]] = defaultdict(dict)
+    for row in rows:
+        if row["index"] in circular and row.get(column):
+            groups[row[column]][row["index"]] = circular[row["index"]]
+    return {name: _percent(groups[name]) for name in sorted(groups)}
