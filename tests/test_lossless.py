@@ -83,7 +83,7 @@ _layout = st.one_of(
 
 @st.composite
 def cases(draw) -> Case:
-    K, T = draw(st.sampled_from([(1, 1), (2, 2), (2, 3), (3, 1), (1, 3), (3, 3)]))
+    K, T = draw(st.sampled_from([(1, 1), (2, 2), (2, 3), (3, 1), (1, 3), (3, 3), (0, 2)]))
     shape = {
         "K": K,
         "T": T,
@@ -98,7 +98,7 @@ def cases(draw) -> Case:
         layouts=tuple(draw(st.lists(_layout, min_size=1, max_size=3))),
         seed=draw(st.integers(0, 999)),
         share=draw(st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0])),
-        method=draw(st.sampled_from(sorted(METHODS))),
+        method=draw(st.sampled_from([m for m in sorted(METHODS) if K or m != "layer-attention"])),
         query=draw(st.sampled_from(QUERIES)),
         draft_length=draw(st.integers(1, 6)),
         confidence=draw(st.sampled_from([0.0, 0.4, 0.6, 0.9, 1.0])),

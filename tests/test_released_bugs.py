@@ -43,7 +43,8 @@ def test_impossible_budgets(R):
 
 
 @pytest.mark.parametrize(
-    ("K", "T", "F"), [(2, 2, 3), (2, 3, 4), (2, 2, 6), (2, 4, 5), (5, 1, 6), (1, 5, 2), (2, 2, 7), (2, 2, 60)]
+    ("K", "T", "F"),
+    [(2, 2, 3), (2, 3, 4), (2, 2, 6), (2, 4, 5), (5, 1, 6), (1, 5, 2), (2, 2, 7), (2, 2, 60), (0, 2, 4)],
 )
 def test_every_legal_wipe_layer(K, T, F):
     """F right above K, inside the twig's range, at L and above it; a twig up to the last layer."""
@@ -60,7 +61,7 @@ def test_every_legal_wipe_layer(K, T, F):
 @pytest.mark.parametrize(
     ("letters", "parts"),
     [
-        ({"K": 0}, ["K is 0", "K >= 1"]),
+        ({"K": -1}, ["K is -1", "K >= 0"]),
         ({"K": 2, "T": 0}, ["T is 0", "T >= 1"]),
         ({"K": 4, "T": 3}, ["4 + 3 = 7", "L = 6"]),
         ({"K": 2, "F": 2}, ["F is 2", "K = 2", "3 to 6"]),

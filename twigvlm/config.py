@@ -27,8 +27,8 @@ class TwigConfig:
     def __post_init__(self) -> None:
         if self.F == 0:
             object.__setattr__(self, "F", max(self.K + 1, round(WIPE_SHARE * self.L)))
-        if self.K < 1:
-            raise InputError(f"K is {self.K}; the twig needs at least one base layer below it (K >= 1)")
+        if self.K < 0:
+            raise InputError(f"K is {self.K}; it counts the base layers below the twig (K >= 0)")
         if self.T < 1:
             raise InputError(f"T is {self.T}; a twig has at least one layer (T >= 1)")
         if self.K + self.T > self.L:

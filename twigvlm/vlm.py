@@ -201,18 +201,20 @@ class TwigVLM:
         rows: list[list[Step]] = [[] for _ in ids]
         start = self._now()
         prompt = self.trunk.embed(padded, lengths, pixel_values)
-        if streamer is not None:  # after the check of the pixels: who waits for a streamer's end would wait for ever
-            streamer.put(torch.tensor([ids[0]]))
         first = None
-        for round_ in decoder.steps(prompt, ids):
-            first = first or self._now()
-            for row, step in round_:
-                rows[row].append(step)
-                if streamer is not None:
-                    _feed(streamer, step)
-        end = self._now()
-        if streamer is not None:
-            streamer.end()
+        try:
+            if streamer is not None:
+                streamer.put(torch.tensor([ids[0]]))
+            for round_ in decoder.steps(prompt, ids):
+                first = first or self._now()
+                for row, step in round_:
+                    rows[row].append(step)
+                    if streamer is not None:
+                        _feed(streamer, step)
+        finally:  # also after an exception: who waits for the streamer's end would wait for ever
+            end = self._now()
+            if streamer is not None:
+                streamer.end()
         tokens = [[t for step in steps for t in step.tokens] for steps in rows]
         return Output(
             tokens, decoder.kept, rows, self._stats(decoder, rows, lengths, asked, first - start, end - first)
@@ -222,6 +224,8 @@ class TwigVLM:
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[list, list[int], torch.Tensor]:
         """Each prompt as a list, its length, and all of them right-padded [B, S]."""
+        if not torch.is_tensor(input_ids):
+            raise InputError(f"input_ids are a {type(input_ids).__name__}; a tensor [rows, tokens] is needed")
         if input_ids.dim() != 2 or not input_ids.numel():
             raise InputError(
                 f"input_ids have shape {list(input_ids.shape)}; [rows, tokens] with one token at least is needed"
@@ -277,10 +281,10 @@ class TwigVLM:
         new = sum(len(s.tokens) for s in steps)
         late = new - sum(len(row[0].tokens) for row in rows)
         drafted, accepted = sum(len(s.drafted) for s in steps), sum(s.accepted for s in steps)
-        visual = decoder.visual_per_layer[0] if decoder.visual_per_layer else [0]
-        images = sum(visual) / self.config.V
+        images = sum(decoder.images)
+        visual = images * self.config.V
         per_layer = [sum(counts) / images if images else 0.0 for counts in decoder.visual_per_layer]
-        twig_tokens = self.config.T * self.config.V / self.config.L if decoder.depth and images else 0.0
+        twig_tokens = self.config.T * self.config.V / self.config.L if decoder.twigged and images else 0.0
         return Stats(
             prompt_tokens=sum(lengths),
             new_tokens=new,
@@ -292,8 +296,8 @@ class TwigVLM:
             drafted=drafted,
             accepted=accepted,
             acceptance=accepted / drafted if drafted else None,
-            visual_tokens=sum(visual),
-            visual_kept=sum(len(k) for k in decoder.kept) if decoder.kept is not None else sum(visual),
+            visual_tokens=visual,
+            visual_kept=sum(len(k) for k in decoder.kept) if decoder.kept is not None else visual,
             visual_asked=asked,
             visual_measured=sum(per_layer) / len(per_layer) if per_layer else 0.0,
             visual_twig_share=twig_tokens,
@@ -327,15 +331,19 @@ def load(
     twig is the plain baseline. Raises InputError for anything inconsistent, RunError when the hub
     cannot be reached.
     """
-    for letter, value in (("K", K), ("T", T), ("wipe_layer", wipe_layer)):
-        if value is not None and value < 1:
-            raise InputError(f"{letter} is {value}; 1 or more is needed")
+    for letter, value, least in (("K", K, 0), ("T", T, 1), ("wipe_layer", wipe_layer, 1)):
+        if value is not None and value < least:
+            raise InputError(f"{letter} is {value}; {least} or more is needed")
     where = pick_device(device)
     loaded = load_base(base, where, pick_dtype(dtype, where), attn_implementation)
     if base is None and twig is None:
         twig = EMBEDDED_TWIG
     if twig is None:
         wanted = any(v is not None for v in (K, T, wipe_layer))
-        fallback = TwigConfig(loaded.trunk.L, K or DEFAULT_K, T or DEFAULT_T, wipe_layer or 0) if wanted else None
+        fallback = (
+            TwigConfig(loaded.trunk.L, DEFAULT_K if K is None else K, T or DEFAULT_T, wipe_layer or 0)
+            if wanted
+            else None
+        )
         return TwigVLM(loaded, None, fallback)
     return TwigVLM(loaded, load_twig(twig, loaded.trunk, K, T, wipe_layer))

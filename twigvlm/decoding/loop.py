@@ -74,7 +74,8 @@ class Decoder:
         self.eos, self.stopping = frozenset(eos), list(stopping or [])
         self.chooser = chooser or Chooser(settings)
         self.speculative = twig is not None and settings.draft_length > 0
-        self.depth = twig.config.K if twig is not None and (self.speculative or plan.needs_twig) else 0
+        self.twigged = twig is not None and (self.speculative or plan.needs_twig)
+        self.depth = twig.config.K if self.twigged else 0
         self.kept: list[torch.Tensor] | None = None
         self.visual_per_layer: list[list[int]] = []
         self.cache: Cache | None = None
@@ -90,7 +91,7 @@ class Decoder:
         self.rows = self._rows(ids, prompt.lengths)
         slots = self.trunk.L + (self.twig.config.T if self.twig is not None else 0)
         self.cache = Cache(slots, len(self.rows), max(r.limit for r in self.rows) + self.settings.draft_length + 2)
-        self._images = [n // self.trunk.V for n in prompt.visual.sum(1).tolist()]
+        self.images = [n // self.trunk.V for n in prompt.visual.sum(1).tolist()]
         block, twig_out = self._prefill(prompt)
         while self.rows:
             drafts, drafted = self._draft(twig_out)
@@ -119,7 +120,7 @@ class Decoder:
         self._visual_places = [prompt.positions[b][prompt.visual[b]] for b in range(prompt.rows)]
         stream = self._climb(prompt, 0, self.depth)
         twig_out = None
-        if self.depth:
+        if self.twigged:
             head, last = self.twig.layers[:-1], self.twig.layers[-1:]
             below = self.trunk.run(head, stream, self.cache)
             twig_out = self.trunk.run(last, below, self.cache)
@@ -175,7 +176,7 @@ class Decoder:
         return stream.keep(keep)
 
     def _select(self, stage: Stage, scores: torch.Tensor | None, places: torch.Tensor, row: int) -> torch.Tensor:
-        return stage.select(scores, len(places), stage.keep * self._images[row]).to(places.device)
+        return stage.select(scores, len(places), stage.keep * self.images[row]).to(places.device)
 
     # ------------------------------------------------------------------ draft, verify, roll back
 

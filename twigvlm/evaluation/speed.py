@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import twigvlm
 
-from ..config import TwigConfig
+from ..config import DEFAULT_K, DEFAULT_T, TwigConfig
 from ..decoding.choose import Chooser
 from ..errors import InputError, RunError
 from ..model.cache import Cache
@@ -284,7 +284,7 @@ def open_model(args: argparse.Namespace) -> TwigVLM:
         raise InputError("--random builds its own base and twig; leave --base-model and --twig-block away")
     device = pick_device(args.device)
     trunk = Trunk(random_base(args.random, device, pick_dtype(args.dtype, device), args.attn_implementation))
-    twig = grow(trunk, TwigConfig(trunk.L, args.twig_K or 2, args.twig_T or 3))
+    twig = grow(trunk, TwigConfig(trunk.L, DEFAULT_K if args.twig_K is None else args.twig_K, args.twig_T or DEFAULT_T))
     return TwigVLM(Loaded(trunk, Path(), f"random {args.random}", True), twig)
 
 

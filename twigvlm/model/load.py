@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,35 @@ class Loaded:
     original: bool
 
 
-def load_base(base: str | Path | None, device: torch.device, dtype: torch.dtype, attention: str) -> Loaded:
-    """Read a LLaVA model. Raises InputError for anything but a complete, consistent checkpoint."""
+def load_base(
+    base: str | Path | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str,
+    keep: Callable[[int], Sequence[int]] | None = None,
+) -> Loaded:
+    """Read a LLaVA model. Raises InputError for anything but a complete, consistent checkpoint.
+
+    `keep` names, for a decoder of L layers, those that are wanted, in their order: the others are
+    neither made nor read from the disk.
+    """
+    name, folder, facts, original = find_base(base)
+    if original:
+        model = _load_original(folder, facts, device, dtype, keep)
+    else:
+        config = LlavaConfig.from_dict(facts)
+        select, config.text_config.num_hidden_layers = _choose_layers(config.text_config.num_hidden_layers, keep)
+        model = skeleton(config, device, dtype)
+        filling = Filling(model, canonical, select)
+        for file in weight_files(folder, _needs(select)):
+            filling.read(file, device)
+        filling.finish(folder)
+    set_attention(model, attention)
+    return Loaded(Trunk(model.eval()), folder, name, original)
+
+
+def find_base(base: str | Path | None) -> tuple[str, Path, dict, bool]:
+    """(the user's name for it, its folder, its config.json, whether it has LLaVA's original layout)."""
     name = str(base) if base is not None else "sprout"
     folder = resolve(base, "base model") if base is not None else EMBEDDED_BASE
     if base is not None and not folder.is_dir():
@@ -67,16 +95,29 @@ def load_base(base: str | Path | None, device: torch.device, dtype: torch.dtype,
             f"{folder / 'config.json'}: model type is {facts.get('model_type')!r}; a LLaVA-1.5 model is needed "
             "(llava-hf/llava-1.5-7b-hf or liuhaotian/llava-v1.5-7b, say)"
         )
-    if original:
-        model = _load_original(folder, facts, device, dtype)
-    else:
-        model = skeleton(LlavaConfig.from_dict(facts), device, dtype)
-        filling = Filling(model, canonical)
-        for file in weight_files(folder):
-            filling.read(file, device)
-        filling.finish(folder)
-    set_attention(model, attention)
-    return Loaded(Trunk(model.eval()), folder, name, original)
+    return name, folder, facts, original
+
+
+def _choose_layers(
+    L: int, keep: Callable[[int], Sequence[int]] | None
+) -> tuple[Callable[[str], str | None], int]:
+    """The map from a decoder's stored names to those of one that has only the layers of `keep`, and their number."""
+    if keep is None:
+        return lambda name: name, L
+    places = {layer: place for place, layer in enumerate(keep(L))}
+
+    def select(name: str) -> str | None:
+        match = re.match(r"language_model\.layers\.(\d+)(\..*)", name)
+        if not match:
+            return name
+        place = places.get(int(match[1]))
+        return None if place is None else f"language_model.layers.{place}{match[2]}"
+
+    return select, len(places)
+
+
+def _needs(select: Callable[[str], str | None]) -> Callable[[str], bool]:
+    return lambda stored: (name := canonical(stored)) is not None and select(name) is not None
 
 
 def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: int | None) -> Twig:
@@ -105,7 +146,8 @@ def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: i
             raise InputError(
                 f"{file}: {letter} = {asked} was asked for, but the twig was grown with {letter} = {stored}"
             )
-    config = TwigConfig(trunk.L, facts.get("K") or K or DEFAULT_K, stored_T, F if F is not None else facts.get("F", 0))
+    K = facts.get("K", DEFAULT_K if K is None else K)
+    config = TwigConfig(trunk.L, K, stored_T, F if F is not None else facts.get("F", 0))
     vocabulary = _check_head(file, shapes, trunk)
     module = twig_skeleton(trunk, config, vocabulary)
     materialise(module, trunk.device, trunk.dtype)
@@ -203,10 +245,15 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
 
 
 def _load_original(
-    folder: Path, facts: dict, device: torch.device, dtype: torch.dtype
+    folder: Path,
+    facts: dict,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: Callable[[int], Sequence[int]] | None = None,
 ) -> LlavaForConditionalGeneration:
     """LLaVA's own layout: flat configuration, `mm_*` fields, the tower often elsewhere."""
-    files = weight_files(folder)
+    select, count = _choose_layers(facts["num_hidden_layers"], keep)
+    files = weight_files(folder, _needs(select))
     carried = any("vision_tower" in name for f in files for name, _, _ in read_tensors(f, torch.device("cpu")))
     tower, tower_facts = _find_tower(folder, facts, carried)
     kind = facts.get("mm_projector_type", "linear")
@@ -215,11 +262,13 @@ def _load_original(
             f"{folder / 'config.json'}: mm_projector_type is {kind!r}; only LLaVA-1.5's mlp2x_gelu is supported"
         )
     vocabulary = facts["vocab_size"]
-    model = skeleton(original_config(facts, tower_facts, vocabulary), device, dtype)
+    config = original_config(facts, tower_facts, vocabulary)
+    config.text_config.num_hidden_layers = count
+    model = skeleton(config, device, dtype)
     # The image token gets an embedding row behind the vocabulary; the head stays as it was trained.
     table = nn.Embedding(vocabulary + 1, facts["hidden_size"], device=device, dtype=dtype).requires_grad_(False)
     model.model.language_model.embed_tokens = table
-    filling = Filling(model, canonical)
+    filling = Filling(model, canonical, select)
     for file in files:
         filling.read(file, device, padded_rows=("language_model.embed_tokens.weight",))
     if not carried:
