@@ -1,0 +1,130 @@
+"""Score answer files without a model: `python -m twigvlm.evaluation.score`.
+
+Reads questions, annotations and answers as the benchmark's own files are, prints the number that its official
+scorer prints, and beside it what that scorer passes over. Needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, RunError
+from .tasks import ALIASES, TASKS, find
+from .tasks.base import Score, Task
+from .tasks.llava import LlavaTask
+
+LONG = 40  # entries of a part that a table for people does not list
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments().parse_args(argv)
+    try:
+        task = find(args.task)
+        score = _score(task, args)
+        written = _export(task, args) if args.export else None
+    except InputError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    except RunError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
+    if written:
+        print(f"upload file: {written}", file=sys.stderr)
+    print(json.dumps({"task": task.name, **score.as_json()}) if args.json else "\n".join(_lines(task, score)))
+    return 0
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m twigvlm.evaluation.score",
+        description="Score an answer file as the benchmark's official scorer does.",
+        allow_abbrev=False,
+    )
+    say = parser.add_argument
+    say("--task", required=True, metavar="T", help=f"benchmark: {', '.join((*TASKS, *ALIASES))}")
+    say("--questions", required=True, type=Path, metavar="Q", help="the question file")
+    say("--annotations", type=Path, metavar="A", help="file or folder with the truth; not where it is on a server")
+    say("--answers", required=True, type=Path, metavar="P", help="the answers: JSON lines as LLaVA writes them")
+    say("--split", metavar="S", help="split of the benchmark that the files belong to; default: whichever they fit")
+    say("--strict", action="store_true", help="refuse missing, duplicate, foreign, shifted answers instead of counting")
+    say("--json", action="store_true", help="print one JSON object: score, parts, doubts, note")
+    say(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="also write what the benchmark's server or tools take (MME: a folder)",
+    )
+    return parser
+
+
+def _score(task: Task, args: argparse.Namespace) -> Score:
+    if args.split is not None and args.split not in task.splits:
+        raise InputError(f"--split {args.split}: {task.name} has {', '.join(task.splits)}")
+    for flag, path in (("--questions", args.questions), ("--answers", args.answers)):
+        if not path.is_file():
+            raise InputError(f"{flag} {path}: no such file")
+    if args.annotations is not None and not args.annotations.exists():
+        raise InputError(f"--annotations {args.annotations}: no such file or folder")
+    return task.score(args.questions, args.annotations, args.answers, strict=args.strict)
+
+
+def _export(task: Task, args: argparse.Namespace) -> Path:
+    """Below a data folder the task knows which files its server wants; elsewhere those given are taken."""
+    place = _place(task, args)
+    if place is not None:
+        written = task.export(*place, args.answers, args.export)
+    elif isinstance(task, LlavaTask):
+        written = task.upload(args.questions, args.annotations, args.answers, args.export)
+    else:
+        wanted = task.files(Path("DATA"), args.split or task.splits[0])["questions"]
+        raise InputError(f"--export: {task.name} needs --questions in its place, {wanted}")
+    if written is None:
+        raise InputError(f"--export: nothing is uploaded for {task.name}; its tools take the answers as they are")
+    return written
+
+
+def _place(task: Task, args: argparse.Namespace) -> tuple[Path, str] | None:
+    """Data folder and split whose question file was given."""
+    given = args.questions.resolve()
+    for split in [args.split] if args.split else task.splits:
+        below = task.files(Path(), split)["questions"].parts
+        if given.parts[-len(below) :] == below:
+            return Path(*given.parts[: -len(below)]), split
+    return None
+
+
+def _lines(task: Task, score: Score) -> Iterator[str]:
+    """For people: the score, parts that are short, doubts."""
+    value = "-" if score.score is None else f"{score.score:.2f}"
+    yield f"{task.title}: {value} ({task.metric})"
+    if "printed" in score.parts:
+        printed = score.parts["printed"]
+        yield from (f"  {line}".rstrip() for line in ([printed] if isinstance(printed, str) else printed))
+    else:
+        parts = {name: part for name, part in score.parts.items() if not _again(part, score.parts)}
+        yield from (f"  {name}: {number}" for name, number in _numbers(parts))
+    yield from (f"doubt: {count} {name}" for name, count in score.doubts.items())
+    if score.note:
+        yield f"note: {score.note}"
+
+
+def _again(part: Any, parts: Mapping[str, Any]) -> bool:
+    """Whether a group only repeats what the parts hold."""
+    return isinstance(part, Mapping) and all(parts.get(name) is value for name, value in part.items())
+
+
+def _numbers(parts: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    for name, part in parts.items():
+        if isinstance(part, Mapping) and len(part) <= LONG:
+            yield from _numbers(part, (*path, str(name)))
+        elif isinstance(part, (int, float)):
+            yield " / ".join((*path, str(name))), f"{part:.2f}" if isinstance(part, float) else str(part)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

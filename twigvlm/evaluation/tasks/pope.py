@@ -1,0 +1,147 @@
+"""POPE: is the object in the picture? Yes or no, in three settings of how the absent objects were picked.
+
+The numbers are those of LLaVA's `eval_pope.py`. It pairs answers with labels by their position inside a setting,
+so a missing answer shifts every later label; such answers are counted here. The table number is the mean F1.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...errors import InputError
+from .base import Score
+from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, truth_needed
+from .reading import ID, Doubts, added, first, read_records
+
+SETTINGS = ("adversarial", "random", "popular")
+PREFIX, ENDING = "coco_pope_", ".json"
+NO_WORDS = {"No", "not", "no"}  # other spellings are yes
+
+
+class POPE(LlavaTask):
+    name = "pope"
+    title = "POPE"
+    metric = "mean F1 of three settings, %"
+    splits = ("test",)
+    suffix = SHORT_ANSWER
+    published: ClassVar = {"llava-1.5-7b": 85.9, "llava-1.5-13b": 85.9}
+    source = LLAVA_PAPER
+    folder = "pope"
+    layout: ClassVar = {"test": {"questions": "llava_pope_test.jsonl", "annotations": "coco", "images": "val2014"}}
+
+    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
+        labels = _labels(truth_needed(self, annotations))
+        asked = _by_setting(read_records(questions, question_id=ID, image=str, text=str, category=str), labels)
+        said = _answers_by_setting(read_records(answers, question_id=ID, text=str), asked, answers)
+        doubts = _doubts(asked, labels, said)
+        if strict:
+            doubts.refuse(answers)
+        measured = {
+            setting: _measures([line["text"] for line in said[setting]], labels[setting], f"{answers}: {setting}")
+            for setting in labels
+            if asked[setting]
+        }
+        if not measured:
+            raise InputError(f"{questions}: asks nothing in {', '.join(labels)}; do the files belong together?")
+        mean = added(measures["f1"] for measures in measured.values()) / len(measured)
+        # the settings stand a second time under the name of their case, as reference files have them
+        kind = "with_missing_predictions" if "missing" in doubts.counts() else "complete"
+        parsed = {str(line["question_id"]): yes_or_no(line["text"]) for lines in said.values() for line in lines}
+        parts = {**measured, kind: measured, "parsed": parsed, "average_f1": mean}
+        return Score(100 * mean, parts, doubts.counts(), _undefined(measured))
+
+
+def yes_or_no(text: str) -> str:
+    """ "no" if the first sentence, without commas, has "No", "no" or "not" between spaces; else "yes"."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "yes" if NO_WORDS.isdisjoint(words) else "no"
+
+
+Lines = Sequence[Mapping[str, Any]]
+
+
+def _labels(place: Path) -> dict[str, list[dict[str, Any]]]:
+    """Label lines by setting, from `coco_pope_<setting>.json` in a folder, or from one such file."""
+    homes = [home for home in (place, place / "coco", place / "annotations") if home.is_dir()]
+    found = [place] if place.is_file() else [file for home in homes for file in home.glob(f"{PREFIX}*{ENDING}")]
+    files = {file.name[len(PREFIX) : -len(ENDING)]: file for file in found if file.name.startswith(PREFIX)}
+    if not files:
+        raise InputError(f"{place}: holds no {PREFIX}<setting>{ENDING}")
+    order = [name for name in SETTINGS if name in files] + sorted(set(files) - set(SETTINGS))
+    return {name: read_records(files[name], label=str) for name in order}
+
+
+def _by_setting(questions: Lines, labels: Mapping[str, Lines]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    out: dict[str, dict[str, Mapping[str, Any]]] = {setting: {} for setting in labels}
+    for line in questions:
+        out.setdefault(line["category"], {})[str(line["question_id"])] = line
+    return out
+
+
+def _answers_by_setting(
+    answers: Lines, asked: Mapping[str, Mapping[str, Any]], path: Path
+) -> dict[str, list[Mapping[str, Any]]]:
+    """Answers in their order; one to a question that was not asked stops here, as it stops the official script."""
+    home = {name: setting for setting, lines in asked.items() for name in lines}
+    foreign = [line["question_id"] for line in answers if str(line["question_id"]) not in home]
+    if foreign:
+        raise InputError(f"{path}: {len(foreign)} answers to questions that were not asked: {first(foreign)}")
+    out: dict[str, list[Mapping[str, Any]]] = {setting: [] for setting in asked}
+    for line in answers:
+        out[home[str(line["question_id"])]].append(line)
+    return out
+
+
+def _doubts(asked: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Lines], said: Mapping[str, Lines]) -> Doubts:
+    doubts = Doubts()
+    for setting, rows in labels.items():
+        names = [str(line["question_id"]) for line in said[setting]]
+        place = {name: index for index, name in enumerate(asked[setting])}
+        doubts.add("missing", [name for name in place if name not in set(names)])
+        doubts.add("duplicate", [name for name, n in Counter(names).items() for _ in range(n - 1)])
+        doubts.add("unlabelled", names[len(rows) :])
+        for index, (name, label) in enumerate(zip(names, rows, strict=False)):
+            if not _own(asked[setting][name], label, place[name] == index):
+                doubts.add("shifted_labels", [name])
+    return doubts
+
+
+def _own(question: Mapping[str, Any], label: Mapping[str, Any], same_place: bool) -> bool:
+    """Whether the label belongs to the question; by place where the label does not say what it is for."""
+    if "image" not in label or "text" not in label:
+        return same_place
+    return label["image"] == question["image"] and question["text"].startswith(label["text"])
+
+
+def _measures(texts: Sequence[str], rows: Lines, where: str) -> dict[str, float]:
+    if not texts or not rows:
+        raise InputError(f"{where}: {len(texts)} answers, {len(rows)} labels; nothing to compare")
+    yes = [yes_or_no(text) == "yes" for text in texts]
+    cells = Counter((said, row["label"] != "no") for said, row in zip(yes, rows, strict=False))
+    tp, fp, tn, fn = cells[True, True], cells[True, False], cells[False, False], cells[False, True]
+    precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
+    return {
+        "samples": len(texts),
+        "TP": tp,
+        "FP": fp,
+        "TN": tn,
+        "FN": fn,
+        "accuracy": (tp + tn) / (tp + tn + fp + fn),
+        "precision": precision,
+        "recall": recall,
+        "f1": _ratio(2 * precision * recall, precision + recall),
+        "yes_ratio": sum(yes) / len(yes),
+    }
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def _undefined(measured: Mapping[str, Mapping[str, float]]) -> str:
+    """Where the official script divides by zero: no answer or no label says yes, or no yes is right."""
+    settings = [setting for setting, measures in measured.items() if not measures["TP"]]
+    return f"no right yes in {', '.join(settings)}: F1 taken as 0 where it is undefined" if settings else ""

@@ -1,0 +1,108 @@
+"""TextVQA 0.5.1, validation: short answers read off the picture, compared with ten people's.
+
+The numbers are those of LLaVA's `eval_textvqa.py`: it finds a question by picture and wording, cut from the prompt,
+and leaves questions without an answer out of the mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...errors import InputError
+from .base import Score
+from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, truth_needed
+from .reading import ID, Doubts, added, checked, first, locate, read_records, read_table
+from .vqa_text import evalai, soft_score
+
+PEOPLE = 10
+REFERENCE = "Reference OCR token: "
+_FRAMED = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
+Key = tuple[Any, str]  # picture, question in lower case
+
+
+class TextVQA(LlavaTask):
+    name = "textvqa"
+    title = "TextVQA"
+    metric = "VQA accuracy, %"
+    splits = ("val",)
+    suffix = SHORT_ANSWER
+    published: ClassVar = {"llava-1.5-7b": 58.2, "llava-1.5-13b": 61.3}
+    source = LLAVA_PAPER
+    folder = "textvqa"
+    layout: ClassVar = {
+        "val": {
+            "questions": "llava_textvqa_val_v051_ocr.jsonl",
+            "annotations": "TextVQA_0.5.1_val.json",
+            "images": "train_images",
+        }
+    }
+
+    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
+        path = locate(truth_needed(self, annotations), "TextVQA_0.5.1_val.json", "annotations.json")
+        truth = _truth(path)
+        said = read_records(answers, question_id=ID, prompt=str, text=str)
+        keys = [_key(line["question_id"], line["prompt"]) for line in said]
+        foreign = [line["question_id"] for line, key in zip(said, keys, strict=True) if key not in truth]
+        if foreign:  # the official script stops here too
+            raise InputError(f"{answers}: {len(foreign)} answers whose question {path} lacks: {first(foreign)}")
+        if not said:
+            raise InputError(f"{answers}: holds no answer")
+        doubts = _doubts(questions, keys)
+        if strict:
+            doubts.refuse(answers)
+        items = [_item(line, key, truth[key], path) for line, key in zip(said, keys, strict=True)]
+        accuracy = added(item["score"] for item in items) / len(items)
+        percent = 100.0 * accuracy
+        printed = [answers.stem, f"Samples: {len(items)}", f"Accuracy: {percent:.2f}%"]
+        parts = {"accuracy": accuracy, "samples": len(items), "printed": printed, "items": items}
+        return Score(percent, parts, doubts.counts())
+
+
+def question_of(prompt: str) -> str | None:
+    """The question in lower case, cut out of a prompt with or without OCR tokens; None where the form is not known."""
+    lines = prompt.split("\n")
+    if prompt.startswith("OCR tokens: "):
+        found = _FRAMED.search(prompt)
+        return found.group(1).lower() if found else None
+    if REFERENCE in prompt and len(lines) == 3:
+        return lines[1 if prompt.startswith(REFERENCE.rstrip()) else 0].lower()
+    return lines[0].lower() if len(lines) == 2 else None
+
+
+def _key(picture: Any, prompt: str) -> Key:
+    return picture, question_of(prompt) or ""
+
+
+def _truth(path: Path) -> dict[Key, Mapping[str, Any]]:
+    rows = checked(read_table(path), str(path), data=list)["data"]
+    kinds = {"image_id": ID, "question": str, "answers": list}
+    rows = [checked(row, f"{path}: data item {number}", **kinds) for number, row in enumerate(rows, 1)]
+    return {(row["image_id"], row["question"].lower()): row for row in rows}
+
+
+def _doubts(questions: Path, keys: Sequence[Key]) -> Doubts:
+    doubts, said = Doubts(), Counter(keys)
+    asked = Counter(
+        _key(line["question_id"], line["text"]) for line in read_records(questions, question_id=ID, text=str)
+    )
+    doubts.add("missing", [f"{picture} {question!r}" for picture, question in (asked - said).elements()])
+    known = Counter({key: max(1, asked[key]) for key in said})
+    doubts.add("duplicate", [f"{picture} {question!r}" for picture, question in (said - known).elements()])
+    return doubts
+
+
+def _item(line: Mapping[str, Any], key: Key, row: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    if len(row["answers"]) != PEOPLE or not all(isinstance(answer, str) for answer in row["answers"]):
+        raise InputError(f"{path}: question {key[1]!r} of {key[0]} needs {PEOPLE} answers as text")
+    answer, given = evalai(line["text"]), [evalai(text) for text in row["answers"]]
+    return {
+        "question_id": line["question_id"],
+        "question": key[1],
+        "processed": answer,
+        "processed_gt": given,
+        "score": soft_score(answer, list(enumerate(given))),
+    }

@@ -1,0 +1,168 @@
+"""VQAv2: short answers to questions about photographs, compared with ten people's.
+
+The numbers are those of `vqaEval.py` (GT-Vision-Lab/VQA). The truth of test-dev is on a server: there LLaVA's
+conversion of the answers is written for it and nothing is scored here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...errors import InputError
+from .base import Question, Score
+from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, asked_part
+from .reading import ID, Doubts, added, checked, first, last_by_id, locate, read_records, read_table, write_whole
+from .vqa_text import evalai, flat, soft_score, vqa
+
+SERVER = "https://eval.ai/web/challenges/challenge-page/830"
+NOT_SCORED = (
+    f"not scored here: no annotations given; test-dev's are on a server ({SERVER}) that takes the exported file"
+)
+
+
+class VQAv2(LlavaTask):
+    name = "vqav2"
+    title = "VQAv2"
+    metric = "VQA accuracy, %"
+    splits = ("test-dev", "val")
+    suffix = SHORT_ANSWER
+    published: ClassVar = {"llava-1.5-7b": 78.5, "llava-1.5-13b": 80.0}
+    source = LLAVA_PAPER
+    folder = "vqav2"
+    layout: ClassVar = {
+        "test-dev": {
+            "questions": "llava_vqav2_mscoco_test-dev2015.jsonl",
+            "upload": "llava_vqav2_mscoco_test2015.jsonl",  # the server wants a row for every test question
+            "images": "test2015",
+        },
+        "val": {
+            "questions": "v2_OpenEnded_mscoco_val2014_questions.json",
+            "annotations": "v2_mscoco_val2014_annotations.json",
+            "images": "val2014",
+        },
+    }
+
+    def questions(self, root: Path, split: str) -> list[Question]:
+        if split != "val":
+            return super().questions(root, split)
+        files = self.files(root, split)
+        return [
+            Question(
+                str(line["question_id"]),
+                line["question"] + self.suffix,
+                (files["images"] / f"COCO_val2014_{line['image_id']:012d}.jpg",),
+                {"question_id": line["question_id"]},
+            )
+            for line in _questions(files["questions"], question=str, image_id=int)
+        ]
+
+    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
+        doubts = Doubts()
+        rows, kind = _submission(questions, answers, doubts)
+        if strict:
+            doubts.refuse(answers)
+        if annotations is None:
+            return Score(None, {}, doubts.counts(), NOT_SCORED)
+        path = locate(annotations, "v2_mscoco_val2014_annotations.json", "annotations.json")
+        truth = _truth(path)
+        asked = {str(line["question_id"]) for line in _questions(questions)}
+        said = {str(row["question_id"]): row["answer"] for row in rows}
+        names, note = asked_part(truth, asked, said, path)
+        _refuse_difference(names, said, answers)
+        parts = _parts({name: truth[name] for name in names}, said)
+        return Score(parts["overall"], {**parts, kind: parts}, doubts.counts(), note)
+
+    def upload(self, questions: Path, annotations: Path | None, answers: Path, out: Path) -> Path | None:
+        """The server's file: a row for every question of the question file."""
+        rows, _ = _submission(questions, answers, Doubts())
+        write_whole(out, json.dumps(rows))
+        return out
+
+
+def _questions(path: Path, **fields: Any) -> list[dict[str, Any]]:
+    """Lines of LLaVA's question file, or the `questions` of the official one (named .json)."""
+    if path.suffix != ".json":
+        return read_records(path, question_id=ID, **fields)
+    rows = checked(read_table(path), str(path), questions=list)["questions"]
+    return [checked(row, f"{path}: question {n}", question_id=ID, **fields) for n, row in enumerate(rows, 1)]
+
+
+def _submission(questions: Path, answers: Path, doubts: Doubts) -> tuple[list[dict[str, Any]], str]:
+    """Rows {question_id, answer} and the name of their kind, under which the parts stand a second time.
+
+    A file of such rows is taken as it is; LLaVA's answers become one row a question, "" where there is none.
+    """
+    records = read_records(answers, question_id=ID)
+    if records and "answer" in records[0] and "text" not in records[0]:
+        rows = read_records(answers, question_id=ID, answer=str)
+        last = last_by_id(rows, doubts)
+        return [
+            {"question_id": row["question_id"], "answer": row["answer"]} for row in last.values()
+        ], "raw_predictions"
+    said = last_by_id(read_records(answers, question_id=ID, text=str), doubts)
+    asked = [line["question_id"] for line in _questions(questions)]
+    doubts.add("missing", [name for name in asked if str(name) not in said])
+    doubts.add("foreign", sorted(set(said) - set(map(str, asked))))
+    rows = [
+        {"question_id": name, "answer": evalai(said[str(name)]["text"]) if str(name) in said else ""} for name in asked
+    ]
+    return rows, "converted_submission_with_missing"
+
+
+def _truth(path: Path) -> dict[str, dict[str, Any]]:
+    rows = checked(read_table(path), str(path), annotations=list)["annotations"]
+    kinds = {"question_id": ID, "question_type": str, "answer_type": str, "answers": list}
+    rows = [checked(row, f"{path}: annotation {number}", **kinds) for number, row in enumerate(rows, 1)]
+    for row in rows:
+        if not row["answers"]:
+            raise InputError(f"{path}: question {row['question_id']} has no answers")
+        for given in row["answers"]:
+            checked(given, f"{path}: an answer of question {row['question_id']}", answer=str)
+    return {str(row["question_id"]): row for row in rows}
+
+
+def _refuse_difference(names: Sequence[str], said: Mapping[str, str], answers: Path) -> None:
+    """The official evaluation takes exactly one row for every annotated question."""
+    missing = [name for name in names if name not in said]
+    foreign = sorted(set(said) - set(names))
+    if missing or foreign:
+        faults = [
+            f"{len(ids)} {word} ({first(ids)})" for ids, word in ((missing, "missing"), (foreign, "foreign")) if ids
+        ]
+        raise InputError(f"{answers}: does not answer the annotated questions: {', '.join(faults)}")
+
+
+def _parts(truth: Mapping[str, Mapping[str, Any]], said: Mapping[str, str]) -> dict[str, Any]:
+    """The official results; every number is rounded from unrounded values."""
+    scores = {name: _score(said[name], row["answers"]) for name, row in truth.items()}
+    return {
+        "overall": _percent(scores.values()),
+        "perQuestionType": _means(truth, scores, "question_type"),
+        "perAnswerType": _means(truth, scores, "answer_type"),
+        "evalQA": {name: _percent([score]) for name, score in scores.items()},
+    }
+
+
+def _score(answer: str, people: Sequence[Mapping[str, Any]]) -> float:
+    """Where all people agree, nothing is normalised but line breaks and outer white space."""
+    given = [flat(one["answer"]) for one in people]
+    answer = flat(answer)
+    if len(set(given)) > 1:
+        given, answer = [vqa(text) for text in given], vqa(answer)
+    marks = [{name: value for name, value in one.items() if name != "answer"} for one in people]
+    return soft_score(answer, list(zip(marks, given, strict=True)))
+
+
+def _means(truth: Mapping[str, Mapping[str, Any]], scores: Mapping[str, float], field: str) -> dict[str, float]:
+    groups: dict[str, list[float]] = {}
+    for name, row in truth.items():
+        groups.setdefault(row[field], []).append(scores[name])
+    return {group: _percent(values) for group, values in groups.items()}
+
+
+def _percent(scores: Iterable[float]) -> float:
+    values = list(scores)
+    return round(100 * added(values) / len(values), 2)
