@@ -46,10 +46,17 @@ def random_config(shape: str) -> LlavaConfig:
 
 
 def random_base(
-    shape: str, device: torch.device, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0
+    shape: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    seed: int = 0,
+    layers: int | None = None,
 ) -> LlavaForConditionalGeneration:
-    """Weights drawn straight on the device, in the wanted dtype."""
-    model = skeleton(random_config(shape), device, dtype)
+    """Weights drawn straight on the device, in the wanted dtype; `layers` limits the decoder's layers."""
+    config = random_config(shape)
+    config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
+    model = skeleton(config, device, dtype)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

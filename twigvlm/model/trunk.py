@@ -39,11 +39,11 @@ class Trunk:
 
     @property
     def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
+        return self.decoder.embed_tokens.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.lm_head.weight.dtype
+        return self.decoder.embed_tokens.weight.dtype
 
     @property
     def V(self) -> int:
@@ -94,17 +94,18 @@ class Trunk:
         places = torch.tensor(positions, device=self.device)[:, None]
         return Stream(self.decoder.embed_tokens(ids), places, torch.zeros_like(ids, dtype=torch.bool), tuple(lengths))
 
-    def run(self, layers: Sequence[nn.Module], stream: Stream, cache: Cache) -> Stream:
-        """Through these layers, which must hold the same tokens in the cache."""
+    def run(self, layers: Sequence[nn.Module], stream: Stream, cache: Cache | None) -> Stream:
+        """Through these layers, which must hold the same tokens in the cache (None: nothing is remembered)."""
         if not len(layers):
             return stream
-        past = cache.lengths(layers[0].self_attn.layer_idx)
+        past = cache.lengths(layers[0].self_attn.layer_idx) if cache is not None else (0,) * len(stream.lengths)
         mask = self._mask(stream, past)
         rotary = self._rotary_at(stream.positions)
         hidden = stream.hidden
         for layer in layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
-        cache.advance(slots(layers), stream.lengths)
+        if cache is not None:
+            cache.advance(slots(layers), stream.lengths)
         return Stream(hidden, stream.positions, stream.visual, stream.lengths)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

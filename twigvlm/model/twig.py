@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -56,11 +57,15 @@ def grow(trunk: Trunk, config: TwigConfig, init: Init = "base") -> Twig:
     layers = nn.ModuleList(copy.deepcopy(layer, {id(text): text}) for layer in trunk.layers[first : first + config.T])
     twig = Twig(config, layers, copy.deepcopy(trunk.decoder.norm), copy.deepcopy(trunk.model.lm_head))
     if init == "random":
-        std = trunk.model.config.text_config.initializer_range
-        for module in twig.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=std)
+        randomise(twig, trunk.model.config.text_config.initializer_range)
     return twig
+
+
+def randomise(twig: Twig, std: float) -> None:
+    """Fresh weights for every matrix, the head included; the norms stay (paper's ablation of the initialisation)."""
+    for module in twig.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
 
 
 def twig_skeleton(trunk: Trunk, config: TwigConfig, vocabulary: int) -> Twig:
@@ -76,20 +81,31 @@ def twig_skeleton(trunk: Trunk, config: TwigConfig, vocabulary: int) -> Twig:
 
 def save_twig(twig: Twig, trunk: Trunk, folder: Path, base: str, dtype: torch.dtype | None = None) -> None:
     """Write the folder format; `base` is the name of the model that it grew on."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in twig.state_dict().items()}
-    part = folder / (WEIGHTS + ".part")
-    save_file(state, part, metadata={"format": "pt"})
-    part.replace(folder / WEIGHTS)
-    facts = {
+    write_twig(folder, state, describe(twig, base, signature(trunk)))
+
+
+def describe(twig: Twig, base: str, base_signature: list[float]) -> dict:
+    """What twig_config.json says."""
+    return {
         "format_version": FORMAT_VERSION,
         **asdict(twig.config),
         "base": base,
-        "base_signature": signature(trunk),
+        "base_signature": base_signature,
         "hidden_size": twig.lm_head.in_features,
         "vocabulary": twig.lm_head.out_features,
     }
-    (folder / CONFIG).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def write_twig(folder: Path, state: dict[str, torch.Tensor], facts: dict) -> None:
+    """Tensors on the CPU and `describe`'s facts to a folder; each file is written whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / (WEIGHTS + ".part")
+    save_file(state, part, metadata={"format": "pt"})
+    os.replace(part, folder / WEIGHTS)
+    part = folder / (CONFIG + ".part")
+    part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, folder / CONFIG)
 
 
 def signature(trunk: Trunk, samples: int = 16) -> list[float]:

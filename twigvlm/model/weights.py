@@ -17,13 +17,17 @@ SINGLE = ("model.safetensors", "pytorch_model.bin")
 IGNORED = (".rotary_emb.inv_freq", ".embeddings.position_ids")  # buffers that old versions stored
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The shards of a checkpoint folder: .safetensors before .bin, an index before a single file."""
+def weight_files(folder: Path, wanted: Callable[[str], bool] = lambda name: True) -> list[Path]:
+    """The shards of a checkpoint folder: .safetensors before .bin, an index before a single file.
+
+    Of several shards only those that hold a `wanted` tensor (by its stored name) are named and must be there.
+    """
     for name in SINGLE:
         index = folder / f"{name}.index.json"
         if index.exists():
             try:
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                shards = sorted({shard for name, shard in places.items() if wanted(name)})
             except (ValueError, KeyError, AttributeError) as fault:
                 raise InputError(f"{index}: not a weight index ({fault}); fetch the file again") from fault
             missing = [s for s in shards if not (folder / s).exists()]
@@ -73,11 +77,17 @@ class Filling:
     """The parameters of a module, ticked off as files fill them.
 
     `rename` maps a name, in a file or in the module, to its canonical form (None: not wanted), so
-    that every published naming of the same tensor meets.
+    that every published naming of the same tensor meets. `select` maps a canonical name of a file to
+    the module's, where the module holds a part of what the file has (None: not wanted, not read).
     """
 
-    def __init__(self, module: nn.Module, rename: Callable[[str], str | None]):
-        self.rename = rename
+    def __init__(
+        self,
+        module: nn.Module,
+        rename: Callable[[str], str | None],
+        select: Callable[[str], str | None] = lambda name: name,
+    ):
+        self.rename, self.select = rename, select
         self.open = {rename(name): parameter for name, parameter in module.named_parameters()}
         self.filled: dict[str, Path] = {}
 
@@ -89,6 +99,7 @@ class Filling:
         """
         for stored, reader, shape in read_tensors(file, device):
             name = self.rename(stored)
+            name = None if name is None else self.select(name)
             if name is None or stored.endswith(IGNORED) or not name.startswith(only):
                 continue
             parameter = self.open.get(name)
