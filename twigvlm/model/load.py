@@ -31,7 +31,8 @@ EMBEDDED = Path(__file__).resolve().parents[2] / "checkpoints"
 EMBEDDED_BASE, EMBEDDED_TWIG = EMBEDDED / "sprout-base", EMBEDDED / "sprout-twig-K2-T3"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BACKENDS = ("sdpa", "eager", "flash_attention_2")
-HUB_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model", "*.txt")
+HUB_DESCRIPTION = ("*.json", "tokenizer.model", "*.txt")
+HUB_FILES = (*HUB_DESCRIPTION, "*.safetensors", "*.bin")
 MAX_PADDED_ROWS = 64  # Hugging Face conversions round LLaVA's vocabulary up by as much
 
 # The tower that original LLaVA-1.5 checkpoints name, for those that carry its weights themselves.
@@ -80,10 +81,22 @@ def load_base(
     return Loaded(Trunk(model.eval()), folder, name, original)
 
 
-def find_base(base: str | Path | None) -> tuple[str, Path, dict, bool]:
-    """(the user's name for it, its folder, its config.json, whether it has LLaVA's original layout)."""
+def read_config(base: str | Path | None) -> tuple[Path, LlavaConfig, bool]:
+    """(folder, configuration, whether it has LLaVA's original layout) of a base, whose weights need not be there."""
+    _, folder, facts, original = find_base(base, HUB_DESCRIPTION)
+    if not original:
+        return folder, LlavaConfig.from_dict(facts), False
+    _, tower = _find_tower(folder, facts, carried=True)
+    return folder, original_config(facts, tower, facts["vocab_size"]), True
+
+
+def find_base(base: str | Path | None, files: Sequence[str] = HUB_FILES) -> tuple[str, Path, dict, bool]:
+    """(the user's name for it, its folder, its config.json, whether it has LLaVA's original layout).
+
+    `files` are fetched if the base is on the hub.
+    """
     name = str(base) if base is not None else "sprout"
-    folder = resolve(base, "base model") if base is not None else EMBEDDED_BASE
+    folder = resolve(base, "base model", files) if base is not None else EMBEDDED_BASE
     if base is not None and not folder.is_dir():
         raise InputError(f"{folder}: is a file; give the folder that holds config.json and the weights")
     if not folder.is_dir():
@@ -159,8 +172,8 @@ def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: i
     return module.eval()
 
 
-def resolve(name: str | Path, what: str) -> Path:
-    """A folder or file on this disk for a path or hub id (fetched into the hub's cache)."""
+def resolve(name: str | Path, what: str, files: Sequence[str] = HUB_FILES) -> Path:
+    """A folder or file on this disk for a path or hub id (of which `files` are fetched into the hub's cache)."""
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -171,7 +184,7 @@ def resolve(name: str | Path, what: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(text, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(text, allow_patterns=list(files)))
     except RepositoryNotFoundError as fault:
         raise InputError(f"{what} {text}: neither a folder here nor a repository on the hub; check the name") from fault
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:

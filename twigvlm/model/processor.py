@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer, LlamaTokenizer, LlavaProcessor
+from pathlib import Path
+
+from transformers import AutoTokenizer, LlamaTokenizer, LlavaConfig, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..errors import InputError
@@ -23,10 +25,14 @@ class SquareImageProcessor(CLIPImageProcessorPil):
 
 def build_processor(loaded: Loaded) -> LlavaProcessor:
     """Tokenizer and image processor from the model's folder. Raises InputError when it has no tokenizer."""
-    config, folder = loaded.trunk.model.config, loaded.folder
+    return make_processor(loaded.trunk.model.config, loaded.folder, loaded.original)
+
+
+def make_processor(config: LlavaConfig, folder: Path, original: bool) -> LlavaProcessor:
+    """The same without the model: `original` is LLaVA's own layout of the folder."""
     try:
         # The plain class gives the original ids: AutoTokenizer drops LLaVA's prefix space there.
-        kind = LlamaTokenizer if loaded.original else AutoTokenizer
+        kind = LlamaTokenizer if original else AutoTokenizer
         tokenizer = kind.from_pretrained(folder, legacy=True)
     except (OSError, ValueError, TypeError) as fault:
         raise InputError(
