@@ -7,13 +7,14 @@ mended silently.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import InputError, RunError
@@ -30,6 +31,7 @@ TRIES = 1000  # records that are looked at for a stand-in
 MALFORMED, TOO_LONG = "malformed record", "too long"
 NO_LABELS = "labels cannot be aligned"
 IMAGE_COUNT, IMAGE_MISSING, IMAGE_BROKEN = "image count", "image missing", "image broken"
+DROPPED = "dropped on request"
 
 
 @dataclass(frozen=True)
@@ -204,16 +206,25 @@ class TwigDataset(Dataset):
         image_processor,
         max_length: int,
         visual_tokens: int = 576,
+        drop: Iterable[int] = (),
         usable: np.ndarray | None = None,
     ):
-        """`image_processor`: PIL images → pixel_values; None opens no pictures. Raises InputError for a missing folder."""
+        """`image_processor`: PIL images → pixel_values; None opens no pictures. `drop`: places in the file to leave out.
+
+        Raises InputError for a missing folder and for places beyond the file.
+        """
         self.folder = None if image_folder is None else Path(image_folder)
         if self.folder is not None and not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such folder; give the one that the file's image names start from")
         self.records, self.text = records, TextEncoder(tokenizer)
         self.image_processor = image_processor
         self.max_length, self.visual_tokens = max_length, visual_tokens
-        self.usable = usable
+        self.drop, self.usable = frozenset(drop), usable
+        if beyond := [i for i in self.drop if not 0 <= i < len(records)]:
+            raise InputError(
+                f"index {min(beyond)} to drop: {records.path} holds {len(records)} records, counted from 0; "
+                "such indices belong to one file"
+            )
 
     def __len__(self) -> int:
         return len(self.records)
@@ -221,17 +232,19 @@ class TwigDataset(Dataset):
     def encode(self, i: int) -> Example | Skipped:
         """Record i without opening its pictures."""
         record = self.records[i]
-        found = encode(record, self.text, self.max_length, self.visual_tokens)
+        if i in self.drop:
+            found = Skipped(DROPPED, "by its index")
+        else:
+            found = encode(record, self.text, self.max_length, self.visual_tokens)
         return replace(found, index=int(i), id=record.get("id") if isinstance(record, dict) else None)
 
     def __getitem__(self, i: int) -> Example | Skipped:
         found = self.encode(i)
         if isinstance(found, Skipped) or not found.images or self.image_processor is None:
             return found
-        try:
-            opened = [self.open(name) for name in found.images]
-        except _Unusable as fault:
-            return Skipped(*fault.args, found.index, found.id)
+        opened = self.open(found)
+        if isinstance(opened, Skipped):
+            return opened
         return replace(found, pixels=self.image_processor(opened, return_tensors="pt")["pixel_values"])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example | Skipped]:
@@ -246,26 +259,26 @@ class TwigDataset(Dataset):
             batch += self._stand_in(indices)
         return batch
 
-    def path(self, name: str) -> Path:
-        """Of a picture."""
+    def open(self, example: Example) -> list[Image.Image] | Skipped:
+        """The pictures of an example."""
+        opened = []
+        for name in example.images:
+            path = self._path(name)
+            try:
+                opened.append(open_image(path))
+            except InputError as fault:
+                reason = IMAGE_BROKEN if _exists(path) else IMAGE_MISSING
+                return Skipped(reason, str(fault), example.index, example.id)
+        return opened
+
+    def missing(self, images: Sequence[str]) -> str | None:
+        """The first of these pictures that is not there."""
+        return next((str(self._path(name)) for name in images if not _exists(self._path(name))), None)
+
+    def _path(self, name: str) -> Path:
         if self.folder is None:
             raise InputError("the samples have images; give the folder that their names start from")
         return self.folder / name
-
-    def open(self, name: str):
-        """A picture; raises _Unusable."""
-        path = self.path(name)
-        try:
-            return open_image(path)
-        except InputError as fault:
-            raise _Unusable(IMAGE_BROKEN if _exists(path) else IMAGE_MISSING, str(fault)) from fault
-
-    def missing(self, images: Sequence[str]) -> Skipped | None:
-        """The first of these pictures that is not there."""
-        for name in images:
-            if not _exists(self.path(name)):
-                return Skipped(IMAGE_MISSING, f"{self.path(name)}: no such file")
-        return None
 
     def _stand_in(self, indices: Sequence[int]) -> list[Example | Skipped]:
         usable = np.arange(len(self)) if self.usable is None else self.usable

@@ -21,11 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError, RunError
-from .data import IMAGE_MISSING, Conversation, Skipped, TwigDataset, read
+from .data import DROPPED, IMAGE_MISSING, Conversation, Skipped, TwigDataset, read
 
 VERSION = 1  # of what `encode` does: raise it when a record's ids, labels or reasons change
 PART = 500  # records a worker takes at a time
-DROPPED = "dropped on request"
 MAX_SKIPPED = 0.01  # share of all records
 
 
@@ -62,26 +61,15 @@ def survey(
     dataset: TwigDataset,
     cache: str | Path | None = None,
     workers: int | None = None,
-    drop: Iterable[int] = (),
     progress: bool = True,
 ) -> Survey:
     """Encode every record once and look whether its pictures are there.
 
     `cache`: a folder that keeps the first part, by content of the file, tokenizer and maximum
-    length. `drop`: places in the file to leave out, for whatever reason the user has. Raises
-    InputError for broken JSON and places beyond the file.
+    length. Raises InputError for broken JSON.
     """
-    dropped = sorted(set(drop))
-    if dropped and not 0 <= dropped[0] <= dropped[-1] < len(dataset):
-        wrong = dropped[0] if dropped[0] < 0 else dropped[-1]
-        raise InputError(
-            f"index {wrong} to drop: {dataset.records.path} holds {len(dataset)} records, counted from 0; "
-            "such indices are for one file only"
-        )
     workers = default_workers() if workers is None else workers
-    found = _cached(dataset, cache, workers, progress)
-    found = _without_missing(found, dataset, workers, progress)
-    return _without(found, [Skipped(DROPPED, "by its index", i) for i in dropped])
+    return _without_missing(_cached(dataset, cache, workers, progress), dataset, workers, progress)
 
 
 def counts(skipped: Iterable[Skipped]) -> dict[str, int]:
@@ -163,8 +151,8 @@ def _missing(dataset: TwigDataset, indices: Sequence[int]) -> list[Skipped | Non
 def _missing_one(dataset: TwigDataset, i: int) -> Skipped | None:
     record = dataset.records[i]
     talk = read(record)
-    found = dataset.missing(talk.images) if isinstance(talk, Conversation) else None
-    return found and Skipped(found.reason, found.detail, i, record.get("id"))
+    path = dataset.missing(talk.images) if isinstance(talk, Conversation) else None
+    return path and Skipped(IMAGE_MISSING, f"{path}: no such file", i, record.get("id"))
 
 
 def _texts(dataset: TwigDataset, workers: int, progress: bool) -> Survey:
@@ -183,8 +171,8 @@ def _cached(dataset: TwigDataset, cache: str | Path | None, workers: int, progre
     if cache is None:
         return _texts(dataset, workers, progress)
     key = hashlib.blake2b(digest_size=12)
-    facts = (VERSION, dataset.records.digest(), dataset.text.description, dataset.max_length, dataset.visual_tokens)
-    key.update(repr(facts).encode())
+    limits = (dataset.max_length, dataset.visual_tokens, sorted(dataset.drop))
+    key.update(repr((VERSION, dataset.records.digest(), dataset.text.description, limits)).encode())
     file = Path(cache) / f"survey-{key.hexdigest()}.npz"
     found = _load(file, len(dataset))
     if found is None:
@@ -223,17 +211,13 @@ def _without_missing(found: Survey, dataset: TwigDataset, workers: int, progress
     shown = np.flatnonzero(found.images)
     if not len(shown) or dataset.folder is None:
         return found
-    missing = in_parts(_missing, dataset, shown, workers, "Looking for pictures" if progress else None)
-    return _without(found, [m for m in missing if m is not None])
-
-
-def _without(found: Survey, skipped: list[Skipped]) -> Survey:
-    places = [s.index for s in skipped]
+    answers = in_parts(_missing, dataset, shown, workers, "Looking for pictures" if progress else None)
+    missing = [m for m in answers if m]
+    places = [m.index for m in missing]
     lengths, learnt, images = (part.copy() for part in (found.lengths, found.learnt, found.images))
     for part in (lengths, learnt, images):
         part[places] = 0
-    others = [s for s in found.skipped if s.index not in set(places)]
-    return Survey(lengths, learnt, images, sorted([*others, *skipped], key=lambda s: s.index))
+    return Survey(lengths, learnt, images, sorted([*found.skipped, *missing], key=lambda s: s.index))
 
 
 class SkipLog:
