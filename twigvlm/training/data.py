@@ -206,23 +206,24 @@ class TwigDataset(Dataset):
         image_processor,
         max_length: int,
         visual_tokens: int = 576,
-        drop: Iterable[int] = (),
         usable: np.ndarray | None = None,
     ):
-        """`image_processor`: PIL images → pixel_values; None opens no pictures. `drop`: places in the file to leave out.
-
-        Raises InputError for a missing folder and for places beyond the file.
-        """
+        """`image_processor`: PIL images → pixel_values; None opens no pictures. Raises InputError for a missing folder."""
         self.folder = None if image_folder is None else Path(image_folder)
         if self.folder is not None and not self.folder.is_dir():
             raise InputError(f"{self.folder}: no such folder; give the one that the file's image names start from")
         self.records, self.text = records, TextEncoder(tokenizer)
         self.image_processor = image_processor
         self.max_length, self.visual_tokens = max_length, visual_tokens
-        self.drop, self.usable = frozenset(drop), usable
-        if beyond := [i for i in self.drop if not 0 <= i < len(records)]:
+        self.usable = usable
+        self.dropped: frozenset[int] = frozenset()
+
+    def drop(self, places: Iterable[int]) -> None:
+        """Leave these places of the file out, for reasons of the user's. Raises InputError for places beyond it."""
+        self.dropped = frozenset(places)
+        if beyond := [i for i in self.dropped if not 0 <= i < len(self)]:
             raise InputError(
-                f"index {min(beyond)} to drop: {records.path} holds {len(records)} records, counted from 0; "
+                f"index {min(beyond)} to drop: {self.records.path} holds {len(self)} records, counted from 0; "
                 "such indices belong to one file"
             )
 
@@ -232,7 +233,7 @@ class TwigDataset(Dataset):
     def encode(self, i: int) -> Example | Skipped:
         """Record i without opening its pictures."""
         record = self.records[i]
-        if i in self.drop:
+        if i in self.dropped:
             found = Skipped(DROPPED, "by its index")
         else:
             found = encode(record, self.text, self.max_length, self.visual_tokens)

@@ -99,9 +99,8 @@ def open_dataset(args: argparse.Namespace) -> tuple[TwigDataset, object]:
     tokenizer = make_processor(config, folder, original).tokenizer
     vision = config.vision_config
     visual_tokens = (vision.image_size // vision.patch_size) ** 2
-    dataset = TwigDataset(
-        records, args.images, tokenizer, None, args.max_length, visual_tokens, _indices(args.drop_indices)
-    )
+    dataset = TwigDataset(records, args.images, tokenizer, None, args.max_length, visual_tokens)
+    dataset.drop(_indices(args.drop_indices))
     return dataset, tokenizer
 
 

@@ -61,13 +61,17 @@ def survey(
     dataset: TwigDataset,
     cache: str | Path | None = None,
     workers: int | None = None,
+    drop: Iterable[int] = (),
     progress: bool = True,
 ) -> Survey:
     """Encode every record once and look whether its pictures are there.
 
     `cache`: a folder that keeps the first part, by content of the file, tokenizer and maximum
-    length. Raises InputError for broken JSON.
+    length. `drop`: places in the file to leave out. Raises InputError for broken JSON and for pictures
+    without a folder.
     """
+    if drop:
+        dataset.drop(drop)
     workers = default_workers() if workers is None else workers
     return _without_missing(_cached(dataset, cache, workers, progress), dataset, workers, progress)
 
@@ -171,7 +175,7 @@ def _cached(dataset: TwigDataset, cache: str | Path | None, workers: int, progre
     if cache is None:
         return _texts(dataset, workers, progress)
     key = hashlib.blake2b(digest_size=12)
-    limits = (dataset.max_length, dataset.visual_tokens, sorted(dataset.drop))
+    limits = (dataset.max_length, dataset.visual_tokens, sorted(dataset.dropped))
     key.update(repr((VERSION, dataset.records.digest(), dataset.text.description, limits)).encode())
     file = Path(cache) / f"survey-{key.hexdigest()}.npz"
     found = _load(file, len(dataset))
@@ -209,8 +213,12 @@ def _save(found: Survey, file: Path) -> None:
 def _without_missing(found: Survey, dataset: TwigDataset, workers: int, progress: bool) -> Survey:
     """Pictures may come and go between runs, so that nothing of this is kept."""
     shown = np.flatnonzero(found.images)
-    if not len(shown) or dataset.folder is None:
+    if not len(shown):
         return found
+    if dataset.folder is None:
+        raise InputError(
+            f"{dataset.records.path}: {len(shown)} of {len(found)} samples have images; give the folder that their names start from"
+        )
     answers = in_parts(_missing, dataset, shown, workers, "Looking for pictures" if progress else None)
     missing = [m for m in answers if m]
     places = [m.index for m in missing]
