@@ -1,0 +1,208 @@
+"""Which benchmarks are there, whole or damaged: `python -m twigvlm.evaluation.check --data DIR [--deep] [--json]`.
+
+Reads every question file, looks for every picture and scores a file of dummy answers, so that annotations that
+do not fit are found before a run and not after it. Exit code 1 if something is broken; what is absent is fine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import InputError
+from .record import ROOT
+from .tasks import TASKS
+from .tasks.base import Question, Task
+
+ABSENT, COMPLETE, BROKEN = "absent", "complete", "broken"
+SAMPLE = 3  # names of missing pictures that are shown
+DUMMY = "No"  # an answer that every scorer takes
+REAL_DATA = ROOT / "playground" / "data" / "eval"
+
+
+@dataclass
+class Finding:
+    """What was found of one split; `problems` are whole sentences that name the file."""
+
+    split: str
+    status: str = COMPLETE
+    questions: int = 0
+    pictures: int = 0
+    missing: int = 0
+    damaged: int = 0
+    problems: list[str] = field(default_factory=list)
+    doubts: dict[str, int] = field(default_factory=dict)
+
+    def broken(self, problem: str) -> None:
+        self.status = BROKEN
+        self.problems.append(problem)
+
+    def as_json(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "split"}
+
+
+def check(root: Path, tasks: Sequence[str] | None = None, deep: bool = False) -> dict[str, list[Finding]]:
+    """Task → findings by split. InputError when `root` is no folder."""
+    if not root.is_dir():
+        raise InputError(f"{root} is no folder; give the one that holds one folder a benchmark")
+    return {name: check_task(TASKS[name], root, deep) for name in tasks or TASKS}
+
+
+def check_task(task: Task, root: Path, deep: bool = False) -> list[Finding]:
+    places = {split: _needed(task, root, split) for split in task.splits}
+    findings = []
+    for split, needed in places.items():
+        shared = {path for other, paths in places.items() if other != split for path in paths.values()}
+        own = [path for path in needed.values() if path not in shared]
+        there = any(path.exists() for path in own)
+        findings.append(_check_split(task, root, split, deep) if there else Finding(split, ABSENT))
+    first = task.splits[0]
+    if all(f.status == ABSENT for f in findings) and any(path.exists() for path in places[first].values()):
+        findings[0] = _check_split(task, root, first, deep)
+    return findings
+
+
+def status_of(findings: Sequence[Finding]) -> str:
+    """Of a task: broken if a split is, complete if one is, else absent."""
+    found = {finding.status for finding in findings}
+    return next((status for status in (BROKEN, COMPLETE) if status in found), ABSENT)
+
+
+def _needed(task: Task, root: Path, split: str) -> dict[str, Path]:
+    """Role → path, without the benchmark's own folder, which says nothing."""
+    files = {role: Path(os.path.normpath(path)) for role, path in task.files(root, split).items()}
+    return {role: path for role, path in files.items() if path.parent != Path(os.path.normpath(root))}
+
+
+def _check_split(task: Task, root: Path, split: str, deep: bool) -> Finding:
+    finding = Finding(split)
+    for role, path in _needed(task, root, split).items():
+        if not path.exists():
+            finding.broken(f"{role}: {path} is missing")
+        elif path.is_dir() and not any(path.iterdir()):
+            finding.broken(f"{role}: {path} is empty")
+    if not task.files(root, split)["questions"].exists():
+        return finding
+    try:
+        questions = task.questions(root, split)
+    except InputError as error:
+        finding.broken(f"questions: {error}")
+        return finding
+    finding.questions = len(questions)
+    if not questions:
+        finding.broken(f"questions: {task.files(root, split)['questions']} holds none")
+        return finding
+    _check_pictures(finding, f"{task.name} {split}", questions, deep)
+    _check_truth(finding, task, root, split, questions)
+    return finding
+
+
+def _check_pictures(finding: Finding, label: str, questions: Sequence[Question], deep: bool) -> None:
+    pictures = list(dict.fromkeys(image for question in questions for image in question.images))
+    finding.pictures = len(pictures)
+    bar = {"desc": f"{label}: pictures", "leave": False, "disable": None, "delay": 1}
+    missing = [p for p in tqdm(pictures, **bar) if isinstance(p, Path) and not (p.is_file() and p.stat().st_size)]
+    finding.missing = len(missing)
+    if missing:
+        finding.broken(f"{len(missing)} of {len(pictures)} pictures missing or empty: {_sample(missing)}")
+    if not deep:
+        return
+    gone = set(missing)
+    there = [picture for picture in pictures if picture not in gone]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar["desc"] = f"{label}: opening"
+        opened = list(tqdm(pool.map(_opens, there), total=len(there), **bar))
+    damaged = [picture for picture, whole in zip(there, opened, strict=True) if not whole]
+    finding.damaged = len(damaged)
+    if damaged:
+        finding.broken(f"{len(damaged)} of {len(pictures)} pictures cannot be opened: {_sample(damaged)}")
+
+
+def _opens(picture: Path | bytes) -> bool:
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            image.load()
+        return True
+    except Exception:  # Pillow's readers raise whatever a damaged file makes them
+        return False
+
+
+def _sample(pictures: Sequence[Path | bytes]) -> str:
+    names = [f"one of {len(p)} bytes in the table" if isinstance(p, bytes) else str(p) for p in pictures[:SAMPLE]]
+    return ", ".join(names) + (", …" if len(pictures) > SAMPLE else "")
+
+
+def _check_truth(finding: Finding, task: Task, root: Path, split: str, questions: Sequence[Question]) -> None:
+    """Score dummy answers to all questions; what the scorer refuses, annotations lack."""
+    files = task.files(root, split)
+    truth = files.get("annotations")
+    if truth is None or not truth.exists():
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        answers = Path(folder) / "answers.jsonl"
+        with open(answers, "w", encoding="utf-8") as file:
+            for question in questions:
+                line = {"question_id": question.id, "prompt": question.prompt, "text": DUMMY, "metadata": {}}
+                file.write(json.dumps({**line, **question.line}) + "\n")
+        try:
+            finding.doubts = dict(task.score(files["questions"], truth, answers).doubts)
+        except InputError as error:
+            finding.broken(f"annotations: {str(error).replace(str(answers), 'answers to all questions')}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m twigvlm.evaluation.check", description="Which benchmarks are there, whole or damaged."
+    )
+    parser.add_argument("--data", type=Path, default=REAL_DATA, help="holds one folder a benchmark (%(default)s)")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="only this one; may be given again")
+    parser.add_argument("--deep", action="store_true", help="also open every picture")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args(argv)
+    try:
+        found = check(arguments.data, arguments.task, arguments.deep)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if arguments.json:
+        tasks = {
+            name: {"status": status_of(findings), "splits": {f.split: f.as_json() for f in findings}}
+            for name, findings in found.items()
+        }
+        print(json.dumps({"data": str(arguments.data), "tasks": tasks}, indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(_report(found)))
+    return int(any(status_of(findings) == BROKEN for findings in found.values()))
+
+
+def _report(found: dict[str, list[Finding]]) -> list[str]:
+    lines = []
+    for name, findings in found.items():
+        shown = [finding for finding in findings if finding.status != ABSENT]
+        if not shown:
+            lines.append(f"{name:11}{ABSENT}")
+        for finding in shown:
+            counts = f"{finding.questions:,} questions, {finding.pictures:,} pictures"
+            lines.append(f"{name:11}{finding.status:10}{finding.split}: {counts}")
+            lines += [f"{'':21}{problem}" for problem in finding.problems]
+            if finding.doubts:
+                doubts = ", ".join(f"{what} {number:,}" for what, number in finding.doubts.items())
+                lines.append(f"{'':21}doubtful: {doubts}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
