@@ -6,14 +6,15 @@ JSON lines {question_id, prompt, text, …}.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ...errors import InputError
 from .base import Question, Task
-from .reading import ID, read_records
+from .reading import ID, read_records, write_whole
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LLAVA_PAPER = "7B: TwigVLM (arXiv 2503.14075), base row; 13B: LLaVA-1.5 (arXiv 2310.03744)"
@@ -38,6 +39,16 @@ class LlavaTask(Task):
             Question(name, line["text"], (files["images"] / line["image"],), {"question_id": line["question_id"]})
             for name, line in zip(names, lines, strict=True)
         ]
+
+    def shorten(self, questions: Path, limit: int, out: Path) -> Path:
+        """Write the first `limit` questions as JSON lines: a question file to score a run on only these against."""
+        lines = self.question_lines(questions)[:limit]
+        write_whole(out, "".join(json.dumps(line) + "\n" for line in lines))
+        return out
+
+    def question_lines(self, questions: Path) -> list[dict[str, Any]]:
+        """The question file's records, one a question."""
+        return read_records(questions)
 
     def upload(self, questions: Path, annotations: Path | None, answers: Path, out: Path) -> Path | None:
         """Write what the benchmark's own tools take to `out`; None where they take the answers as they are."""

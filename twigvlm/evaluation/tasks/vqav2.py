@@ -59,6 +59,9 @@ class VQAv2(LlavaTask):
             for line in _questions(files["questions"], question=str, image_id=int)
         ]
 
+    def question_lines(self, questions: Path) -> list[dict[str, Any]]:
+        return _questions(questions)
+
     def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
         doubts = Doubts()
         rows, kind = _submission(questions, answers, doubts)
