@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from ..errors import InputError
 
@@ -142,15 +142,34 @@ class TextEncoder:
         self._backend = Tokenizer.from_str(self.description)
         self.bos, self.eos, self.unk = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
 
-    def __call__(self, text: str, image_label: int | None = None) -> list[int]:
-        """Ids of a text, no bos; with `image_label` each `<image>` becomes this one."""
-        if image_label is None or IMAGE not in text:
-            return self._ids(text)
-        first, *rest = text.split(IMAGE)
-        ids = self._ids(first)
-        for piece in rest:
-            ids += [image_label, *self._ids(piece)]
-        return ids
+    def __call__(self, text: str) -> list[int]:
+        """Ids of a text, without bos."""
+        return self._backend.encode(text, add_special_tokens=False).ids
 
-    def _ids(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids if text else []
+    def round(self, said: Round, image_label: int | None) -> tuple[list[int], int]:
+        """Ids of a round, its end token included, and how many of them stand before the answer.
+
+        The space before the answer belongs to the answer, whose first token holds it. With
+        `image_label` each `<image>` becomes this one. Raises Unalignable where the tokenizer joins
+        the space with what was asked.
+        """
+        text, space, ids, asked = said.asked + said.answer, len(said.asked) - 1, [], 0
+        begin = 0
+        for piece in text.split(IMAGE) if image_label is not None else [text]:
+            if begin:
+                ids.append(image_label)
+            if piece:
+                encoded = self._backend.encode(piece, add_special_tokens=False)
+                if begin <= space < begin + len(piece):
+                    asked = len(ids) + self._first_token(encoded, space - begin)
+                ids += encoded.ids
+            begin += len(piece) + len(IMAGE)
+        return [*ids, self.eos], asked
+
+    @staticmethod
+    def _first_token(encoded: Encoding, place: int) -> int:
+        """The token that begins with this character."""
+        token = encoded.char_to_token(place)
+        if token is None or encoded.token_to_chars(token)[0] != place:
+            raise Unalignable("token boundary", "the tokenizer joins a question with its answer")
+        return token

@@ -124,13 +124,9 @@ def _tokens(talk: Conversation, text: TextEncoder) -> tuple[list[int], list[int]
     ids = [] if text.bos is None else [text.bos]
     labels = [IGNORE] * len(ids)
     for said in VICUNA_V1.rounds(talk.messages):
-        whole = text(said.asked + said.answer, label)
-        # The last token of what was asked is the space that the answer's first token swallows.
-        asked = text(said.asked, label)[:-1]
-        if whole[: len(asked)] != asked:
-            raise Unalignable("token boundary", "the tokenizer joins the question with the answer")
-        ids += [*whole, text.eos]
-        labels += [IGNORE] * len(asked) + [*whole[len(asked) :], text.eos]
+        said_ids, asked = text.round(said, label)
+        ids += said_ids
+        labels += [IGNORE] * asked + said_ids[asked:]
     if text.unk is not None and text.unk in ids:
         raise Unalignable("control word in the text", "an unknown token, which also pads")
     return ids, labels
@@ -240,12 +236,9 @@ class TwigDataset(Dataset):
         return replace(found, index=int(i), id=record.get("id") if isinstance(record, dict) else None)
 
     def __getitem__(self, i: int) -> Example | Skipped:
-        found = self.encode(i)
-        if isinstance(found, Skipped) or not found.images or self.image_processor is None:
+        found, opened = self._look(i)
+        if not opened or self.image_processor is None:
             return found
-        opened = self.open(found)
-        if isinstance(opened, Skipped):
-            return opened
         return replace(found, pixels=self.image_processor(opened, return_tensors="pt")["pixel_values"])
 
     def __getitems__(self, indices: Sequence[int]) -> list[Example | Skipped]:
@@ -260,17 +253,21 @@ class TwigDataset(Dataset):
             batch += self._stand_in(indices)
         return batch
 
-    def open(self, example: Example) -> list[Image.Image] | Skipped:
-        """The pictures of an example."""
-        opened = []
-        for name in example.images:
+    def check(self, i: int) -> Example | Skipped:
+        """Record i, its pictures opened for the sake of it."""
+        return self._look(i)[0]
+
+    def _look(self, i: int) -> tuple[Example | Skipped, list[Image.Image]]:
+        """Record i and its pictures, if any is shown and all can be read."""
+        found, opened = self.encode(i), []
+        for name in found.images if isinstance(found, Example) else ():
             path = self._path(name)
             try:
                 opened.append(open_image(path))
             except InputError as fault:
                 reason = IMAGE_BROKEN if _exists(path) else IMAGE_MISSING
-                return Skipped(reason, str(fault), example.index, example.id)
-        return opened
+                return Skipped(reason, str(fault), found.index, found.id), []
+        return found, opened
 
     def missing(self, images: Sequence[str]) -> str | None:
         """The first of these pictures that is not there."""

@@ -69,10 +69,7 @@ def look(dataset: TwigDataset, indices: Sequence[int], write: bool = True) -> li
     """These samples and, with `write`, their lines; pictures are opened if their folder is known."""
     answers = []
     for i in indices:
-        found = dataset.encode(i)
-        if isinstance(found, Example) and dataset.folder is not None:
-            opened = dataset.open(found)
-            found = opened if isinstance(opened, Skipped) else found
+        found = dataset.encode(i) if dataset.folder is None else dataset.check(i)
         answers.append((found, json.dumps(line(found), ensure_ascii=False) if write else ""))
     return answers
 

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError, RunError
-from .data import DROPPED, IMAGE_MISSING, Conversation, Skipped, TwigDataset, read
+from .data import DROPPED, IMAGE_BROKEN, IMAGE_MISSING, Conversation, Skipped, TwigDataset, read
 
 VERSION = 1  # of what `encode` does: raise it when a record's ids, labels or reasons change
 PART = 500  # records a worker takes at a time
@@ -232,16 +232,17 @@ class SkipLog:
     """The list of what was left out, as a file of JSON lines, and the judge of whether it is too much.
 
     One process keeps it. Faults found while training are added as they come; a record counts once.
-    A list that is already there (of a run that is resumed) is gone on with.
+    Of a list that is already there (the run was stopped) those pictures count that are still broken.
     """
 
-    def __init__(self, file: str | Path, records: int, max_skipped: float = MAX_SKIPPED):
-        """`max_skipped`: share of `records` beyond which training stops, 0 to 1."""
+    def __init__(self, file: str | Path, dataset: TwigDataset, max_skipped: float = MAX_SKIPPED):
+        """`max_skipped`: share of the records (0 to 1) beyond which training stops."""
         if not 0 <= max_skipped <= 1:
             raise InputError(f"max_skipped is {max_skipped}; a share from 0 to 1 is needed")
-        self.file, self.records, self.max_skipped = Path(file), records, max_skipped
-        self._found: dict[int, Skipped] = {}
-        self._load()
+        self.file, self.max_skipped = Path(file), max_skipped
+        self.records = len(dataset) - len(dataset.dropped)
+        known = [dataset.check(i) for i in self._listed() if 0 <= i < len(dataset)]
+        self._found = {k.index: k for k in known if isinstance(k, Skipped)}
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -279,14 +280,11 @@ class SkipLog:
         except OSError as fault:
             raise RunError(f"{self.file}: cannot be written ({fault.strerror}); free the disk") from fault
 
-    def _load(self) -> None:
-        if not self.file.exists():
-            return
+    def _listed(self) -> list[int]:
+        """Records whose pictures the file that is already there calls broken."""
         try:
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                facts = json.loads(line)
-                found = Skipped(facts["reason"], facts["detail"], int(facts["index"]), facts["id"])
-                self._found[found.index] = found
+            lines = self.file.read_text(encoding="utf-8").splitlines() if self.file.exists() else []
+            return [f["index"] for f in map(json.loads, lines) if f["reason"] in (IMAGE_BROKEN, IMAGE_MISSING)]
         except (OSError, ValueError, KeyError, TypeError) as fault:
             raise InputError(f"{self.file}: not a list of skipped samples ({fault}); move it away") from fault
 
