@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twigvlm.model.prompt import encode
-from twigvlm.sprout import packing
+from twigvlm.sprout import looking, packing
 from twigvlm.sprout.base import CORE_PLACES, base_config, build, deepen, shorten
-from twigvlm.sprout.draw import IMAGE_SIZE, draw, patch_labels
+from twigvlm.sprout.draw import IMAGE_SIZE, centre_patches, draw, patch_labels
 from twigvlm.sprout.questions import KINDS, ask, describe
 from twigvlm.sprout.tokenizer import build_tokenizer
 from twigvlm.sprout.world import COLOURS, PLACES, SHAPES, SPLITS, WORDS, allowed_pairs, sample_scene
@@ -222,6 +222,70 @@ def test_packed_questions_equal_questions_asked_alone(tokenizer):
                 )
                 assert torch.allclose(alone[:, 12:], together[:, start : start + length], atol=1e-5)
                 start += length
+
+
+@given(seeds, st.sampled_from(("exist", "colour", "shape", "count", "where", "read")), seeds)
+@settings(max_examples=120, deadline=None)
+def test_evidence_is_where_the_answer_lies(tokenizer, seed, kind, draw_seed):
+    scene = sample_scene("train", seed)
+    question = ask(scene, kind, random.Random(draw_seed))
+    if question is None:
+        return
+    cells = [c for c in range(9) if packing._evidence(question, scene, tokenizer) >> c & 1]
+    centres = centre_patches(scene)
+    assert all(centres[c] >= 0 for c in cells if kind != "exist" or question.answer == "Yes")
+    at = {o.place: o for o in scene.objects}
+    if question.answer in ("Yes", "No"):
+        assert bool(cells) == (question.answer == "Yes")
+    elif kind == "count":
+        assert len(cells) == int(question.answer)
+    elif kind == "where":
+        assert [PLACES[c] for c in cells] == [question.answer]
+    elif kind == "read":
+        assert cells == [scene.word_place]
+    else:
+        assert [getattr(at[c], kind) for c in cells] == [question.answer]
+
+
+@given(seeds, seeds)
+@settings(max_examples=40, deadline=None)
+def test_the_pointed_token_ends_the_right_option(tokenizer, seed, draw_seed):
+    scene = sample_scene("train", seed)
+    question = ask(scene, "choice", random.Random(draw_seed))
+    if question is None:
+        return
+    slot = packing._slot([question], scene, tokenizer)
+    (place,) = (i for i, p in enumerate(slot.points) if p >= 0)
+    option = question.options["ABCD".index(question.answer)]
+    assert tokenizer.decode(slot.ids[: slot.points[place] + 1]).endswith(f"{question.answer}. {option}")
+    assert slot.labels[place + 1] == slot.ids[place + 1] != -100 == slot.labels[place]
+
+
+def test_centre_patches_lie_on_what_they_stand_for():
+    for seed in range(50):
+        scene = sample_scene("test", seed)
+        labels, centres = patch_labels(scene).reshape(-1, 5), centre_patches(scene)
+        for obj in scene.objects:
+            assert labels[centres[obj.place], 0] == 1 + SHAPES.index(obj.shape)
+        if scene.word:
+            assert labels[centres[scene.word_place], 3] == 1 + WORDS.index(scene.word)
+        assert sum(c >= 0 for c in centres) == len(scene.objects) + bool(scene.word)
+
+
+def test_looking_is_measured_on_the_layers_own_attention(tokenizer):
+    decoder = build(base_config(len(tokenizer), 5, layers=1, hidden=96)).model.language_model
+    decoder.config._attn_implementation = "eager"
+    hidden, visual = torch.randn(2, 40, 96), slice(4, 20)
+    rotary = decoder.rotary_emb(hidden, torch.arange(40)[None])
+    layer = decoder.layers[0]
+    mask = torch.full((40, 40), -torch.inf).triu(1)
+    with torch.no_grad():
+        _, weights = layer.self_attn(layer.input_layernorm(hidden), rotary, mask)
+        rows, places = torch.tensor([0, 1]), torch.tensor([3, 17])
+        scope = looking.Scope(hidden, tuple(t.expand(2, -1, -1) for t in rotary), 20)
+        seen = looking._visual_attention(layer, scope, rows, places, 16, heads=2)
+    theirs = weights[rows, :2, 20 + places, visual]
+    assert torch.allclose(seen.exp(), theirs / theirs.sum(-1, keepdim=True), atol=1e-5)
 
 
 def test_growing_deeper_does_not_change_the_function_and_can_be_undone(tokenizer):

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import twigvlm
 
 from ..evaluation.record import provenance, table, write_json
+from ..model.load import EMBEDDED_BASE, EMBEDDED_TWIG
 from .draw import draw
 from .questions import KINDS, Question, ask, describe
 from .world import Scene, sample_scene
@@ -31,10 +32,11 @@ SENTENCE = re.compile(r"(?:At|In) the ([a-z ]+) there is an? (?:small|large) ([a
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the report: pruned how and to what average; R None keeps everything."""
+    """One row of the report: pruned how and to what average (R None keeps everything), drafts of what length."""
 
     pruning: str = "twig"
     R: int | None = None
+    draft_length: int = 5
 
     @property
     def name(self) -> str:
@@ -89,23 +91,26 @@ def short_answers(
 
 def descriptions(vlm: twigvlm.TwigVLM, scenes: list[Scene], setting: Setting) -> dict[str, float]:
     """Shares of scenes with every object (place, colour, shape) right, of exact texts, and the drafts' acceptance."""
-    objects = exact = drafted = accepted = seconds = tokens = 0.0
+    objects = exact = drafted = accepted = 0.0
     for scene in tqdm(scenes, desc=f"describe, {setting.name}", leave=False):
         inputs = vlm.prepare(draw(scene), "Describe the image in detail.")
-        out = vlm.generate(**inputs, retained_tokens=setting.R, pruning=setting.pruning, max_new_tokens=160)
+        out = vlm.generate(
+            **inputs,
+            retained_tokens=setting.R,
+            pruning=setting.pruning,
+            draft_length=setting.draft_length,
+            max_new_tokens=160,
+        )
         text = vlm.tokenizer.decode(out.tokens[0], skip_special_tokens=True).strip()
         truth = describe(scene)
         objects += sorted(SENTENCE.findall(text)) == sorted(SENTENCE.findall(truth))
         exact += text == truth
         drafted, accepted = drafted + out.stats.drafted, accepted + out.stats.accepted
-        seconds += out.stats.prefill_seconds + out.stats.decode_seconds
-        tokens += out.stats.new_tokens
     count = len(scenes)
     return {
         "objects": 100 * objects / count,
         "exact": 100 * exact / count,
         "acceptance": 100 * accepted / drafted if drafted else None,
-        "tokens_per_second": tokens / seconds,
     }
 
 
@@ -153,6 +158,22 @@ def plot(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def print_ablations(args: argparse.Namespace, start: float) -> None:
+    """Run the ablations and write ablations.json and .png."""
+    from . import ablate  # it trains, and this module is read by what only measures
+
+    base, twig = args.base or EMBEDDED_BASE, args.twig or (None if args.base else EMBEDDED_TWIG)
+    ablation = ablate.Ablation(args.work, base, twig, args.steps, args.scenes, args.device)
+    sections = tuple(ablate.SECTIONS) if args.ablate == "all" else tuple(args.ablate.split(","))
+    result = provenance() | ablate.ablate(ablation, sections)
+    result["seconds"] = round(time.monotonic() - start)
+    write_json(result, args.out / "ablations.json")
+    ablate.plot(result["rows"], args.out / "ablations.png")
+    print(table(result["rows"]))
+    print("\n".join(result["comments"]))
+    print(f"R={result['R']}, {result['questions']} questions; {args.out}/ablations.json, .png")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="base folder (default: the embedded one)")
@@ -169,8 +190,24 @@ def main(argv: list[str] | None = None) -> None:
         "--out", type=Path, default=Path("benchmarks/results"), help="folder for sprout_report.json and .png"
     )
     parser.add_argument("--device", help="default: the best there is")
+    parser.add_argument(
+        "--ablate",
+        nargs="?",
+        const="all",
+        metavar="TABLE,…",
+        help="the paper's ablations instead (initialisation, T, K, F, parts, signal); trains the twigs that they need",
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/ablate"), help="folder of the ablations' twigs (default %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=400, help="training steps of each ablated twig (default %(default)s)"
+    )
     args = parser.parse_args(argv)
     start = time.monotonic()
+    if args.ablate:
+        print_ablations(args, start)
+        return
     vlm = twigvlm.load(args.base, args.twig, device=args.device)
     budgets = tuple(int(b) for b in args.budgets.split(",") if b)
     result = report(vlm, args.scenes, budgets, tuple(args.methods.split(",")))

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from transformers import LlavaForConditionalGeneration
 
 from ..config import TwigConfig
 from ..model.load import load_base
-from ..model.twig import grow, save_twig
+from ..model.trunk import Trunk
+from ..model.twig import Twig, grow, save_twig
 from ..training.loop import LoopConfig, fit, save_atomically
 from .align import Aligner, align_batch
 from .base import CORE_PLACES, LAYERS, base_config, build, deepen, save_base, shorten
@@ -28,38 +31,41 @@ from .decoder import PackedAnswers, decoder_batch
 from .tokenizer import IMAGE_TOKEN, build_tokenizer
 from .tower import SIDE, PatchReader, tower_batch
 
-CONTINUED = 9  # the offset of the scenes that a continued base sees
+CONTINUED, TWIG_SCENES = 9, 3  # offsets of the scenes that a continued base sees, and a twig
 WORTH_COMPILING = 200  # steps; a minute of compilation must pay
 STAGES = ("tower", "cells", "symbols", "align", "image", "deep", "joint", "twig")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is made; what it makes is the recipe's."""
+
+    out: Path
+    device: str = "cpu"
+    workers: int = 1
+    scale: float = 1.0
+    hidden: int = 160
+    compiled: bool = True
+    save_seconds: float = 120.0
+    steps: Mapping[str, int] = field(default_factory=dict)  # by loop name, instead of the recipe's
+    start: Path | None = None  # a base to go on from
 
 
 class Recipe:
     """One training run: holds what the stages share and hands the model from each to the next."""
 
-    def __init__(
-        self,
-        out: Path,
-        device: str,
-        workers: int,
-        scale: float,
-        hidden: int,
-        compiled: bool,
-        save_seconds: float,
-        steps: dict[str, int],
-        start: Path | None = None,
-    ):
-        self.out, self.device, self.workers, self.scale, self.hidden = out, device, workers, scale, hidden
-        self.compiled, self.save_seconds, self.steps = compiled, save_seconds, steps
-        self.start = start
+    def __init__(self, settings: Settings):
+        self.settings, self.out, self.device = settings, settings.out, settings.device
         self.tokenizer = build_tokenizer()
         self.image_token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     def config(self, layers: int):
-        return base_config(len(self.tokenizer), self.image_token, layers, self.hidden)
+        return base_config(len(self.tokenizer), self.image_token, layers, self.settings.hidden)
 
     def loop(self, name: str, steps: int, lr: float, **settings) -> LoopConfig:
-        steps = self.steps.get(name, max(1, round(steps * self.scale)))
-        return LoopConfig(name, steps, lr, workers=self.workers, save_seconds=self.save_seconds, **settings)
+        run = self.settings
+        steps = run.steps.get(name, max(1, round(steps * run.scale)))
+        return LoopConfig(name, steps, lr, workers=run.workers, save_seconds=run.save_seconds, **settings)
 
     def run(self, stages: tuple[str, ...]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
@@ -116,10 +122,10 @@ class Recipe:
 
     def image(self) -> LlavaForConditionalGeneration:
         config, offset = self.config(len(CORE_PLACES)), 0
-        if self.start is None:
+        if self.settings.start is None:
             model = self.load("align", len(CORE_PLACES))
         else:
-            base = LlavaForConditionalGeneration.from_pretrained(self.start, dtype=torch.float32)
+            base = LlavaForConditionalGeneration.from_pretrained(self.settings.start, dtype=torch.float32)
             model, offset = shorten(base, config), CONTINUED
         loop = self.loop("image", 4000, 8e-4, final_lr=0.05)
         return self.answers(model, loop, rows=4, kind="image", keep_share=0.25, whole_share=0.25, offset=offset)
@@ -140,12 +146,9 @@ class Recipe:
         save_base(self.load("joint", LAYERS), self.tokenizer, self.out / "base")
         device = torch.device(self.device)
         trunk = load_base(self.out / "base", device, torch.float32, "sdpa").trunk
-        twig = grow(trunk, TwigConfig(trunk.L)).requires_grad_(True)
         loop = self.loop("twig", 800, 8e-4, final_lr=0.02)
-        batches = partial(decoder_batch, rows=8, kind="image", keep_share=1, tokenizer=self.tokenizer, offset=3)
-        task = PackedAnswers(trunk.model, twig)
-        self.compile(task.frozen + task.layers, loop)
-        fit(loop, twig, batches, task.loss, self.out)
+        twig = grow(trunk, TwigConfig(trunk.L))
+        train_twig(trunk, twig, loop, self.out, self.settings.compiled)
         save_twig(twig, trunk, self.out / "twig", base="sprout", dtype=torch.float16)
         return twig
 
@@ -166,7 +169,8 @@ class Recipe:
             dead = ".post_layernorm." in name or f".layers.{model.config.vision_config.num_hidden_layers - 1}." in name
             parameter.requires_grad_(train_tower and not dead if "vision_tower" in name else True)
         task = PackedAnswers(model, train_tower=train_tower)
-        self.compile(task.layers, loop)
+        if self.settings.compiled:
+            compile_layers(task.layers, loop)
         batches = partial(
             decoder_batch,
             rows=rows,
@@ -179,12 +183,24 @@ class Recipe:
         fit(loop, model, batches, task.loss, self.out)
         return model
 
-    def compile(self, layers: list[torch.nn.Module], loop: LoopConfig) -> None:
-        """Fuse the layers' small operations: twice the speed on a CPU."""
-        if self.compiled and loop.steps >= WORTH_COMPILING:
-            torch._dynamo.config.recompile_limit = 256  # layers x shapes share one code object
-            for layer in layers:
-                layer.compile(dynamic=False)  # kernels for unknown lengths are twice as slow
+
+def train_twig(trunk: Trunk, twig: Twig, loop: LoopConfig, out: Path, compiled: bool) -> None:
+    """Teach a grown twig the answers, in place; the base stays as it is (paper section 3.1)."""
+    twig.requires_grad_(True)
+    tokenizer = build_tokenizer()
+    batches = partial(decoder_batch, rows=8, kind="image", keep_share=1, tokenizer=tokenizer, offset=TWIG_SCENES)
+    task = PackedAnswers(trunk.model, twig)
+    if compiled:
+        compile_layers(task.frozen + task.layers, loop)
+    fit(loop, twig, batches, task.loss, out)
+
+
+def compile_layers(layers: list[torch.nn.Module], loop: LoopConfig) -> None:
+    """Fuse the layers' small operations, twice the speed on a CPU, where the loop is long enough to pay for it."""
+    if loop.steps >= WORTH_COMPILING:
+        torch._dynamo.config.recompile_limit = 256  # layers x shapes share one code object
+        for layer in layers:
+            layer.compile(dynamic=False)  # kernels for unknown lengths are twice as slow
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -219,15 +235,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--steps is {args.steps!r}; NAME=N,NAME=N is needed")
     torch.set_flush_denormal(True)
     recipe = Recipe(
-        args.out,
-        args.device,
-        args.workers,
-        args.scale,
-        args.hidden,
-        not args.no_compile,
-        args.save_seconds,
-        steps,
-        args.start,
+        Settings(
+            args.out,
+            args.device,
+            args.workers,
+            args.scale,
+            args.hidden,
+            not args.no_compile,
+            args.save_seconds,
+            steps,
+            args.start,
+        )
     )
     (args.out).mkdir(parents=True, exist_ok=True)
     (args.out / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}, indent=1))

@@ -1,0 +1,238 @@
+"""The paper's ablations (section 4.3) on the embedded model: `python -m twigvlm.sprout.report --ablate`.
+
+Each variant that needs another twig grows and trains one on the embedded base with the recipe's own
+loop, for the same number of steps, and is kept in the work folder, so that a stopped run goes on.
+Accuracy is short answers under pruning against the unpruned base; speed is tokens per second of a
+description, prefill included, against plain decoding of the same picture right before it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import twigvlm
+
+from ..config import TwigConfig
+from ..errors import InputError
+from ..model.load import load_base
+from ..model.twig import CONFIG, Init, grow, save_twig
+from ..training.loop import LoopConfig
+from .draw import draw
+from .questions import Question
+from .report import Setting, descriptions, quiz, short_answers
+from .train import train_twig
+from .world import Scene
+
+PEAK_LR = 8e-4
+BUDGET = 64
+TIMED = 9  # descriptions whose speed is measured
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A twig to be made; `trained` False is the base's own layers, whose last one then gives the base's signal."""
+
+    K: int = 2
+    T: int = 3
+    init: Init = "base"
+    trained: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"K{self.K}-T{self.T}-{self.init}{'' if self.trained else '-untrained'}"
+
+
+MAIN = Growth()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row; `paper` is what the paper's table says: (RelAcc, speed), percent, None where it gives none."""
+
+    group: str
+    name: str
+    growth: Growth = MAIN
+    F: int | None = None
+    pruned: bool = True
+    speculative: bool = True
+    paper: tuple[float | None, float | None] = (None, None)
+
+
+SECTIONS: dict[str, tuple[Variant, ...]] = {
+    "initialisation": (
+        Variant("initialisation", "random", Growth(init="random"), paper=(87.2, 120)),
+        Variant("initialisation", "last T layers", Growth(init="last")),
+        Variant("initialisation", "layers K..K+T-1", paper=(96.0, 154)),
+    ),
+    "T": (
+        Variant("T", "T=1", Growth(T=1), paper=(93.9, 154)),
+        Variant("T", "T=2", Growth(T=2), paper=(95.2, 153)),
+        Variant("T", "T=3", paper=(96.0, 154)),
+        Variant("T", "T=4", Growth(T=4), paper=(95.8, 145)),
+    ),
+    "K": (
+        Variant("K", "K=0", Growth(K=0), paper=(93.6, 138)),
+        Variant("K", "K=1", Growth(K=1), paper=(95.5, 137)),
+        Variant("K", "K=2", paper=(96.0, 154)),
+        Variant("K", "K=3", Growth(K=3), paper=(85.5, 145)),
+    ),
+    "F": (
+        Variant("F", "none", F=32, paper=(93.1, 155)),
+        Variant("F", "F=20", F=20, paper=(95.8, 151)),
+        Variant("F", "F=24", paper=(96.0, 154)),
+        Variant("F", "F=28", F=28, paper=(95.1, 154)),
+    ),
+    "parts": (
+        Variant("parts", "pruning only", speculative=False, paper=(None, 104)),
+        Variant("parts", "SSD only", pruned=False, paper=(None, 147)),
+        Variant("parts", "both", paper=(96.0, 154)),
+    ),
+    "signal": (
+        Variant("signal", "base layer K", Growth(T=1, trained=False), speculative=False, paper=(82.3, None)),
+        Variant("signal", "base layer K+T", Growth(T=4, trained=False), speculative=False, paper=(86.2, None)),
+        Variant("signal", "twig", speculative=False, paper=(96.0, None)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is measured with: the base and its published twig, training steps of the others, test scenes."""
+
+    work: Path
+    base: Path
+    twig: Path | None  # the trained main twig; None trains it like the others
+    steps: int
+    scenes: int
+    device: str | None = None
+
+    def grown(self, growth: Growth) -> Path:
+        """The folder of this twig, made at the first call."""
+        folder = self.work / growth.name
+        if not (folder / CONFIG).exists():
+            trunk = load_base(self.base, torch.device(self.device or "cpu"), torch.float32, "sdpa").trunk
+            torch.manual_seed(0)  # of a random initialisation
+            twig = grow(trunk, TwigConfig(trunk.L, growth.K, growth.T), growth.init)
+            if growth.trained:
+                loop = LoopConfig(growth.name, self.steps, PEAK_LR)
+                train_twig(trunk, twig, loop, self.work, compiled=True)
+            save_twig(twig, trunk, folder, base="sprout", dtype=torch.float16)
+        return folder
+
+    def open(self, variant: Variant) -> twigvlm.TwigVLM:
+        """Base and twig of a variant."""
+        return twigvlm.load(self.base, self.grown(variant.growth), wipe_layer=variant.F, device=self.device)
+
+
+def ablate(ablation: Ablation, sections: tuple[str, ...]) -> dict:
+    """All rows of these sections, each measured once even if several tables hold it."""
+    if unknown := set(sections) - set(SECTIONS):
+        raise InputError(f"unknown ablations {sorted(unknown)}; choose from {', '.join(SECTIONS)}")
+    if ablation.twig is not None and not (ablation.work / MAIN.name / CONFIG).exists():
+        shutil.copytree(ablation.twig, ablation.work / MAIN.name)
+    asked = quiz(ablation.scenes)
+    plain = Variant("", "", pruned=False, speculative=False)
+    base = measure(ablation, plain, asked)
+    rows, seen = [], {}
+    variants = [v for section in sections for v in SECTIONS[section]]
+    for variant in tqdm(variants, desc="ablations"):
+        what = replace(variant, group="", name="", paper=(None, None))
+        if what not in seen:
+            seen[what] = measure(ablation, what, asked)
+        found = seen[what]
+        rows.append(
+            {
+                "ablation": variant.group,
+                "variant": variant.name,
+                "RelAcc": 100 * found["accuracy"] / base["accuracy"] if base["accuracy"] else None,
+                "speed": found["speed"],
+                "descriptions": found["objects"],
+                "acceptance": found["acceptance"],
+                "paper RelAcc": variant.paper[0],
+                "paper speed": variant.paper[1],
+            }
+        )
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(ablation).items()}
+    questions = sum(len(qs) for _, qs in asked)
+    return {
+        "R": BUDGET,
+        "questions": questions,
+        "base": base,
+        "settings": settings,
+        "rows": rows,
+        "comments": remarks(rows),
+    }
+
+
+def measure(ablation: Ablation, variant: Variant, asked: list[tuple[Scene, list[Question]]]) -> dict:
+    """Accuracy of short answers, and of descriptions with their acceptance and relative speed (percent)."""
+    vlm = ablation.open(variant)
+    setting = Setting("twig", BUDGET if variant.pruned else None, 5 if variant.speculative else 0)
+    right = [r for answers in short_answers(vlm, asked, setting).values() for r in answers]
+    scenes = [scene for scene, _ in asked[: max(1, len(asked) // 2)]]
+    told = descriptions(vlm, scenes, setting)
+    return {
+        "accuracy": 100 * sum(right) / len(right),
+        "objects": told["objects"],
+        "acceptance": told["acceptance"],
+        "speed": 100 * statistics.median(relative_speed(vlm, scene, setting) for scene in scenes[:TIMED]),
+    }
+
+
+def relative_speed(vlm: twigvlm.TwigVLM, scene: Scene, setting: Setting) -> float:
+    """Tokens per second of a description under `setting` / of plain decoding without pruning."""
+    inputs = vlm.prepare(draw(scene), "Describe the image in detail.")
+    plain = vlm.generate(**inputs, draft_length=0, max_new_tokens=160)
+    out = vlm.generate(**inputs, retained_tokens=setting.R, draft_length=setting.draft_length, max_new_tokens=160)
+    return out.stats.tokens_per_second / plain.stats.tokens_per_second
+
+
+def remarks(rows: list[dict]) -> list[str]:
+    """Where the best of a table is the paper's best, and where not, in accuracy and in speed."""
+    out = []
+    for section in dict.fromkeys(r["ablation"] for r in rows):
+        mine = [r for r in rows if r["ablation"] == section]
+        for figure in ("RelAcc", "speed"):
+            told = [r for r in mine if r[f"paper {figure}"] is not None and r[figure] is not None]
+            if len(told) < 2:
+                continue
+            here, paper = max(told, key=lambda r: r[figure]), max(told, key=lambda r: r[f"paper {figure}"])
+            verdict = "as in the paper" if here is paper else f"in the paper {paper['variant']}"
+            spread = here[figure] - paper[figure]
+            gap = "" if here is paper else f" ({spread:.1f} points above it here)"
+            out.append(f"{section}, {figure}: best is {here['variant']}, {verdict}{gap}.")
+    return out
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """One panel an ablation: RelAcc as bars, speed as points, the paper's figures hollow beside them."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    sections = list(dict.fromkeys(r["ablation"] for r in rows))
+    figure, panels = plt.subplots(
+        2, len(sections), figsize=(3.2 * len(sections), 5), layout="constrained", squeeze=False
+    )
+    for column, section in enumerate(sections):
+        mine = [r for r in rows if r["ablation"] == section]
+        names = [r["variant"] for r in mine]
+        for axes, name in zip(panels[:, column], ("RelAcc", "speed"), strict=True):
+            axes.bar(names, [r[name] or 0 for r in mine], color="tab:green", alpha=0.7, label="sprout")
+            axes.plot(names, [r[f"paper {name}"] for r in mine], "kD", fillstyle="none", label="paper, LLaVA-1.5-7B")
+            axes.tick_params(axis="x", labelrotation=30)
+            axes.set_ylabel(f"{name} (%)")
+            axes.grid(axis="y", alpha=0.3)
+        panels[0, column].set_title(section)
+        low = [v for r in mine for v in (r["RelAcc"], r["paper RelAcc"]) if v is not None]
+        panels[0, column].set_ylim(bottom=max(0, min(low) - 10))
+    panels[0, 0].legend(fontsize="small")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
