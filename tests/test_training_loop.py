@@ -44,6 +44,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, fail_at):
         train(model(), tmp_path / "broken", fail_at=fail_at)
     resumed = train(model(), tmp_path / "broken")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "broken" / "toy.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 30
 
 
 def test_loss_falls_and_is_logged(tmp_path):

@@ -19,6 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+LOGGED = 20  # steps a line of metrics
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -88,70 +90,103 @@ def fit(
     `run_dir/<name>.jsonl`, one line every 20 steps.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    device = next(module.parameters()).device
     learning = {n: p for n, p in module.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         learning.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
     )
-    checkpoint, start = run_dir / f"{config.name}.pt", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        module.load_state_dict(state["weights"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
+    checkpoint = run_dir / f"{config.name}.pt"
+    start = _resume(checkpoint, module, optimizer)
 
     def save(step: int) -> None:
         weights = {n: p.detach() for n, p in learning.items()}
         save_atomically({"weights": weights, "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
 
-    loader = DataLoader(
+    device = next(module.parameters()).device
+    loader = _loader(make_batch, start, config, pinned=device.type == "cuda")
+    bar = tqdm(loader, initial=start, total=config.steps, desc=config.name, mininterval=2, smoothing=0.02)
+    metrics = _Metrics(run_dir / f"{config.name}.jsonl", start)
+    saved = time.monotonic()
+    for step, batch in enumerate(bar, start):
+        metrics.batch_came()
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * _lr_share(step, config)
+        batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        torch.manual_seed(config.seed + step)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss, extra = loss_fn(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(learning.values()), config.clip)
+        if not torch.isfinite(norm):
+            save(step)  # this step has changed nothing yet
+            raise FloatingPointError(
+                f"{config.name}: gradient norm {norm.item()} at step {step}; the last good checkpoint is "
+                f"{checkpoint}; lower lr (now {config.lr})"
+            )
+        optimizer.step()
+        metrics.add({"loss": loss.item(), **extra})
+        if (step + 1) % LOGGED == 0 or step + 1 == config.steps:
+            facts = {"grad_norm": round(norm.item(), 4), "lr": optimizer.param_groups[0]["lr"]}
+            mean = metrics.write(step + 1, facts)
+            bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
+        if time.monotonic() - saved > config.save_seconds:
+            save(step + 1)
+            saved = time.monotonic()
+        metrics.step_done()
+    save(config.steps)
+
+
+def _resume(checkpoint: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restore weights and optimizer where there is a checkpoint; the step to go on with."""
+    if not checkpoint.exists():
+        return 0
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    module.load_state_dict(state["weights"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+def _loader(make_batch: Callable[[int], dict], start: int, config: LoopConfig, pinned: bool) -> DataLoader:
+    return DataLoader(
         _Steps(make_batch, start, config.steps),
         batch_size=None,
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
         worker_init_fn=_one_thread,
-        pin_memory=device.type == "cuda",
+        pin_memory=pinned,
     )
-    bar = tqdm(loader, initial=start, total=config.steps, desc=config.name, mininterval=2, smoothing=0.02)
-    saved, figures, waited, mark = time.monotonic(), [], 0.0, time.monotonic()
-    with open(run_dir / f"{config.name}.jsonl", "a") as log:
-        for step, batch in enumerate(bar, start):
-            waited += time.monotonic() - mark
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * _lr_share(step, config)
-            batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-            torch.manual_seed(config.seed + step)
-            with torch.autocast(device.type, torch.bfloat16):
-                loss, extra = loss_fn(batch)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(list(learning.values()), config.clip)
-            if not torch.isfinite(norm):
-                save(step)  # this step has changed nothing yet
-                raise FloatingPointError(
-                    f"{config.name}: gradient norm {norm.item()} at step {step}; the last good checkpoint is "
-                    f"{checkpoint}; lower lr (now {config.lr})"
-                )
-            optimizer.step()
-            figures.append({"loss": loss.item(), **extra})
-            if (step + 1) % 20 == 0 or step + 1 == config.steps:
-                mean = {k: sum(f[k] for f in figures) / len(figures) for k in figures[0]}
-                bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
-                line = {
-                    "step": step + 1,
-                    **{k: round(v, 5) for k, v in mean.items()},
-                    "grad_norm": round(norm.item(), 4),
-                }
-                line |= {
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "waited_s": round(waited, 2),
-                    "time": round(time.time()),
-                }
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                figures, waited = [], 0.0
-            if time.monotonic() - saved > config.save_seconds:
-                save(step + 1)
-                saved = time.monotonic()
-            mark = time.monotonic()
-    save(config.steps)
+
+
+class _Metrics:
+    """Means of the figures since the last line, and how long the loop waited for data, as JSON lines."""
+
+    def __init__(self, path: Path, start: int):
+        self.path, self.figures, self.waited, self.mark = path, [], 0.0, time.monotonic()
+        if path.exists():  # steps that a killed run logged but did not save come again
+            lines = [line for line in path.read_text().splitlines() if _logged_step(line) <= start]
+            path.write_text("".join(f"{line}\n" for line in lines))
+
+    def batch_came(self) -> None:
+        self.waited += time.monotonic() - self.mark
+
+    def step_done(self) -> None:
+        self.mark = time.monotonic()
+
+    def add(self, figures: dict[str, float]) -> None:
+        self.figures.append(figures)
+
+    def write(self, step: int, facts: dict[str, float]) -> dict[str, float]:
+        """Append a line and start anew; the means."""
+        mean = {k: sum(f[k] for f in self.figures) / len(self.figures) for k in self.figures[0]}
+        line = {"step": step, **{k: round(v, 5) for k, v in mean.items()}, **facts}
+        with open(self.path, "a") as log:
+            log.write(json.dumps(line | {"waited_s": round(self.waited, 2), "time": round(time.time())}) + "\n")
+        self.figures, self.waited = [], 0.0
+        return mean
+
+
+def _logged_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # half a line, from a power loss
