@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# MMBench, Chinese: [MODEL=… TWIG=… DATA=…] bash scripts/v1_5/eval/mmbench_cn.sh [-R 64] [--baseline] [--limit N] … (--help lists all)
+set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+evaluate run --task mmbench_cn "$@"

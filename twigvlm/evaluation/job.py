@@ -1,0 +1,226 @@
+"""One benchmark under one setting: its files, its folder of answers, its result.
+
+Knows no model: what is asked here was answered elsewhere. Standard library only.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .answers import RESULT, UPLOAD, Folder, alone, answer_line
+from .figures import summary
+from .partial import Head
+from .record import write_json
+from .setting import EMBEDDED_DATA, EMBEDDED_NAME, Setting, default_data
+from .tasks.base import Question, Score, Task
+
+UPLOAD_SUFFIX = {"mmbench": ".xlsx", "mmbench_cn": ".xlsx", "seed": ".jsonl", "mme": ""}  # all others: .json
+PIECE = 8  # neighbouring questions that go to one shard, unless batches are larger
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked, of which model, and where the answers go."""
+
+    task: Task
+    setting: Setting
+    data: Path
+    split: str
+    out: Path
+    skip_broken: bool = False
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        return self.task.files(self.data, self.split)
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """Those that are asked, in the benchmark's order."""
+        found = self.task.questions(self.data, self.split)
+        if not found:
+            raise InputError(f"{self.files['questions']}: holds no question")
+        seen: set[str] = set()
+        twice = [q.id for q in found if q.id in seen or seen.add(q.id)]
+        if twice:
+            raise InputError(f"{self.files['questions']}: {', '.join(twice[:5])} stand there twice; repair the file")
+        return found[: self.setting.limit]
+
+    @cached_property
+    def folder(self) -> Folder:
+        return Folder(self.out / "answers" / self.split / self.setting.model_name / self.setting.name)
+
+    @cached_property
+    def head(self) -> Head:
+        return Head(self.task, self.files)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return self.setting.identity(self.task.name, self.split, self.questions)
+
+    @property
+    def title(self) -> str:
+        return f"{self.task.title} {self.setting.name}"
+
+    def check(self) -> None:
+        """Raise InputError for a file of the benchmark that is not there."""
+        for path in (path for role, path in self.files.items() if role != "upload"):
+            if not path.exists():
+                raise InputError(
+                    f"{path}: not there, and {self.task.title} needs it; playground/README.md says where it comes from"
+                )
+
+    def open(self) -> dict[str, dict[str, Any]]:
+        """Check data, folder and answers before anything is loaded; question id → answer line there is."""
+        self.check()
+        questions = self.questions
+        self.folder.prepare(self.identity)
+        return self.folder.answers(questions)
+
+    def pieces(self, part: int, count: int, size: int | None) -> list[list[Question]]:
+        """The questions of a shard, in runs that may be asked together; all shards' pieces are all questions."""
+        n = len(self.questions)
+        length = min(size or PIECE, -(-n // count))
+        pieces = [self.questions[i : i + length] for i in range(0, n, length)]
+        return pieces[part::count]
+
+    def complete(self, found: Collection[str]) -> bool:
+        """Whether these ids are all that can be answered."""
+        return len(found) == len(self.questions) or not self.missing(found)
+
+    def missing(self, found: Collection[str] | None = None) -> list[str]:
+        """Ids of questions that wait for an answer."""
+        found = self.folder.answers(self.questions) if found is None else found
+        broken = self.folder.broken() if self.skip_broken else {}
+        return [q.id for q in self.questions if q.id not in found and q.id not in broken]
+
+    # ------------------------------------------------------------------ the result
+
+    def finish(self, command: str, commit: str | None) -> dict[str, Any]:
+        """Merge, score, write the upload file and result.json; what stands in there.
+
+        Raises InputError for answers that are missing, duplicate or foreign.
+        """
+        with alone(self.folder.path / ".lock"):
+            found = self.folder.answers(self.questions)
+            broken = {k: v for k, v in self.folder.broken().items() if k not in found} if self.skip_broken else {}
+            merged = self.folder.merge(
+                self.questions, {q.id: self._unasked(q) for q in self.questions if q.id in broken}
+            )
+            score = self._score(merged)
+            note, upload = score.note, None
+            if self.setting.limit is None:
+                try:
+                    upload = self._upload(merged)
+                except InputError as fault:
+                    note = "; ".join(filter(None, (note, f"no upload file: {fault}")))
+            result = self._describe(score, merged) | {"note": note, "upload": str(upload) if upload else None}
+            result["broken"] = {"count": len(broken), "ids": list(broken)}
+            if broken:
+                result["doubts"]["broken_images_answered_empty"] = len(broken)
+            result |= self._configuration() | summary(self.folder.path, [q.id for q in self.questions])
+            result |= _provenance(result.pop("sessions"), command, commit)
+            write_json(result, self.folder.path / RESULT)
+        return result
+
+    def _unasked(self, question: Question) -> dict[str, Any]:
+        """Stands in for a question whose picture is broken: an empty answer, marked as such."""
+        return answer_line(question, self.task.clean(""), self.setting.model_name, self.setting.name, {"broken": True})
+
+    def _score(self, merged: Path) -> Score:
+        if self.setting.limit is not None:
+            return self.head.score(merged, len(self.questions), strict=True)
+        return self.task.score(self.files["questions"], self.files.get("annotations"), merged, strict=True)
+
+    def _upload(self, merged: Path) -> Path | None:
+        out = self.folder.path / f"{UPLOAD}{UPLOAD_SUFFIX.get(self.task.name, '.json')}"
+        if out.is_dir():
+            shutil.rmtree(out)
+        return self.task.export(self.data, self.split, merged, out)
+
+    def _describe(self, score: Score, merged: Path) -> dict[str, Any]:
+        setting = self.setting
+        return {
+            "task": self.task.name,
+            "title": self.task.title,
+            "split": self.split,
+            "metric": self.task.metric,
+            "score": score.score,
+            "parts": dict(score.parts),
+            "doubts": dict(score.doubts),
+            "questions": len(self.questions),
+            "limit": setting.limit,
+            "model": setting.model_name,
+            "setting": setting.name,
+            "method": setting.method,
+            "R": setting.R,
+            "published": dict(self.task.published),
+            "answers": str(merged),
+            "result": str(self.folder.path / RESULT),
+        }
+
+    def _configuration(self) -> dict[str, Any]:
+        facts = asdict(self.setting) | {"data": str(self.data), "identity": self.identity}
+        facts |= {"base": self.setting.base or EMBEDDED_NAME, "skip_broken": self.skip_broken}
+        facts["twig"] = self.setting.twig_name
+        return {"configuration": facts}
+
+
+def _provenance(sessions: list[Mapping[str, Any]], command: str, commit: str | None) -> dict[str, Any]:
+    """Versions and device from the process that asked last; the command and commit of the one that scores."""
+    facts: dict[str, Any] = {"command": command, "commit": commit}
+    if sessions:
+        last = sessions[-1]
+        facts["asked_with_commits"] = sorted({s["commit"] for s in sessions if s["commit"]})
+        keys = (
+            "time",
+            "python",
+            "torch",
+            "transformers",
+            "device",
+            "device_type",
+            "threads",
+            "dtype",
+            "letters",
+            "workers",
+        )
+        facts |= {key: last[key] for key in keys}
+        facts["sessions"] = len(sessions)
+    return facts
+
+
+def find_data(setting: Setting, task: Task, data: Path | None) -> Path:
+    """The folder of all benchmarks: the one given, else the one that belongs to the model.
+
+    The embedded data are made at their first use. Raises InputError where there is nothing.
+    """
+    folder = data if data is not None else default_data(setting.embedded)
+    if folder.resolve() == EMBEDDED_DATA.resolve():
+        from ..sprout.benchmarks import ensure
+
+        ensure(folder, task.name)
+    elif not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give --data (DATA=…); playground/README.md says what goes there")
+    return folder
+
+
+def find_split(task: Task, data: Path, split: str | None) -> str:
+    """The split asked for, else the first whose files are all there; of the embedded data one that can be scored."""
+    if split is not None:
+        if split not in task.splits:
+            raise InputError(f"{task.title} has no split {split!r}; there are {', '.join(task.splits)}")
+        return split
+    there = [name for name in task.splits if all(path.exists() for path in task.files(data, name).values())]
+    if data.resolve() == EMBEDDED_DATA.resolve():  # nobody uploads its answers to a server
+        there.sort(key=lambda name: "annotations" not in task.files(data, name))
+    return there[0] if there else task.splits[0]
+
+
+def default_out(task: Task, data: Path, split: str) -> Path:
+    """LLaVA's place: beside the benchmark's questions."""
+    return task.files(data, split)["questions"].parent

@@ -1,0 +1,373 @@
+"""Ask a model a whole benchmark and score it: `python -m twigvlm.evaluation.run --task gqa -R 64`.
+
+Without a model: the embedded one on its own data. Shards, one per visible CUDA device, are launched
+and waited for here; over several nodes start the same command everywhere (torchrun, accelerate,
+Slurm), and the process that ends last merges and scores. A run that was stopped goes on where it
+was. The last line of stdout is one JSON object: result.json on one line.
+
+Exit status: 0 done; 1 it could not be brought to its end (a shard died, a disk is full); 2 asked for
+the impossible; 143 stopped by SIGTERM, 130 by Ctrl-C, with all answers kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, RunError
+from .answers import LOGS, open_shard
+from .job import Job, default_out, find_data, find_split
+from .progress import Progress
+from .setting import DEFAULT_R, Setting
+from .shards import Ended, Placement, Stop, launch, local_parts, place
+from .tasks import ALIASES, TASKS, find
+from .tasks.base import Task
+
+MODULE = "twigvlm.evaluation.run"
+TIMED_ALONE = ("mmvet",)  # the paper's benchmark of speed: one question at a time, so that each has its time
+
+
+# ---------------------------------------------------------------------- flags
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {MODULE}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = (*TASKS, *ALIASES)
+    parser.add_argument("--task", required=True, choices=names, metavar="T", help=f"one of {', '.join(names)}")
+    parser.add_argument("--split", metavar="S", help="of the benchmark (default: the first whose files are there)")
+    method = parser.add_argument_group("what to prune and draft")
+    method.add_argument(
+        "-R", "--retained-tokens", type=float, default=DEFAULT_R, metavar="R",
+        help="average of visual tokens kept per layer (default %(default)g)",
+    )  # fmt: skip
+    method.add_argument("--pruning", default="twig", metavar="M", help="twig, layer-attention or random (default twig)")
+    method.add_argument("--no-pruning", action="store_true", help="keep all visual tokens")
+    method.add_argument("--no-speculation", action="store_true", help="no drafts: one forward per token")
+    method.add_argument("--baseline", action="store_true", help="the base alone: no twig, nothing pruned (no -R)")
+    add_options(parser)
+    return parser.parse_args(argv)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags that hold for one benchmark and for all of them."""
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", type=Path, metavar="DIR",
+        help="holds one folder a benchmark (default: playground/data/sprout for the embedded model, else "
+        "playground/data/eval)",
+    )  # fmt: skip
+    data.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
+    data.add_argument("--skip-broken", action="store_true", help="count questions with broken pictures and go on")
+    data.add_argument(
+        "--out", type=Path, metavar="DIR", help="answers go to DIR/answers/… (default: the benchmark's data folder)"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--base-model", metavar="ID", help="hub id or folder (default: the embedded model)")
+    model.add_argument("--twig-block", metavar="ID", help="its twig (default: none, or the embedded one)")
+    model.add_argument("--twig-K", type=int, metavar="K", help="base layers below the twig (default: from its files)")
+    model.add_argument("--twig-T", type=int, metavar="T", help="layers of the twig (default: from its files)")
+    model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the device likes)")
+    model.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
+    model.add_argument("--attn-implementation", default="sdpa", metavar="NAME", help="default %(default)s")
+    how = parser.add_argument_group("how to answer")
+    how.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the benchmark's)")
+    how.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: greedy")
+    how.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and of random pruning (default 0)")
+    work = parser.add_argument_group("how to work")
+    work.add_argument(
+        "--batch-size", type=int, metavar="N",
+        help="questions answered together, which changes no answer (default: 8 in fp32 on a CPU, else 1)",
+    )  # fmt: skip
+    work.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode pictures (default 1)")
+    work.add_argument("--num-shards", type=int, metavar="N", help="parts (default: one per visible CUDA device)")
+    work.add_argument("--shard", type=int, metavar="I", help="answer part I of N only")
+    work.add_argument("--answer-only", action="store_true", help="neither merge nor score")
+
+
+def setting_of(args: argparse.Namespace, task: Task) -> Setting:
+    """Flags → what is asked of the model. Raises InputError for flags that contradict each other."""
+    limit = args.limit
+    if limit is not None and task.name == "mme":
+        limit += limit % 2  # its questions come in pairs
+    return Setting(
+        base=args.base_model,
+        twig=args.twig_block,
+        K=args.twig_K,
+        T=args.twig_T,
+        R=None if args.no_pruning else args.retained_tokens,
+        pruning=args.pruning,
+        speculation=not args.no_speculation,
+        baseline=args.baseline,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        seed=args.seed,
+        max_new_tokens=task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,
+        attention=args.attn_implementation,
+        dtype=args.dtype,
+        device=args.device,
+        limit=limit,
+    )
+
+
+def job_of(args: argparse.Namespace, task: Task, setting: Setting, out: Path | None, split: str | None = None) -> Job:
+    for name, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}; {least} or more is needed")
+    data = find_data(setting, task, args.data)
+    split = find_split(task, data, split)
+    return Job(task, setting, data, split, out or default_out(task, data, split), args.skip_broken)
+
+
+def announce(setting: Setting, data: Path, given: bool) -> None:
+    """The one line that says which model meets which data."""
+    model = "embedded model sprout" if setting.embedded else f"model {setting.base}"
+    twig = (
+        "no twig" if setting.baseline or not (setting.twig or setting.embedded) else f"twig {setting.twig or 'sprout'}"
+    )
+    why = "as asked" if given else "its default"
+    print(f"{model} ({twig}) on data {data} ({why})", flush=True)
+
+
+# ---------------------------------------------------------------------- asking
+
+
+class Models:
+    """The model that was opened last: several benchmarks after one another need it once."""
+
+    def __init__(self, local: int | None):
+        self.local, self._key, self._vlm = local, None, None
+
+    def get(self, setting: Setting) -> tuple[Any, float]:
+        """(model, seconds that opening took)."""
+        from transformers.utils import logging
+
+        from .ask import open_model
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        key = (setting.base, setting.twig, setting.K, setting.T, setting.baseline)
+        start = time.perf_counter()
+        if key != self._key:
+            self._vlm = None  # the old one's memory first
+            self._vlm, self._key = open_model(setting, self.local), key
+        return self._vlm, time.perf_counter() - start
+
+
+def answer(job: Job, part: int, count: int, args: argparse.Namespace, models: Models, stop: Stop) -> None:
+    """Ask what is still open in a part. Raises InputError before the first question where it can."""
+    found = job.open()
+    todo = [[q for q in piece if q.id not in found] for piece in job.pieces(part, count, args.batch_size)]
+    todo = [piece for piece in todo if piece]
+    if not todo or stop:
+        return
+    from .ask import Asker, batches, check_images, dtype_name
+
+    if not job.skip_broken:
+        check_images(todo)
+    vlm, seconds = models.get(job.setting)
+    asker = Asker(vlm, job.setting, job.task.clean, job.skip_broken, args.workers)
+    asker.warm_up()  # refuses an illegal R
+    late = {"dtype": dtype_name(vlm), "K": vlm.config.K, "T": vlm.config.T, "F": vlm.config.F}
+    job.folder.record(job.identity | late)
+    size = 1 if job.setting.temperature else args.batch_size or asker.default_batch(job.task.name in TIMED_ALONE)
+    lines, figures = open_shard(job.folder, part, count)
+    with lines, figures, Progress(job, found) as progress:
+        asker.begin(figures, seconds, size, part, count)
+        asker.ask(batches(todo, size), lines, figures, stop, progress.look)
+
+
+def answer_here(
+    jobs: Sequence[Job], placement: Placement, args: argparse.Namespace, stop: Stop, each: Callable[[Job], None]
+) -> None:
+    """All jobs' part, in this process."""
+    models = Models(placement.local)
+    for job in jobs:
+        try:
+            answer(job, placement.parts[0], placement.count, args, models, stop)
+        except InputError:
+            job.folder.tidy()
+            raise
+        if stop:
+            return
+        each(job)
+
+
+def answer_in_children(
+    jobs: Sequence[Job], placement: Placement, command: Sequence[str], stop: Stop, each: Callable[[Job], None]
+) -> None:
+    """All jobs, in one process per part. Raises ShardsFailed when one of them did not come to its end."""
+    waiting = []
+    for job in jobs:
+        if job.complete(job.open()):
+            each(job)
+        else:
+            waiting.append(job)
+    if not waiting:
+        return
+    with contextlib.ExitStack() as bars:
+        shown: list[Progress] = []
+
+        def follow() -> None:
+            while waiting:
+                job = waiting[0]
+                if not shown:
+                    shown.append(bars.enter_context(Progress(job, job.folder.answers(job.questions))))
+                shown[0].look()
+                if len(waiting) == 1 or not job.complete(shown[0].found):
+                    return
+                bars.pop_all().close()
+                shown.clear()
+                each(waiting.pop(0))
+
+        logs = jobs[0].out / LOGS if len(jobs) > 1 else jobs[0].folder.path / LOGS
+        failed = launch(command, placement, logs, stop, follow)
+    if failed:
+        raise ShardsFailed(failed, placement)
+    for job in waiting if not stop else ():
+        each(job)
+
+
+class ShardsFailed(RunError):
+    """Some shards died; the answers of all are kept."""
+
+    def __init__(self, failed: Sequence[Ended], placement: Placement):
+        self.code = 2 if all(end.status == 2 for end in failed) else 1
+        for end in failed:
+            print(f"--- last lines of {end.log}\n{end.tail}", file=sys.stderr)
+        names = "; ".join(f"shard {end.part} of {placement.count} {end.reason}" for end in failed)
+        super().__init__(f"{names}; no score. All answers so far are kept: the same command goes on from there")
+
+
+def carry_out(
+    jobs: Sequence[Job], args: argparse.Namespace, command: Sequence[str], stop: Stop
+) -> list[dict[str, Any]]:
+    """Answer every job's questions, as far as they are this process's business; the jobs' results."""
+    results: list[dict[str, Any]] = []
+
+    def each(job: Job) -> None:
+        if not args.answer_only:
+            results.append(conclude(job, placement))
+            show(results[-1])
+
+    count, devices = (None, ()) if args.shard is not None else local_parts(args.device, args.num_shards, os.environ)
+    placement = place(args.num_shards or count, args.shard, os.environ, devices)
+    if placement.launch:
+        print(f"{placement.count} shards on this node", flush=True)
+        answer_in_children(jobs, placement, command, stop, each)
+    else:
+        if placement.count > 1:
+            print(f"shard {placement.parts[0]} of {placement.count} ({placement.source})", flush=True)
+        answer_here(jobs, placement, args, stop, each)
+    return results
+
+
+# ---------------------------------------------------------------------- the end
+
+
+def conclude(job: Job, placement: Placement) -> dict[str, Any]:
+    """The result, or, while other processes still answer, how much they owe."""
+    missing = job.missing()
+    if missing and not placement.alone:
+        facts = {
+            "task": job.task.name,
+            "split": job.split,
+            "model": job.setting.model_name,
+            "setting": job.setting.name,
+        }
+        facts |= {"score": None, "questions": len(job.questions), "missing": len(missing)}
+        return facts | {"note": "other shards are still at work; the one that ends last merges and scores"}
+    from .record import provenance
+
+    here = provenance()
+    return job.finish(here["command"], here["commit"])
+
+
+def show(result: dict[str, Any]) -> None:
+    """For people, on stdout before the JSON line."""
+    if "missing" in result:
+        print(f"{result['missing']} of {result['questions']} questions still to be answered: {result['note']}")
+        return
+    score = "not scored here" if result["score"] is None else f"{result['score']:.2f} ({result['metric']})"
+    print(f"{result['title']}, {result['model']}, {result['setting']}: {score}")
+    asked = "all" if result["R"] is None else f"{result['R']:g}"
+    if result["visual_measured"] is not None:
+        print(
+            f"visual tokens per layer: {asked} asked, {result['visual_measured']:.1f} measured, and the twig's own "
+            f"{result['visual_twig_share']:.1f}"
+        )
+    if result["tokens_per_second"]:
+        decode = result["decode_tokens_per_second"]
+        accepted = "" if result["acceptance"] is None else f", {100 * result['acceptance']:.0f} % of drafts accepted"
+        print(
+            f"{result['tokens_per_second']:.1f} tokens/s, " + (f"{decode:.1f} in decoding alone, " if decode else "")
+            + f"first token after {result['time_to_first_token']:.2f} s{accepted}"
+        )  # fmt: skip
+    for name, count in result["doubts"].items():
+        print(f"doubt: {count} {name}")
+    if result["upload"]:
+        print(f"file for the benchmark's server or tools: {result['upload']}")
+    if result["note"]:
+        print(f"note: {result['note']}")
+    print(f"result: {result['result']}")
+
+
+def evaluate(args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
+    task = find(args.task)
+    setting = setting_of(args, task)
+    job = job_of(args, task, setting, args.out, args.split)
+    announce(setting, job.data, args.data is not None)
+    command = [sys.executable, "-m", MODULE, *argv]
+    results = carry_out([job], args, command, stop)
+    if stop and not results:
+        return stopped(stop, [job])
+    for result in results:
+        print(json.dumps(result), flush=True)
+    return 0
+
+
+def stopped(stop: Stop, jobs: Sequence[Job]) -> int:
+    done, total = sum(len(j.questions) - len(j.missing()) for j in jobs), sum(len(j.questions) for j in jobs)
+    print(f"stopped: {done} of {total} answers are written; the same command goes on from there", file=sys.stderr)
+    return stop.code
+
+
+def guarded(work) -> int:
+    """Run a program's body: what is wrong becomes one line on stderr and an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        with Stop() as stop:
+            return work(stop)
+    except InputError as fault:
+        return fail(fault, 2)
+    except (RunError, OSError, RuntimeError, MemoryError) as fault:
+        return fail(fault, getattr(fault, "code", 1))
+
+
+def fail(fault: Exception, code: int) -> int:
+    print(f"error: {' '.join(str(fault).split()) or type(fault).__name__}", file=sys.stderr, flush=True)
+    return code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    args = parse(argv)
+    return guarded(lambda stop: evaluate(args, argv, stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
