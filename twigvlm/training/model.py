@@ -20,6 +20,7 @@ from ..config import TwigConfig
 from ..errors import InputError
 from ..model.load import Loaded, load_base, read_json
 from ..model.random import random_base, random_config
+from ..model.stream import Stream
 from ..model.trunk import Trunk
 from ..model.twig import CONFIG, WEIGHTS, Twig, randomise, signature
 from ..model.weights import Filling
@@ -159,39 +160,35 @@ class TwigForTraining(nn.Module):
         labels: torch.Tensor,
         lengths: Sequence[int],
         pixel_values: torch.Tensor | None = None,
-        weight: float = 1.0,
     ) -> dict[str, torch.Tensor]:
         """ids and labels [B, S], right-padded, each image as V image tokens; pixels [images, 3, h, w] in their order.
 
-        Gives "loss", the mean cross-entropy over the labels that are not IGNORE, times `weight`,
-        "answers", their number, and "right", how many of them the twig would have drafted.
+        Gives "loss", the mean cross-entropy over the labels that are not IGNORE, "answers", their number, and "right", how many of them the twig would have drafted.
         """
-        logits, targets = self.answers(input_ids, labels, lengths, pixel_values)
-        loss = F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
-        right = (logits.detach().argmax(-1) == targets).sum()
+        stream = self.read(input_ids, lengths, pixel_values)
+        with self.clock.part("twig"):
+            logits, targets = self.answers(stream, labels)
+            loss = F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
+            right = (logits.detach().argmax(-1) == targets).sum()
         return {
-            "loss": loss * weight,
+            "loss": loss,
             "answers": torch.tensor(len(targets), device=logits.device),
             "right": right,
         }
 
-    def answers(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        lengths: Sequence[int],
-        pixel_values: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 logits [n, vocabulary] at the n positions before a learnt token, and those tokens [n]."""
+    def read(self, input_ids: torch.Tensor, lengths: Sequence[int], pixel_values: torch.Tensor | None) -> Stream:
+        """What leaves layer K-1 of the trunk, which keeps no gradients."""
         with torch.no_grad(), self.clock.part("trunk"):
             stream = self.trunk.embed(input_ids, lengths, pixel_values)
-            stream = self.trunk.run(self.trunk.layers, stream, None)
-        with self.clock.part("twig"):
-            hidden = self.trunk.run(self.twig.layers, stream, None).hidden
-            targets = labels[:, 1:]
-            chosen = targets != IGNORE
-            # Only these rows meet the vocabulary: the full logits of a batch would be gigabytes.
-            return self.twig.logits(hidden[:, :-1][chosen]), targets[chosen]
+            return self.trunk.run(self.trunk.layers, stream, None)
+
+    def answers(self, stream: Stream, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 logits [n, vocabulary] at the n positions before a learnt token, and those tokens [n]."""
+        hidden = self.trunk.run(self.twig.layers, stream, None).hidden
+        targets = labels[:, 1:]
+        chosen = targets != IGNORE
+        # Only these rows meet the vocabulary: the full logits of a batch would be gigabytes.
+        return self.twig.logits(hidden[:, :-1][chosen]), targets[chosen]
 
 
 def checkpoint_gradients(twig: Twig) -> None:

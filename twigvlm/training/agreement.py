@@ -1,0 +1,164 @@
+"""How often the twig would draft what the base says: the share of answer positions of held-out samples
+where both have the same most probable token.
+
+A training holds K+T layers of the base and cannot ask it. So the base's words are found once,
+beforehand, by a program of its own that reads the whole base:
+`python -m twigvlm.training.agreement` with the flags of the training. Without them agreement is
+measured against the labels, and is called so.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..errors import InputError, RunError
+from ..model.load import load_base, pick_device, pick_dtype
+from ..model.trunk import Trunk
+from ..model.twig import signature
+from .data import IGNORE, Collator, Example, TwigDataset
+from .material import Material, complete, gather
+from .ranks import Ranks
+from .settings import Settings, parse
+
+FILE = "base_answers.npz"
+ROWS = 4  # samples that the whole base reads at once
+
+
+@dataclass
+class HeldOut:
+    """Batches of this process, kept in memory; `against` says whose words their labels are: the base's or the data's."""
+
+    batches: list[dict]
+    weights: list[int]  # 0: a repetition, for every process to do as many forwards
+    against: str
+    samples: int
+
+    def measure(self, forward: Callable[[dict], dict], ranks: Ranks, device: torch.device) -> float:
+        """Share of answer positions, over all processes, where the twig's most probable token is right."""
+        right = answers = 0.0
+        with torch.no_grad():
+            for batch, weight in zip(self.batches, self.weights, strict=True):
+                out = forward(batch)
+                right, answers = right + weight * float(out["right"]), answers + weight * float(out["answers"])
+        right, answers = ranks.reduce([right, answers], device)
+        return right / answers if answers else 0.0
+
+
+def hold_out(material: Material, rows: int, ranks: Ranks, answers: dict[int, np.ndarray] | None) -> HeldOut | None:
+    """This process's share of the held-out samples; None if there are none. `answers`: the base's words by place."""
+    if not len(material.held_out):
+        return None
+    parts = [material.held_out[i : i + rows] for i in range(0, len(material.held_out), rows)]
+    mine = parts[ranks.rank :: ranks.world]
+    each = -(-len(parts) // ranks.world)
+    weights = [1] * len(mine) + [0] * (each - len(mine))
+    mine += [parts[0]] * (each - len(mine))
+    batches = list(_batches(material.held_out_set, mine, material.collate))
+    if answers is not None:
+        for batch in batches:
+            _relabel(batch, answers)
+    return HeldOut(batches, weights, "labels" if answers is None else "base", len(material.held_out))
+
+
+def _batches(dataset: TwigDataset, parts: list[np.ndarray], collate: Collator) -> Iterator[dict]:
+    for part in parts:
+        items = [dataset[int(i)] for i in part]
+        if any(isinstance(item, Example) for item in items):
+            yield collate(items)
+        else:
+            raise InputError(
+                f"{dataset.records.path}: held-out samples {part.tolist()} cannot be read: {items[0].detail}"
+            )
+
+
+def _relabel(batch: dict, answers: dict[int, np.ndarray]) -> None:
+    """The base's words in place of the data's, at the same positions."""
+    for row, index in zip(batch["labels"], batch["indices"], strict=True):
+        places = (row[1:] != IGNORE).nonzero()[:, 0] + 1
+        row[places] = torch.from_numpy(answers[index]).to(row)
+
+
+def load_answers(file: Path, known_by: list[float], material: Material) -> dict[int, np.ndarray] | None:
+    """The base's words as `find_answers` stored them, or None if they are of another base or other samples."""
+    try:
+        with np.load(file) as stored:
+            asked, places, sizes, words = (stored[name] for name in ("asked", "places", "sizes", "words"))
+            if not np.allclose(stored["signature"], known_by, rtol=0.02, atol=1e-4):
+                return None
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+    if not np.array_equal(asked, material.held_out):
+        return None
+    return dict(zip(places.tolist(), np.split(words, np.cumsum(sizes)[:-1]), strict=True))
+
+
+def find_answers(trunk: Trunk, material: Material, file: Path, autocast: AbstractContextManager) -> int:
+    """Let the whole base read the held-out samples; its most probable token at every answer position, to `file`."""
+    words: dict[int, np.ndarray] = {}
+    parts = [material.held_out[i : i + ROWS] for i in range(0, len(material.held_out), ROWS)]
+    with torch.no_grad(), autocast:
+        for batch in tqdm(
+            _batches(material.held_out_set, parts, material.collate), total=len(parts), desc="The base's words"
+        ):
+            stream = trunk.embed(batch["input_ids"], batch["lengths"], batch["pixel_values"])
+            hidden = trunk.run(trunk.layers, stream, None).hidden
+            chosen = batch["labels"][:, 1:] != IGNORE
+            said = trunk.logits(hidden[:, :-1][chosen.to(hidden.device)]).argmax(-1).cpu().numpy()
+            sizes = chosen.sum(1).tolist()
+            words |= dict(zip(batch["indices"], np.split(said, np.cumsum(sizes)[:-1]), strict=True))
+    places = np.array(sorted(words))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    with open(part, "wb") as opened:
+        np.savez(
+            opened,
+            asked=material.held_out,
+            places=places,
+            sizes=np.array([len(words[p]) for p in places]),
+            words=np.concatenate([words[p] for p in places]),
+            signature=np.array(signature(trunk)),
+        )
+    part.replace(file)
+    return sum(map(len, words.values()))
+
+
+def run(settings: Settings) -> None:
+    settings = complete(settings)
+    file = Path(settings.out) / FILE
+    device = pick_device(settings.device)
+    dtype = pick_dtype(None, device)
+    loaded = load_base(settings.base, device, dtype, settings.attention)
+    material = gather(settings, loaded, cache=Path(settings.out))
+    if not len(material.held_out):
+        print("No samples are held out; agreement is measured on each batch before it is learnt.")
+        return
+    if load_answers(file, signature(loaded.trunk), material) is not None:
+        print(f"{file}: already there")
+        return
+    count = find_answers(loaded.trunk, material, file, nullcontext())
+    print(f"{file}: the base's words at {count} answer positions of {len(material.held_out)} held-out samples")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        settings, _ = parse(argv, __doc__)
+        run(settings)
+    except InputError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    except RunError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

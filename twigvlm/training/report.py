@@ -1,0 +1,164 @@
+"""What a run tells: a line while it goes, log.jsonl, the curve and the model card."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+LOG, CURVE, CARD = "log.jsonl", "curve.png", "README.md"
+RECENT = 20  # reports over which the remaining time is estimated
+DIGITS = {
+    "loss": 5,
+    "grad_norm": 5,
+    "agreement": 5,
+    "samples_per_second": 3,
+    "tokens_per_second": 1,
+    "waiting_share": 5,
+}
+
+
+class Report:
+    """Prints and stores what one process is told after every so many steps."""
+
+    def __init__(self, out: Path, against: str):
+        """`against`: whose words agreement is measured with ("base", "labels" or "batch")."""
+        self.out, self.against = out, against
+        self.marks: deque[tuple[int, float]] = deque(maxlen=RECENT)
+
+    def start(self, step: int) -> None:
+        self.marks.append((step, time.monotonic()))
+
+    def step(self, step: int, steps: int, logs: dict[str, float]) -> None:
+        self.marks.append((step, time.monotonic()))
+        told = {"step": step, "steps": steps, "agreement_with": self.against, "time": round(time.time(), 1)}
+        told |= {k: round(v, DIGITS[k]) if k in DIGITS else v for k, v in logs.items()}
+        with open(self.out / LOG, "a", encoding="utf-8") as file:
+            file.write(json.dumps(told) + "\n")
+        print(self.line(step, steps, logs), file=sys.stderr, flush=True)
+
+    def line(self, step: int, steps: int, logs: dict[str, float]) -> str:
+        (first, then), (_, now) = self.marks[0], self.marks[-1]
+        left = (steps - step) * (now - then) / max(1, step - first)
+        parts = [f"step {step}/{steps}", f"eta {duration(left)}"]
+        parts += [f"{logs['samples_per_second']:.2f} samples/s", f"{logs['tokens_per_second']:,.0f} tokens/s"]
+        parts += [f"loss {logs['loss']:.4f}"]
+        if "agreement" in logs:
+            parts += [f"agreement {100 * logs['agreement']:.1f} % ({self.against})"]
+        parts += [f"lr {logs['learning_rate']:.3g}", f"waiting {100 * logs['waiting_share']:.1f} %"]
+        return " | ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Two units are enough: 1 h 05 min, 3 min 20 s, 12 s."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+    return f"{seconds // 60} min {seconds % 60:02} s" if seconds >= 60 else f"{seconds} s"
+
+
+def history(out: Path) -> list[dict]:
+    """The reports of a run by step; what was done twice, after a kill, counts as it was done last."""
+    found: dict[int, dict] = {}
+    if (out / LOG).exists():
+        for line in (out / LOG).read_text(encoding="utf-8").splitlines():
+            try:
+                told = json.loads(line)
+            except ValueError:  # a kill may cut a line short
+                continue
+            found[told["step"]] = told
+    return [found[step] for step in sorted(found)]
+
+
+def plot(told: list[dict], path: Path, title: str) -> None:
+    """Loss, agreement and learning rate against steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(3, sharex=True, figsize=(7, 7), layout="constrained", height_ratios=(3, 2, 1))
+    rows = (("loss", "loss", 1), ("agreement", "agreement (%)", 100), ("learning_rate", "learning rate", 1))
+    for ax, (key, label, scale) in zip(axes, rows, strict=True):
+        points = [(t["step"], scale * t[key]) for t in told if key in t]
+        if points:
+            ax.plot(*zip(*points, strict=True), linewidth=1, alpha=0.4 if key == "loss" else 1, color="C0")
+        if key == "loss" and len(points) > RECENT:
+            steps, losses = zip(*points, strict=True)
+            ax.plot(steps, _smooth(losses), color="C0")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.3)
+    axes[0].set_title(title)
+    axes[-1].set_xlabel("step")
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=120, format="png")
+    part.replace(path)
+    plt.close(figure)
+
+
+def _smooth(values: tuple[float, ...], share: float = 0.9) -> list[float]:
+    """Exponential mean with the start corrected for."""
+    mean, weight, out = 0.0, 0.0, []
+    for value in values:
+        mean, weight = share * mean + (1 - share) * value, share * weight + (1 - share)
+        out.append(mean / weight)
+    return out
+
+
+WITH = {
+    "base": "the base's most probable token, on held-out samples",
+    "labels": "the data's labels, on held-out samples",
+    "batch": "the data's labels, on each batch before it is learnt",
+}
+
+
+def card(facts: dict, settings: dict, run: dict, told: list[dict]) -> str:
+    """A model card in Markdown: what the twig is, how it was made, what it reached."""
+    last = told[-1] if told else {}
+    agreements = [t for t in told if "agreement" in t]
+    rows = {
+        "Base": f"`{facts['base']}`, {facts['L']} layers",
+        "Twig": f"K = {facts['K']}, T = {facts['T']}, F = {facts['F']}; started from `{settings['init']}`",
+        "Data": f"`{settings['data']}`, {run['samples']:,} samples a pass, {run['skipped']:,} skipped, {run['held_out']} held out",
+        "Steps": f"{last.get('step', 0):,} of {run['batch_size']} samples ({run['split']})",
+        "Optimizer": f"AdamW, betas {settings['betas']}, peak lr {settings['lr']:g}, {settings['schedule']}, warm-up "
+        f"{100 * settings['warmup']:g} %, weight decay {settings['weight_decay']:g}",
+        "Precision": f"{run['precision']} on {run['processes']} x {run['device']}",
+        "Last loss": f"{last['loss']:.4f}" if "loss" in last else "",
+        "Agreement": f"{100 * agreements[-1]['agreement']:.2f} % with {WITH[agreements[-1]['agreement_with']]}" if agreements else "",
+        "Command": f"`{run['command']}`",
+        "Code": f"{run['commit']}, torch {run['torch']}, transformers {run['transformers']}, {run['time']}",
+    }  # fmt: skip
+    timing = run.get("clock") or {}
+    if timing:
+        rows["A step"] = (
+            f"{timing['step_seconds']:.3f} s: trunk {timing['trunk_seconds']:.3f}, twig {timing['twig_seconds']:.3f}, "
+            f"optimizer {timing['optimizer_seconds']:.3f} (x {timing['step_over_parts']:.3f}); "
+            f"waiting for data {100 * timing['waiting_share']:.2f} %"
+        )
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
+    return CARD_TEXT.format(table=table, base=facts["base"], K=facts["K"], T=facts["T"])
+
+
+CARD_TEXT = """# Twig of {base} (K = {K}, T = {T})
+
+A twig for [TwigVLM](https://arxiv.org/abs/2503.14075): {T} decoder layers, a norm and a head that grow on layer {K} of the base, prune
+its visual tokens and draft its words.
+
+| | |
+|---|---|
+{table}
+
+![Loss, agreement and learning rate](curve.png)
+
+```python
+import twigvlm
+
+vlm = twigvlm.load(BASE, "THIS FOLDER")
+print(vlm.answer("picture.jpg", "Describe the image in detail.", retained_tokens=64))
+```
+
+It drafts for the base it grew on and no other; what it says is decided by that base, which verifies every word.
+"""

@@ -1,0 +1,460 @@
+"""Train a twig: `python -m twigvlm.training.train`, or `bash scripts/v1_5/train_twig.sh`.
+
+Only K+T layers of the base are read; layers 0..K-1 are frozen, the twig learns to say the answers of
+the data. Runs on a CPU, one GPU, or many processes under torchrun, DeepSpeed or Slurm. The same
+command continues a run that was stopped, from its last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import InputError, RunError
+from ..evaluation.record import provenance
+from ..model.load import pick_device, read_json
+from ..model.twig import CONFIG, WEIGHTS, describe, write_twig
+from . import checkpoints
+from .agreement import FILE as ANSWERS
+from .agreement import HeldOut, hold_out, load_answers
+from .data import TwigDataset
+from .lora import add_adapters, has_adapters, merged
+from .material import Material, complete, gather
+from .model import Planted, Seed, TwigForTraining, checkpoint_gradients, plant
+from .ranks import Elsewhere, Ranks, alone, find, join, leave
+from .report import CARD, CURVE, LOG, Report, card, history, plot
+from .sampler import LengthGroupedSampler
+from .settings import ROWS_PER_DEVICE, Settings, parse, split_batch
+from .survey import SkipLog, Survey, counts
+
+SKIPPED = "skipped.jsonl"
+NEVER = 10**9  # steps
+MANY_STEPS = 1000  # from here on not every step is reported
+GPU_WORKERS, CPU_WORKERS = 4, 1
+# What a run is: another value of these makes another run. Devices and workers may change.
+IDENTITY = (
+    "K", "T", "F", "init", "max_length", "drop_indices", "epochs", "max_steps", "batch_size", "lr", "betas", "weight_decay",
+    "warmup", "schedule", "max_grad_norm", "seed", "lora_rank", "lora_alpha", "lora_dropout",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a step is shared: rows x accumulation x processes = batch; steps of the whole run."""
+
+    rows: int
+    accumulation: int
+    processes: int
+    steps: int
+    steps_an_epoch: int
+
+    def __str__(self) -> str:
+        return (
+            f"batch {self.rows * self.accumulation * self.processes} = {self.processes} device"
+            f"{'s' * (self.processes > 1)} x {self.rows} samples x {self.accumulation} accumulation"
+        )
+
+
+def main(argv: list[str] | None = None) -> int:
+    code = 1
+    try:
+        settings, args = parse(argv, __doc__)
+        if args.dry_run:
+            from .plan import print_plan
+
+            return print_plan(settings, args.devices, args.samples)
+        code = run(settings)
+    except Elsewhere as fault:
+        code = fault.code
+    except InputError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        code = 2
+    except RunError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 130
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Other processes may wait for this one in vain; the launcher ends them when it sees it go.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+@dataclass
+class Run:
+    """What every part of a run needs to know."""
+
+    settings: Settings
+    ranks: Ranks
+    device: torch.device
+    precision: str
+    zero: Path | None  # DeepSpeed's configuration
+    out: Path = Path()
+
+    @property
+    def form(self) -> dict:
+        """What a checkpoint must agree with to be continued."""
+        if self.zero is None:
+            return {"zero": 0}
+        stage = json.loads(self.zero.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
+        return {"zero": stage, "processes": self.ranks.world}
+
+
+def run(settings: Settings) -> int:
+    """The whole of it; gives the exit code."""
+    ranks = find()
+    device = _device(settings, ranks)
+    one = Run(settings, ranks, device, _precision(settings, device), settings.zero_config(device.type, ranks.world))
+    _prepare_process(one)
+    join(ranks, device)
+    signals = _signals()
+    one.settings = settings = ranks.on_first(lambda: complete(settings))
+    one.out = out = Path(settings.out)
+    _check_export(settings.export_release)
+    locks: list = []
+    ranks.on_first(lambda: locks.append(checkpoints.occupy(out)))
+    identity = {name: getattr(settings, name) for name in IDENTITY}
+    identity |= {"base": settings.base or settings.random or "sprout", "precision": one.precision}
+    ranks.on_first(lambda: checkpoints.identify(out, identity, whole=False))
+
+    torch.manual_seed(settings.seed)
+    planted = ranks.everywhere(lambda: _plant(one))
+    skips: list[SkipLog] = []
+    material = _gather(one, planted, skips)
+    identity |= {"base_signature": planted.signature}
+    ranks.on_first(lambda: checkpoints.identify(out, identity | {"data": material.fingerprint()}))
+    if ranks.on_first(lambda: _finished(out)):
+        ranks.on_first(lambda: _again(one))
+        leave(ranks)
+        return 0
+    code = _train(one, planted, material, skips[0] if skips else None, signals)
+    leave(ranks)
+    return code
+
+
+def _device(settings: Settings, ranks: Ranks) -> torch.device:
+    device = pick_device(settings.device)
+    if device.type == "mps":  # half of what training needs is missing there
+        device = torch.device("cpu")
+    if device.type != "cuda":
+        return device
+    if ranks.local >= torch.cuda.device_count():
+        raise InputError(
+            f"process {ranks.local} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many processes"
+        )
+    torch.cuda.set_device(ranks.local)
+    return torch.device("cuda", ranks.local)
+
+
+def _precision(settings: Settings, device: torch.device) -> str:
+    if settings.precision != "auto":
+        return settings.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    return "bf16" if fast else "fp32"
+
+
+def _prepare_process(one: Run) -> None:
+    """Before anything of DeepSpeed or Hugging Face looks around."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    if one.device.type == "cpu":
+        torch.set_flush_denormal(True)  # fading optimizer states would slow a CPU down
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if one.zero is None:
+        return
+    if one.ranks.world == 1:
+        alone()
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    import deepspeed
+
+    # Compiled for a minute and a half at the first start, and no faster than gloo here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _signals():
+    from .trainer import Signals
+
+    return Signals()
+
+
+def _check_export(file: str | None) -> None:
+    if file is not None and not file.endswith(".safetensors"):
+        raise InputError(f"export_release is {file}; a name that ends in .safetensors is needed")
+
+
+def _plant(one: Run) -> Planted:
+    settings = one.settings
+    dtype = torch.bfloat16 if one.precision == "bf16" else torch.float32
+    seed = Seed(settings.K, settings.T, settings.F, settings.init)
+    try:
+        planted = plant(settings.base, seed, one.device, dtype, settings.attention, settings.random)
+    except torch.OutOfMemoryError as fault:
+        raise RunError(f"{one.device} is full before the first step; use a larger one ({fault})") from fault
+    if settings.lora_rank:
+        add_adapters(planted.twig, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
+    if settings.gradient_checkpointing:
+        checkpoint_gradients(planted.twig)
+    if settings.compile:
+        for layer in (*planted.trunk.layers, *planted.twig.layers):
+            layer.compile(dynamic=True)
+    return planted
+
+
+def _gather(one: Run, planted: Planted, skips: list[SkipLog]) -> Material:
+    """The data; on the first process also the list of what is left out of it."""
+    settings = one.settings
+
+    def judge(dataset: TwigDataset, found: Survey) -> None:
+        skips.append(SkipLog(one.out / SKIPPED, dataset, settings.max_skipped))
+        skips[0].add(found.skipped)
+        skips[0].write()
+
+    return gather(settings, planted.loaded, one.ranks, judge, one.out, one.ranks.first)
+
+
+def _finished(out: Path) -> bool:
+    facts = read_json(out / checkpoints.RUN)
+    return "finished" in facts and (out / WEIGHTS).exists() and (out / CONFIG).exists()
+
+
+def _again(one: Run) -> None:
+    print(f"{one.out}: this training is finished; there is nothing to continue")
+    if one.settings.export_release:
+        export_release(one.out, Path(one.settings.export_release))
+
+
+def _share(one: Run, material: Material) -> tuple[Split, LengthGroupedSampler]:
+    settings, ranks = one.settings, one.ranks
+    usual = ROWS_PER_DEVICE[one.device.type]
+    rows, accumulation = split_batch(settings.batch_size, ranks.world, settings.per_device_batch, usual)
+    sampler = material.sampler(rows, ranks.world, ranks.rank, accumulation, settings.seed)
+    each = -(-len(sampler) // accumulation)
+    steps = settings.max_steps or math.ceil(settings.epochs * each)
+    return Split(rows, accumulation, ranks.world, steps, each), sampler
+
+
+def _arguments(one: Run, split: Split):
+    """The Trainer's."""
+    from transformers import TrainingArguments
+
+    settings = one.settings
+    reports = ["tensorboard"] if settings.tensorboard and importlib.util.find_spec("tensorboard") else []
+    if settings.wandb:
+        if importlib.util.find_spec("wandb") is None:
+            raise InputError("--wandb needs the package wandb: pip install wandb")
+        os.environ.setdefault("WANDB_DIR", str(one.out))
+        reports.append("wandb")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(one.out / "tensorboard")
+    workers = settings.workers
+    if workers is None:
+        workers = GPU_WORKERS if one.device.type == "cuda" else CPU_WORKERS
+    return TrainingArguments(
+        output_dir=str(one.out),
+        run_name=one.out.name,
+        per_device_train_batch_size=split.rows,
+        gradient_accumulation_steps=split.accumulation,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.lr,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=math.ceil(settings.warmup * split.steps),
+        optim="adamw_torch_fused",
+        adam_beta1=settings.betas[0],
+        adam_beta2=settings.betas[1],
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=one.precision == "bf16",
+        seed=settings.seed,
+        use_cpu=one.device.type == "cpu",
+        deepspeed=None if one.zero is None else str(one.zero),
+        ddp_find_unused_parameters=False,
+        dataloader_num_workers=workers,
+        logging_steps=settings.log_steps or (1 if split.steps < MANY_STEPS else 10),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps or NEVER,
+        report_to=reports,
+        disable_tqdm=True,
+        log_level="error",
+        remove_unused_columns=False,
+    )
+
+
+def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None, signals) -> int:
+    from .trainer import Job, NotFinite, TwigTrainer
+
+    settings, ranks, out = one.settings, one.ranks, one.out
+    split, sampler = ranks.everywhere(lambda: _share(one, material))
+    resume = ranks.on_first(lambda: _last_checkpoint(one))
+    answers = load_answers(out / ANSWERS, planted.signature, material)
+    held_out = hold_out(material, split.rows, ranks, answers)
+    against = held_out.against if held_out else "batch"
+    facts = describe(planted.twig, planted.loaded.name, planted.signature)
+    model = TwigForTraining(planted.trunk, planted.twig)
+    report = Report(out, against) if ranks.first else None
+    job = Job(settings, out, ranks, one.device, material, facts, one.form, held_out, skips, report)
+    if ranks.first:
+        _announce(one, split, material, held_out, resume)
+    trainer = ranks.everywhere(lambda: TwigTrainer(job, model, _arguments(one, split), sampler, signals))
+    if report is not None:
+        report.start(checkpoints.facts(resume)["step"] if resume else 0)
+    try:
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    except NotFinite as fault:
+        raise RunError(f"{fault}; {_rescue(trainer)}; lower --lr (now {settings.lr:g}), or set --max-grad-norm 1 (now "
+                       f"{settings.max_grad_norm:g}), with a new --out; --init FOLDER starts from a checkpoint") from fault  # fmt: skip
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
+        if isinstance(fault, RunError) or not _is_out_of_memory(fault):
+            raise
+        raise RunError(_out_of_memory(one, split, trainer.state.global_step + 1)) from fault
+    if trainer.state.global_step < trainer.state.max_steps:
+        return _stopped(one, trainer.state.global_step, signals.caught)
+    _finish(one, split, trainer, material, planted)
+    return 0
+
+
+def _last_checkpoint(one: Run) -> Path | None:
+    """Where to go on; raises InputError if these processes cannot read it."""
+    checkpoints.sweep(one.out)
+    found, damaged = checkpoints.last_whole(one.out)
+    for folder in damaged:
+        print(f"{folder}: damaged or cut short, not used", file=sys.stderr)
+    if found is None:
+        return None
+    told = checkpoints.facts(found)
+    for key, value in one.form.items():
+        if told.get(key) != value:
+            name = {"zero": "ZeRO stage", "processes": "number of processes"}[key]
+            raise InputError(
+                f"{found} was written with {name} {told.get(key)}, this run has {value}; its states cannot be shared "
+                f"anew: continue with {told.get(key)}, or choose another --out"
+            )
+    return found
+
+
+def _announce(one: Run, split: Split, material: Material, held_out: HeldOut | None, resume: Path | None) -> None:
+    settings = one.settings
+    aside = f", {held_out.samples} held out" if held_out else ""
+    learning = "adapters" if settings.lora_rank else f"{settings.T} layers, norm and head"
+    print(
+        f"{split}: {split.steps:,} steps, {split.steps_an_epoch:,} a pass over {len(material.usable):,} samples{aside}"
+    )
+    print(f"{learning} learn on layer {settings.K}, from {settings.init}; {one.precision} on {one.device.type}, " + (
+        f"DeepSpeed {one.zero.name}" if one.zero else "DDP" if one.ranks.world > 1 else "no DeepSpeed"))  # fmt: skip
+    if held_out and held_out.against == "labels":
+        print("agreement is measured with the labels; run python -m twigvlm.training.agreement first to ask the base")
+    if resume:
+        print(f"continuing from {resume}")
+    sys.stdout.flush()
+
+
+def _rescue(trainer) -> str:
+    """Save the state before a step that went wrong, unless it is spoilt already; says where the last good one is."""
+    good = all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    flags = trainer.job.ranks.reduce(
+        [0.0 if good and not trainer.is_deepspeed_enabled else 1.0], trainer.job.device, True
+    )
+    if not flags[0] and trainer.state.global_step:
+        trainer._save_checkpoint(trainer.model_wrapped, None)
+    found, _ = checkpoints.last_whole(trainer.job.out)
+    return f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
+
+
+def _is_out_of_memory(fault: Exception) -> bool:
+    text = str(fault).lower()
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(fault, kinds) or any(
+        t in text for t in ("out of memory", "not enough memory", "can't allocate memory")
+    )
+
+
+def _out_of_memory(one: Run, split: Split, step: int) -> str:
+    found, _ = checkpoints.last_whole(one.out)
+    less = max(1, split.rows // 2)
+    remedies = [f"--per-device-batch {less}"] if less < split.rows else []
+    remedies += ["--gradient-checkpointing"] if not one.settings.gradient_checkpointing else []
+    remedies += ["--zero 3_offload", "a smaller --max-length"]
+    return (
+        f"process {one.ranks.rank} ran out of memory at step {step} with {split.rows} samples per device; lower it: "
+        f"{', or '.join(remedies)} (the batch of {one.settings.batch_size} stays, accumulation grows); "
+        + (f"the last good checkpoint is {found}, the same folder continues" if found else "there is no checkpoint yet")
+    )
+
+
+def _stopped(one: Run, step: int, number: int | None) -> int:
+    """A pre-empted node's job has done what it should: it saved, and exits with 0. Ctrl-C exits as it always does."""
+    name = signal.Signals(number).name if number else "another process's signal"
+    if one.ranks.first:
+        print(
+            f"stopped by {name} after step {step}: saved {one.out / f'checkpoint-{step}'}; the same command continues"
+        )
+    return 130 if number == signal.SIGINT else 0
+
+
+def _finish(one: Run, split: Split, trainer, material: Material, planted: Planted) -> None:
+    """The twig, its card and its curve; the release's format where it was asked for."""
+    from .trainer import plain_names
+
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if one.zero else trainer.model.state_dict()
+    summary = trainer.clock.summary()
+    if not one.ranks.first:
+        return
+    out, job = one.out, trainer.job
+    tensors = plain_names(state)
+    if has_adapters(planted.twig):
+        tensors = merged(tensors, planted.twig)
+    with checkpoints.writing("the twig", out):
+        write_twig(out, tensors, job.facts)
+        job.skips.write()
+        told = history(out)
+        facts = {
+            **provenance(), "processes": one.ranks.world, "precision": one.precision, "batch_size": one.settings.batch_size,
+            "split": str(split), "samples": len(material.usable), "held_out": len(material.held_out),
+            "skipped": len(job.skips.skipped), "clock": summary,
+        }  # fmt: skip
+        plot(told, out / CURVE, f"Twig of {job.facts['base']}, K = {job.facts['K']}, T = {job.facts['T']}")
+        checkpoints.write(out / CARD, card(job.facts, asdict(one.settings), facts, told))
+        stored = read_json(out / checkpoints.RUN)
+        stored["finished"] = facts | {"settings": asdict(one.settings), "last": told[-1] if told else {}}
+        checkpoints.write(out / checkpoints.RUN, json.dumps(stored, indent=1) + "\n")
+    if summary:
+        print(
+            f"a step takes {summary['step_seconds']:.3f} s = {summary['step_over_parts']:.3f} x its parts (trunk "
+            f"{summary['trunk_seconds']:.3f}, twig {summary['twig_seconds']:.3f}, optimizer "
+            f"{summary['optimizer_seconds']:.3f}); waiting for data {100 * summary['waiting_share']:.2f} %"
+        )
+    left_out = counts(job.skips.skipped)
+    if left_out:
+        print(f"left out: {', '.join(f'{reason}: {n}' for reason, n in left_out.items())}; listed in {out / SKIPPED}")
+    if one.settings.export_release:
+        export_release(out, Path(one.settings.export_release))
+    print(f"{out}: twig, {CARD}, {CURVE}, {LOG}")
+
+
+def export_release(folder: Path, file: Path) -> None:
+    """A twig folder's weights as the authors publish them: one file, layers counted from 0, and no K."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".part")
+    with checkpoints.writing(file.name, file.parent, "free space, or choose another --export-release"):
+        shutil.copyfile(folder / WEIGHTS, part)
+        os.replace(part, file)
+    print(
+        f"{file}: the twig in the authors' format; it stores no K: load it with K = {read_json(folder / CONFIG)['K']}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
