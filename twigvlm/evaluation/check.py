@@ -90,7 +90,7 @@ def _check_split(task: Task, root: Path, split: str, deep: bool) -> Finding:
     for role, path in _needed(task, root, split).items():
         if not path.exists():
             finding.broken(f"{role}: {path} is missing")
-        elif path.is_dir() and not any(path.iterdir()):
+        elif _is_empty(path):
             finding.broken(f"{role}: {path} is empty")
     if not task.files(root, split)["questions"].exists():
         return finding
@@ -106,6 +106,10 @@ def _check_split(task: Task, root: Path, split: str, deep: bool) -> Finding:
     _check_pictures(finding, f"{task.name} {split}", questions, deep)
     _check_truth(finding, task, root, split, questions)
     return finding
+
+
+def _is_empty(path: Path) -> bool:
+    return not any(path.iterdir()) if path.is_dir() else not path.stat().st_size
 
 
 def _check_pictures(finding: Finding, label: str, questions: Sequence[Question], deep: bool) -> None:
@@ -160,7 +164,7 @@ def _check_truth(finding: Finding, task: Task, root: Path, split: str, questions
         try:
             finding.doubts = dict(task.score(files["questions"], truth, answers).doubts)
         except InputError as error:
-            finding.broken(f"annotations: {str(error).replace(str(answers), 'answers to all questions')}")
+            finding.broken(f"annotations: {truth}: {str(error).replace(str(answers), 'answers to all questions')}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import base64
 import binascii
 import csv
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
@@ -88,8 +88,7 @@ class MMBench(Task):
         return Question(row["index"], "\n".join(lines) + self.suffix, (picture,), line)
 
     def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
-        path = self._table(annotations or questions)
-        rows = list(read_table(path, images=False))
+        path, rows = self._asked(questions, annotations)
         texts, doubts = pair(answers, [row["index"] for row in rows], strict)
         if all(empty(row["answer"]) for row in rows):
             note = f"not scored here: {path.name} has no answers; upload the exported table to the OpenCompass server"
@@ -105,15 +104,25 @@ class MMBench(Task):
         circular, lonely = _circular(rows, right)
         if not circular:
             raise InputError(f"{path} has rotations only; rows with an index below {ROTATION} are needed")
+        doubts.add("rotations without their question", lonely)
+        if strict and lonely:
+            doubts.refuse(path)
         plain = {row["index"]: right[row["index"]] for row in rows if int(row["index"]) < ROTATION}
         parts = {"circular": _percent(circular), "plain": _percent(plain), "count": len(circular), "rows": len(rows)}
         for column in ("l2-category", "category"):
             parts[column] = _by(column, rows, circular)
-        parts["unmatched"] = unmatched
-        doubts.add("rotations without their question", lonely)
-        if strict and lonely:
-            doubts.refuse(path)
-        return Score(parts["circular"], parts, doubts.counts())
+        return Score(parts["circular"], {**parts, "unmatched": unmatched}, doubts.counts(), _note(rows))
+
+    def _asked(self, questions: Path, annotations: Path | None) -> tuple[Path, list[dict[str, str]]]:
+        """The table with the answers, and its rows that `questions` has too."""
+        path = self._table(annotations or questions)
+        rows = list(read_table(path, images=False))
+        if path != questions:
+            asked = {row["index"] for row in read_table(questions, images=False)}
+            rows = [row for row in rows if row["index"] in asked]
+        if not rows:
+            raise InputError(f"{questions} and {path} share no row")
+        return path, rows
 
     def _table(self, path: Path) -> Path:
         return locate(path, *(f"{split}.tsv" for split in self.splits))
@@ -236,6 +245,13 @@ def _circular(rows: list[dict[str, str]], right: Mapping[str, bool]) -> tuple[di
         rotations[str(int(row["index"]) % ROTATION)].append(right[row["index"]])
     lonely = [row["index"] for row in rows if str(int(row["index"]) % ROTATION) not in right]
     return {index: all(r) for index, r in rotations.items() if index in right}, lonely
+
+
+def _note(rows: list[dict[str, str]]) -> str:
+    """Where not every rotation was asked, circular accuracy is not what the tables mean."""
+    asked = Counter(int(row["index"]) % ROTATION for row in rows)
+    short = sum(asked[int(row["index"])] < len(options_of(row)) for row in rows if int(row["index"]) < ROTATION)
+    return f"{short} of {len(asked)} questions lack rotations; they count by those asked" if short else ""
 
 
 def _percent(hits: Mapping[str, bool]) -> float:
