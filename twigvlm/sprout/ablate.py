@@ -29,7 +29,7 @@ from .report import Setting, descriptions, quiz, short_answers
 from .train import train_twig
 from .world import Scene
 
-PEAK_LR = 8e-4
+PEAK_LR = 5e-4
 BUDGET = 64
 TIMED = 9  # descriptions whose speed is measured
 

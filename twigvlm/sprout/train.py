@@ -133,12 +133,12 @@ class Recipe:
     def deep(self) -> LlavaForConditionalGeneration:
         model = deepen(self.load("image", len(CORE_PLACES)), self.config(LAYERS))
         return self.answers(
-            model, self.loop("deep", 400, 5e-4, final_lr=0.3), rows=8, kind="image", keep_share=0.25, offset=1
+            model, self.loop("deep", 400, 2e-4, final_lr=0.3), rows=8, kind="image", keep_share=0.25, offset=1
         )
 
     def joint(self) -> LlavaForConditionalGeneration:
         model = self.load("deep", LAYERS)
-        loop = self.loop("joint", 200, 2e-4)
+        loop = self.loop("joint", 200, 1e-4)
         return self.answers(model, loop, rows=8, kind="image", keep_share=1, offset=2, train_tower=True)
 
     def twig(self) -> torch.nn.Module:
@@ -146,7 +146,7 @@ class Recipe:
         save_base(self.load("joint", LAYERS), self.tokenizer, self.out / "base")
         device = torch.device(self.device)
         trunk = load_base(self.out / "base", device, torch.float32, "sdpa").trunk
-        loop = self.loop("twig", 800, 8e-4, final_lr=0.02)
+        loop = self.loop("twig", 800, 5e-4, final_lr=0.02)
         twig = grow(trunk, TwigConfig(trunk.L))
         train_twig(trunk, twig, loop, self.out, self.settings.compiled)
         save_twig(twig, trunk, self.out / "twig", base="sprout", dtype=torch.float16)
