@@ -706,6 +706,27 @@ def test_absent_benchmarks_are_fine(copy):
     assert code == 0 and tasks["pope"]["status"] == "complete" and tasks["gqa"]["status"] == "absent"
 
 
+@pytest.mark.parametrize(
+    ("name", "fetched"),
+    [
+        ("gqa", ["data"]),
+        ("mme", ["MME_Benchmark_release_version"]),
+        ("seed", ["SEED-Bench.json"]),
+        ("vqav2", ["test2015"]),
+    ],
+)
+def test_question_files_alone_are_present(copy, name, fetched):
+    """What LLaVA's eval.zip brings, before anything else is fetched."""
+    root = copy(name)
+    folder = root / benchmarks.FOLDERS[name]
+    for path in [folder / each for each in fetched] + list(folder.glob("v*2014*")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code, tasks = command(root)
+    first = TASKS[name].splits[0]
+    assert tasks[name]["status"] == tasks[name]["splits"][first]["status"] == "present" and code == 0
+    assert str(folder / fetched[0]) in tasks[name]["problems"][0]
+
+
 def test_missing_pictures_are_counted_and_named(copy):
     root = copy("pope", "mme")
     gone = sorted((root / "pope/val2014").iterdir())[:2]
@@ -742,7 +763,6 @@ def test_a_damaged_picture_is_found_by_looking_deep(copy):
             "data/testdev_balanced_questions.json",
             lambda text: text.replace('"isBalanced": true', '"balanced": 1'),
         ),
-        ("mme", "MME_Benchmark_release_version", None),
         ("mme", "MME_Benchmark_release_version/count", None),
         ("sqa", "pid_splits.json", None),
         ("sqa", "problems.json", lambda text: text.replace('"1": {', '"x": {', 1)),

@@ -1,7 +1,9 @@
 """Which benchmarks are there, whole or damaged: `python -m twigvlm.evaluation.check --data DIR [--deep] [--json]`.
 
 Reads every question file, looks for every picture and scores a file of dummy answers, so that annotations that
-do not fit are found before a run and not after it. Exit code 1 if something is broken; what is absent is fine.
+do not fit are found before a run and not after it. A benchmark is complete; or broken, when something of it is
+missing or damaged; or present, when there is no more than the question file that LLaVA's eval.zip brings; or absent.
+Exit code 1 if something is broken.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from .record import ROOT
 from .tasks import TASKS
 from .tasks.base import Question, Task
 
-ABSENT, COMPLETE, BROKEN = "absent", "complete", "broken"
+ABSENT, PRESENT, COMPLETE, BROKEN = "absent", "present", "complete", "broken"
 SAMPLE = 3  # names of missing pictures that are shown
 DUMMY = "No"  # an answer that every scorer takes
 REAL_DATA = ROOT / "playground" / "data" / "eval"
@@ -44,7 +46,7 @@ class Finding:
     problems: list[str] = field(default_factory=list)
     doubts: dict[str, int] = field(default_factory=dict)
 
-    def broken(self, problem: str) -> None:
+    def fault(self, problem: str) -> None:
         self.status = BROKEN
         self.problems.append(problem)
 
@@ -74,9 +76,9 @@ def check_task(task: Task, root: Path, deep: bool = False) -> list[Finding]:
 
 
 def status_of(findings: Sequence[Finding]) -> str:
-    """Of a task: broken if a split is, complete if one is, else absent."""
+    """Of a task: broken if a split is, else complete if one is, else present if one is, else absent."""
     found = {finding.status for finding in findings}
-    return next((status for status in (BROKEN, COMPLETE) if status in found), ABSENT)
+    return next(status for status in (BROKEN, COMPLETE, PRESENT, ABSENT) if status in found)
 
 
 def _needed(task: Task, root: Path, split: str) -> dict[str, Path]:
@@ -89,19 +91,24 @@ def _check_split(task: Task, root: Path, split: str, deep: bool) -> Finding:
     finding = Finding(split)
     for role, path in _needed(task, root, split).items():
         if not path.exists():
-            finding.broken(f"{role}: {path} is missing")
+            finding.fault(f"{role}: {path} is missing")
         elif _is_empty(path):
-            finding.broken(f"{role}: {path} is empty")
+            finding.fault(f"{role}: {path} is empty")
     if not task.files(root, split)["questions"].exists():
         return finding
     try:
         questions = task.questions(root, split)
     except InputError as error:
-        finding.broken(f"questions: {error}")
+        finding.fault(f"questions: {error}")
         return finding
     finding.questions = len(questions)
+    rest = [path for role, path in _needed(task, root, split).items() if role in ("images", "annotations")]
+    rest = [path for path in rest if path != task.files(root, split)["questions"]]
+    if rest and not any(path.exists() for path in rest):
+        finding.status = PRESENT
+        return finding
     if not questions:
-        finding.broken(f"questions: {task.files(root, split)['questions']} holds none")
+        finding.fault(f"questions: {task.files(root, split)['questions']} holds none")
         return finding
     _check_pictures(finding, f"{task.name} {split}", questions, deep)
     _check_truth(finding, task, root, split, questions)
@@ -119,7 +126,7 @@ def _check_pictures(finding: Finding, label: str, questions: Sequence[Question],
     missing = [p for p in tqdm(pictures, **bar) if isinstance(p, Path) and not (p.is_file() and p.stat().st_size)]
     finding.missing = len(missing)
     if missing:
-        finding.broken(f"{len(missing)} of {len(pictures)} pictures missing or empty: {_sample(missing)}")
+        finding.fault(f"{len(missing)} of {len(pictures)} pictures missing or empty: {_sample(missing)}")
     if not deep:
         return
     gone = set(missing)
@@ -130,7 +137,7 @@ def _check_pictures(finding: Finding, label: str, questions: Sequence[Question],
     damaged = [picture for picture, whole in zip(there, opened, strict=True) if not whole]
     finding.damaged = len(damaged)
     if damaged:
-        finding.broken(f"{len(damaged)} of {len(pictures)} pictures cannot be opened: {_sample(damaged)}")
+        finding.fault(f"{len(damaged)} of {len(pictures)} pictures cannot be opened: {_sample(damaged)}")
 
 
 def _opens(picture: Path | bytes) -> bool:
@@ -164,7 +171,7 @@ def _check_truth(finding: Finding, task: Task, root: Path, split: str, questions
         try:
             finding.doubts = dict(task.score(files["questions"], truth, answers).doubts)
         except InputError as error:
-            finding.broken(f"annotations: {truth}: {str(error).replace(str(answers), 'answers to all questions')}")
+            finding.fault(f"annotations: {truth}: {str(error).replace(str(answers), 'answers to all questions')}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -183,7 +190,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if arguments.json:
         tasks = {
-            name: {"status": status_of(findings), "splits": {f.split: f.as_json() for f in findings}}
+            name: {
+                "status": status_of(findings),
+                "problems": [problem for finding in findings for problem in finding.problems],
+                "splits": {finding.split: finding.as_json() for finding in findings},
+            }
             for name, findings in found.items()
         }
         print(json.dumps({"data": str(arguments.data), "tasks": tasks}, indent=1, ensure_ascii=False))
