@@ -325,6 +325,7 @@ def test_textvqa_questions(prompt, question):
         ("t-shirt", "t shirt"),
         ("t-shirt -", "tshirt"),  # beside a space anywhere: every copy goes without one
         ("a-b c- d/e", "ab c d e"),
+        ("x;-y-z", "x y z"),  # the space that ";" leaves does not count
         ("-x", "x"),
         ("3.14", "3.14"),
         ("v.\u0663", "v.\u0663"),  # an Arabic digit is a digit
@@ -433,6 +434,7 @@ def test_gqa_quirks(tmp_path):
     assert parts["Accuracy / words number"]["3"] == [33.33, 3]
     assert parts["distribution"] == 0.01  # (0 - 1)^2 / 1, / 100
     assert score.doubts == {"duplicate": 1, "foreign": 1}
+    assert gqa(tmp_path, truth, [*said, ("2", ".red"), ("1", ".red.")]).score == 0.0  # only final periods go
     with pytest.raises(InputError, match=r"1 duplicate \(4\); 1 foreign \(9\)"):
         gqa(tmp_path, truth, said, strict=True)
     with pytest.raises(InputError, match="1 balanced questions have no answer: 2"):

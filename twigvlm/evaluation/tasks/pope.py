@@ -76,8 +76,9 @@ def _labels(place: Path) -> dict[str, list[dict[str, Any]]]:
 
 def _by_setting(questions: Lines, labels: Mapping[str, Lines]) -> dict[str, dict[str, Mapping[str, Any]]]:
     out: dict[str, dict[str, Mapping[str, Any]]] = {setting: {} for setting in labels}
-    for line in questions:
-        out.setdefault(line["category"], {})[str(line["question_id"])] = line
+    by_id = {str(line["question_id"]): line for line in questions}  # a later line with the same id counts
+    for name, line in by_id.items():
+        out.setdefault(line["category"], {})[name] = line
     return out
 
 

@@ -21,7 +21,7 @@ from .vqa_text import evalai, soft_score
 PEOPLE = 10
 REFERENCE = "Reference OCR token: "
 _FRAMED = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
-Key = tuple[Any, str]  # picture, question in lower case
+Key = tuple[Any, Any]  # picture, question in lower case (None where the prompt has none)
 
 
 class TextVQA(LlavaTask):
@@ -74,7 +74,7 @@ def question_of(prompt: str) -> str | None:
 
 
 def _key(picture: Any, prompt: str) -> Key:
-    return picture, question_of(prompt) or ""
+    return picture, question_of(prompt)
 
 
 def _truth(path: Path) -> dict[Key, Mapping[str, Any]]:

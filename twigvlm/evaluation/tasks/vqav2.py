@@ -14,7 +14,19 @@ from typing import Any, ClassVar
 from ...errors import InputError
 from .base import Question, Score
 from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, asked_part
-from .reading import ID, Doubts, added, checked, first, last_by_id, locate, read_records, read_table, write_whole
+from .reading import (
+    ID,
+    Doubts,
+    added,
+    checked,
+    first,
+    last_by_id,
+    locate,
+    read_json,
+    read_records,
+    read_table,
+    write_whole,
+)
 from .vqa_text import evalai, flat, soft_score, vqa
 
 SERVER = "https://eval.ai/web/challenges/challenge-page/830"
@@ -86,10 +98,11 @@ class VQAv2(LlavaTask):
 
 
 def _questions(path: Path, **fields: Any) -> list[dict[str, Any]]:
-    """Lines of LLaVA's question file, or the `questions` of the official one (named .json)."""
-    if path.suffix != ".json":
+    """Lines of LLaVA's question file, or the `questions` of the official one (one object, named .json)."""
+    table = read_json(path) if path.suffix == ".json" else None
+    if not isinstance(table, dict):
         return read_records(path, question_id=ID, **fields)
-    rows = checked(read_table(path), str(path), questions=list)["questions"]
+    rows = checked(table, str(path), questions=list)["questions"]
     return [checked(row, f"{path}: question {n}", question_id=ID, **fields) for n, row in enumerate(rows, 1)]
 
 
