@@ -82,6 +82,15 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
+_OPEN: set[int] = set()  # of this process's appenders
+
+
+def close_inherited() -> None:
+    """In a forked child: let go of the parent's files, or its locks would outlive it."""
+    while _OPEN:
+        os.close(_OPEN.pop())
+
+
 class Appender:
     """A file of JSON lines, open for one writer: repaired, locked, and durable line by line."""
 
@@ -99,6 +108,7 @@ class Appender:
                 _sync_folder(file.parent)
         except OSError as fault:
             raise InputError(f"{file}: cannot be written ({fault.strerror}); choose another --out") from fault
+        _OPEN.add(self._fd)
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append; on the disk when this returns. Raises RunError when the disk does not take them."""
@@ -115,6 +125,7 @@ class Appender:
             ) from fault
 
     def close(self) -> None:
+        _OPEN.discard(self._fd)
         os.close(self._fd)
 
     def __enter__(self) -> Appender:

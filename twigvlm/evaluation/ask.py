@@ -27,10 +27,10 @@ from ..model.images import open_image
 from ..model.load import load_base, pick_device, pick_dtype
 from ..model.prompt import IMAGE, VICUNA_V1, encode
 from ..vlm import Output, TwigVLM
-from .answers import Appender, answer_line
+from .answers import Appender, answer_line, close_inherited
 from .record import provenance
 from .setting import Setting
-from .shards import Stop
+from .shards import SIGNALS, Stop
 from .tasks.base import Question
 
 CPU_BATCH = 8  # in fp32 on a CPU; long answers gain, short ones lose nothing
@@ -142,11 +142,11 @@ def batches(pieces: Iterable[Sequence[Question]], size: int) -> list[list[Questi
 
 
 def _worker(_index: int) -> None:
-    """Ctrl-C and a stop are the main process's business; it tells its workers when it is over."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for name in ("SIGTERM", "SIGHUP"):
+    """A stop is the main process's business, which tells its workers; its files and their locks are its own."""
+    for name in SIGNALS:
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    close_inherited()
 
 
 def _as_it_is(ready: Ready) -> Ready:

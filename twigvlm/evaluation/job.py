@@ -6,9 +6,10 @@ Knows no model: what is asked here was answered elsewhere. Standard library only
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,8 @@ class Job:
     @cached_property
     def questions(self) -> list[Question]:
         """Those that are asked, in the benchmark's order."""
-        found = self.task.questions(self.data, self.split)
-        if not found:
-            raise InputError(f"{self.files['questions']}: holds no question")
-        seen: set[str] = set()
-        twice = [q.id for q in found if q.id in seen or seen.add(q.id)]
-        if twice:
-            raise InputError(f"{self.files['questions']}: {', '.join(twice[:5])} stand there twice; repair the file")
+        stamp = self.files["questions"].stat() if self.files["questions"].exists() else None
+        found = _questions(self.task, self.data, self.split, stamp and (stamp.st_mtime_ns, stamp.st_size))
         return found[: self.setting.limit]
 
     @cached_property
@@ -169,6 +165,18 @@ class Job:
         facts |= {"base": self.setting.base or EMBEDDED_NAME, "skip_broken": self.skip_broken}
         facts["twig"] = self.setting.twig_name
         return {"configuration": facts}
+
+
+@lru_cache(maxsize=16)  # the same benchmark under several settings is read once
+def _questions(task: Task, data: Path, split: str, _stamp: tuple | None) -> list[Question]:
+    found = task.questions(data, split)
+    place = task.files(data, split)["questions"]
+    if not found:
+        raise InputError(f"{place}: holds no question")
+    twice = [name for name, count in Counter(q.id for q in found).items() if count > 1]
+    if twice:
+        raise InputError(f"{place}: {', '.join(twice[:5])} stand there twice; repair the file")
+    return found
 
 
 def _provenance(sessions: list[Mapping[str, Any]], command: str, commit: str | None) -> dict[str, Any]:

@@ -27,10 +27,10 @@ SLOW = 30.0  # seconds between two bars where no terminal redraws them
 class Progress:
     """A bar over the answers in a job's folder; `look` brings it up to date."""
 
-    def __init__(self, job: Job, found: dict[str, dict[str, Any]]):
+    def __init__(self, job: Job, found: dict[str, dict[str, Any]], score: bool = True):
         self.job, self.found = job, dict(found)
         self._places: dict[Path, int] = {}
-        self._head, self._scorable, self._due = 0, True, time.monotonic() + EVERY
+        self._head, self._scorable, self._due = 0, score, time.monotonic() + EVERY
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=len(job.questions), initial=len(found), desc=job.title, unit="q", dynamic_ncols=terminal,
@@ -46,14 +46,14 @@ class Progress:
 
     def look(self) -> None:
         """Read what was written since the last look."""
+        before = len(self.found)
         for file in self.job.folder.shard_files():
             for line in self._new_lines(file):
-                key = key_of(line)
-                if key in self._known and key not in self.found:
-                    self.found[key] = line
-                    self.bar.update()
+                if key_of(line) in self._known:
+                    self.found.setdefault(key_of(line), line)
         if self._scorable and time.monotonic() >= self._due:
             self._show_score()
+        self.bar.update(len(self.found) - before)
 
     def _new_lines(self, file: Path) -> list[dict[str, Any]]:
         lines = []

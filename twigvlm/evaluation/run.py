@@ -26,7 +26,7 @@ from .answers import LOGS, open_shard
 from .job import Job, default_out, find_data, find_split
 from .progress import Progress
 from .setting import DEFAULT_R, Setting
-from .shards import Ended, Placement, Stop, launch, local_parts, place
+from .shards import Ended, Placement, Stop, launch, place
 from .tasks import ALIASES, TASKS, find
 from .tasks.base import Task
 
@@ -134,9 +134,7 @@ def job_of(args: argparse.Namespace, task: Task, setting: Setting, out: Path | N
 def announce(setting: Setting, data: Path, given: bool) -> None:
     """The one line that says which model meets which data."""
     model = "embedded model sprout" if setting.embedded else f"model {setting.base}"
-    twig = (
-        "no twig" if setting.baseline or not (setting.twig or setting.embedded) else f"twig {setting.twig or 'sprout'}"
-    )
+    twig = f"twig {setting.twig_name}" if setting.twig_name else "no twig"
     why = "as asked" if given else "its default"
     print(f"{model} ({twig}) on data {data} ({why})", flush=True)
 
@@ -180,11 +178,13 @@ def answer(job: Job, part: int, count: int, args: argparse.Namespace, models: Mo
     vlm, seconds = models.get(job.setting)
     asker = Asker(vlm, job.setting, job.task.clean, job.skip_broken, args.workers)
     asker.warm_up()  # refuses an illegal R
+    if stop:
+        return
     late = {"dtype": dtype_name(vlm), "K": vlm.config.K, "T": vlm.config.T, "F": vlm.config.F}
     job.folder.record(job.identity | late)
     size = 1 if job.setting.temperature else args.batch_size or asker.default_batch(job.task.name in TIMED_ALONE)
     lines, figures = open_shard(job.folder, part, count)
-    with lines, figures, Progress(job, found) as progress:
+    with lines, figures, Progress(job, found, score=not args.answer_only) as progress:
         asker.begin(figures, seconds, size, part, count)
         asker.ask(batches(todo, size), lines, figures, stop, progress.look)
 
@@ -262,8 +262,7 @@ def carry_out(
             results.append(conclude(job, placement))
             show(results[-1])
 
-    count, devices = (None, ()) if args.shard is not None else local_parts(args.device, args.num_shards, os.environ)
-    placement = place(args.num_shards or count, args.shard, os.environ, devices)
+    placement = place(args.num_shards, args.shard, os.environ, args.device)
     if placement.launch:
         print(f"{placement.count} shards on this node", flush=True)
         answer_in_children(jobs, placement, command, stop, each)

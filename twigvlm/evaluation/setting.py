@@ -124,13 +124,8 @@ class Setting:
         facts |= {"model": self.base or EMBEDDED_NAME, "model files": fingerprint(self.base or EMBEDDED_BASE)}
         facts |= {"R": self.R, "speculation": self.speculation, "max_new_tokens": self.max_new_tokens}
         facts |= {"temperature": self.temperature, "top_p": self.top_p, "attention": self.attention}
-        if not self.baseline:
-            facts |= {
-                "twig": self.twig or EMBEDDED_NAME,
-                "twig files": fingerprint(self.twig),
-                "K": self.K,
-                "T": self.T,
-            }
+        if self.twig_name is not None:
+            facts |= {"twig": self.twig_name, "twig files": fingerprint(self.twig or EMBEDDED_TWIG)}
         if self.R is not None:
             facts["pruning"] = self.pruning
         if self.temperature or self.pruning == "random":

@@ -21,6 +21,7 @@ from ..errors import InputError
 TAIL = 12  # last lines of a dead shard's log
 POLL = 0.1  # seconds between two looks at the children
 SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP")
+IMPATIENCE = 2.0  # seconds between two signals that make the second one an order
 PARENT = "TWIGVLM_LAUNCHER"  # its process id, for the shards that it started
 
 
@@ -41,7 +42,7 @@ class Placement:
         return len(self.parts) == self.count
 
 
-def place(num_shards: int | None, shard: int | None, env: Mapping[str, str], devices: Sequence[str]) -> Placement:
+def place(num_shards: int | None, shard: int | None, env: Mapping[str, str], device: str | None = None) -> Placement:
     """Which parts fall to this process. Raises InputError for numbers that contradict each other."""
     if num_shards is not None and num_shards < 1:
         raise InputError(f"--num-shards is {num_shards}; 1 or more is needed")
@@ -58,8 +59,7 @@ def place(num_shards: int | None, shard: int | None, env: Mapping[str, str], dev
         if num_shards not in (None, count):
             raise InputError(f"--num-shards is {num_shards}, but {source} says {count} processes; leave the flag away")
         return Placement(count, (index,), local=local, source=source)
-    count = num_shards or len(devices) or 1
-    return Placement(count, tuple(range(count)), count > 1, tuple(devices), source="this node")
+    return _local(device, num_shards, env)
 
 
 def _torchrun(env: Mapping[str, str]) -> tuple[int, int, int | None] | None:
@@ -104,27 +104,27 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         raise InputError(f"{name} is {env[name]!r}; a whole number is needed") from fault
 
 
-def local_parts(
-    device: str | None, num_shards: int | None, env: Mapping[str, str]
-) -> tuple[int | None, tuple[str, ...]]:
-    """(parts, entries of CUDA_VISIBLE_DEVICES to deal out) on this node; no devices where `device` names one.
+def _local(device: str | None, num_shards: int | None, env: Mapping[str, str]) -> Placement:
+    """All parts, here: one per visible CUDA device, unless a number or a device is given.
 
     Without CUDA a list of devices is taken as a wish for as many processes, as far as there are cores.
     """
     named = tuple(d.strip() for d in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip() not in ("", "-1"))
-    if device not in (None, "cuda") or num_shards == 1:
-        return num_shards, ()
-    import torch
+    devices: tuple[str, ...] = ()
+    count = num_shards
+    if device in (None, "cuda") and num_shards != 1:
+        import torch
 
-    if torch.cuda.is_available():
-        named = named or tuple(str(i) for i in range(torch.cuda.device_count()))
-        return num_shards or len(named), named
-    count = num_shards or min(len(named), cores()) or None
-    if len(named) > 1 and num_shards is None:
-        print(
-            f"CUDA_VISIBLE_DEVICES names {len(named)} devices, but there is no CUDA here: {count} processes on the CPU"
-        )
-    return count, ()
+        if torch.cuda.is_available():
+            devices = named or tuple(str(i) for i in range(torch.cuda.device_count()))
+            count = num_shards or len(devices)
+        elif len(named) > 1 and num_shards is None:
+            count = min(len(named), cores())
+            print(
+                f"{len(named)} devices are named, but there is no CUDA here: {count} processes on the CPU", flush=True
+            )
+    count = count or 1
+    return Placement(count, tuple(range(count)), count > 1, devices, source="this node")
 
 
 def cores() -> int:
@@ -165,9 +165,11 @@ class Stop:
         return 128 + (self.signal or 0)
 
     def _note(self, number: int, _frame) -> None:
-        if self.signal is not None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._since = number, now
+        elif now - self._since > IMPATIENCE:  # not the same signal once from the terminal and once from the launcher
             os._exit(128 + number)
-        self.signal = number
 
 
 @dataclass(frozen=True)
