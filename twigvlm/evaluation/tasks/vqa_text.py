@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from .reading import added
@@ -24,6 +25,7 @@ NUMBERS = {
     for word in words.split()
 }
 ARTICLES = {"a", "an", "the"}
+REMEMBERED = 1 << 16  # texts: people's answers repeat a lot
 ENOUGH = 3  # people who must agree for the full score
 
 # Written without an apostrophe, these get it back.
@@ -67,12 +69,14 @@ def _contractions() -> dict[str, str]:
 CONTRACTIONS = _contractions()
 
 
+@lru_cache(maxsize=REMEMBERED)
 def evalai(text: str) -> str:
     """As TextVQA normalises every answer, and as LLaVA converts answers for VQAv2's server."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _plain_words(_without_marks(flat(text)))
 
 
+@lru_cache(maxsize=REMEMBERED)
 def vqa(text: str) -> str:
     """As VQAv2's evaluation normalises where people disagree; `text` is `flat` already."""
     return _plain_words(_without_marks(text))
