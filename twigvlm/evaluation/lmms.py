@@ -48,9 +48,27 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from lmms_eval.api.model import lmms
 
-    made = type(name, (Adapter, lmms), {"__module__": __name__, "__doc__": Adapter.__doc__})
+    made = type(name, (Adapter, lmms), {"__module__": __name__, "__doc__": Adapter.__doc__, "pair": _passing_pair()})
     globals()[name] = made
     return made
+
+
+def _passing_pair() -> type:
+    """A tuple that comes through lmms-eval's evaluator.
+
+    In 0.7.3 that turns a plain tuple, as its interface asks for, into text, on which multiple_choice
+    then fails; what is a GenerationResult is unpacked to its `text` instead.
+    """
+    from lmms_eval.api.instance import GenerationResult
+
+    class Pair(tuple, GenerationResult):
+        text = property(tuple)
+        token_counts = None
+
+        def __init__(self, values):
+            """The tuple is made already; the dataclass would set `text`."""
+
+    return Pair
 
 
 # ---------------------------------------------------------------------- model_args
@@ -123,7 +141,7 @@ class Options:
         """Raises InputError for an unknown name, a value of the wrong kind, or two that contradict."""
         values: dict[str, Any] = {}
         for name, value in given.items():
-            if name == "max_batch_size" or value is None or str(value).lower() == "none":
+            if name == "max_batch_size" or value is None or (str(value).lower() == "none" and name != "pruning"):
                 continue  # lmms-eval passes max_batch_size to every model; it belongs to batch_size=auto
             key = OTHER_NAMES.get(name, name)
             reader = {**LOADING, **WRITING, **RUNNING}.get(key)
@@ -248,6 +266,7 @@ class Adapter:
     """
 
     is_simple = True
+    pair: type = tuple  # what a likelihood is given back in
 
     def __init__(self, **model_args: Any):
         self.task_dict: dict[str, Any] = {}  # filled by the evaluator: task → split → documents
@@ -324,16 +343,18 @@ class Adapter:
         return answers
 
     def loglikelihood(self, requests: Sequence) -> list[tuple[float, bool]]:
-        """(natural log-probability of the continuation after the context, is it the greedy one) by request.
+        """(loss of the continuation after the context, is it the greedy one) in the order of the requests.
 
-        Teacher-forced with the base under the pruning asked for. Args are (context, continuation or
-        doc_to_target, doc_to_visual, doc_id, task, split), or (context, continuation) alone.
+        The loss is the mean of -log p over its tokens, teacher-forced with the base under the pruning
+        asked for. A loss, though the name says otherwise: it is what lmms-eval's own models return and
+        what its multiple_choice takes the smallest of. Args are (context, continuation or doc_to_target,
+        doc_to_visual, doc_id, task, split), or (context, continuation) alone.
         """
         results: list[tuple[float, bool]] = []
         with self._progress(len(requests)) as bar:
             for start in range(0, len(requests), self.batch_size):
                 chunk = requests[start : start + self.batch_size]
-                results += self._likelihoods(chunk)
+                results += self._losses(chunk)
                 bar.update(len(chunk))
         return results
 
@@ -390,7 +411,7 @@ class Adapter:
             first = torch.initial_seed()  # lmms-eval's --seed
         return first + self._rank * RANK_STRIDE + done
 
-    def _likelihoods(self, requests: Sequence) -> list[tuple[float, bool]]:
+    def _losses(self, requests: Sequence) -> list[tuple[float, bool]]:
         prompts, targets = [], []
         for request in requests:
             wanted = request.args[1]
@@ -410,7 +431,7 @@ class Adapter:
                 )
             self.vlm.generate(**inputs, chooser=lambda *_: forced, seed=self.options.seed, **settings)
         rows = zip(forced.log_probabilities, forced.greedy, targets, strict=True)
-        return [(float(p[: len(t)].sum()), bool(g[: len(t)].all())) for p, g, t in rows]
+        return [self.pair((float(-p[: len(t)].mean()) if t else 0.0, bool(g[: len(t)].all()))) for p, g, t in rows]
 
     def _continuation(self, text: str) -> list[int]:
         """Token ids of an answer as they follow the template's last word."""
