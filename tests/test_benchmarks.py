@@ -419,11 +419,14 @@ def test_other_code_writes_again_and_leaves_answers_alone(sprout, copy, monkeypa
     root = copy("pope")
     (root / "pope/answers").mkdir()
     (root / "pope/answers/mine.jsonl").write_text("{}\n")
-    (root / "pope/coco/coco_pope_random.json").write_text("old")
-    stamp = load(root / "pope/sprout.json")
-    (root / "pope/sprout.json").write_text(
-        json.dumps({**stamp, "version": "older", "files": [*stamp["files"], "gone"]})
-    )
+    (root / "pope/llava_pope_test.jsonl").write_text("old")
+    shutil.rmtree(root / "pope/coco")  # the older version had none
+    stamp = {
+        **load(root / "pope/sprout.json"),
+        "version": "older",
+        "files": ["gone", "llava_pope_test.jsonl", "val2014"],
+    }
+    (root / "pope/sprout.json").write_text(json.dumps(stamp))
     (root / "pope/gone").write_text("of the older version")
 
     monkeypatch.setattr(benchmarks.os, "rename", stumble := Stumble(os.rename, at=2))
@@ -631,7 +634,7 @@ def test_mmvet_writes_what_the_judge_takes(sprout, tmp_path):
     [
         ("B", "B"), ("B.", "B"), ("(B)", "B"), ("B. blue", None), ("(A) or (B)", "B"), ("B then A", "A"),
         ("I think that it must be a blue ball", "B"), ("blue ball", None), ("b", None),
-        ("it is either the blue ball or the red ball", "A"), ("'C'", "C"), ("", None),
+        ("it is either the blue ball or the red ball", "A"), ("so it is red ball", None), ("so it is the red ball", "A"), ("'C'", "C"), ("", None),
     ],
 )  # fmt: skip
 def test_mmmu_reads_a_letter(answer, letter):
