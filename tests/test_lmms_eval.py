@@ -10,6 +10,8 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from functools import cache
@@ -29,6 +31,7 @@ from twigvlm.evaluation.lmms import Adapter, Manner, StopStrings
 from twigvlm.evaluation.lmms_task import main as write_task
 from twigvlm.model.prompt import VICUNA_V1, encode
 from twigvlm.model.twig import save_twig
+from twigvlm.sprout.benchmarks import ensure
 from twigvlm.vlm import TwigVLM
 
 R = 2  # of the tiny model, whose pictures have four tokens
@@ -465,7 +468,8 @@ metric_list:
 def task(tmp_path_factory) -> Path:
     """A folder with the embedded world's POPE as a local task, and its questions once more as choices."""
     folder = tmp_path_factory.mktemp("task")
-    assert write_task([str(folder)]) == 0
+    world = ensure(tmp_path_factory.mktemp("world"), "pope")
+    assert write_task([str(folder), "--pope", str(world / "pope")]) == 0
     (folder / "looking.py").write_text("def picture(doc):\n    return [doc['image']]\n")
     (folder / "choice.yaml").write_text(MULTIPLE_CHOICE.format(data=folder / "data"))
     return folder
@@ -564,7 +568,7 @@ def logged(out: Path) -> tuple[float, list[tuple[int, str]]]:
 @pytest.mark.slow
 def test_its_command_line_alone_and_on_two_processes(task, tmp_path):
     found = []
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29617"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for name, launcher in (("alone", [sys.executable]), ("two", torchrun)):
         out = tmp_path / name
         out.mkdir()
@@ -573,3 +577,23 @@ def test_its_command_line_alone_and_on_two_processes(task, tmp_path):
         found.append(logged(out))
     assert found[0] == found[1]
     assert [doc for doc, _ in found[0][1]] == list(range(5))
+
+
+@pytest.mark.skipif(not INSTALLED, reason="lmms-eval is not installed")
+@pytest.mark.slow
+def test_the_commands_of_its_page_run(tmp_path):
+    """All but the installation."""
+    page = (ROOT / "docs" / "lmms-eval.md").read_text(encoding="utf-8")
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", page, re.S)).splitlines()
+    for line in [line for line in blocks if line.startswith("python")]:
+        words = shlex.split(line.replace("/tmp/twigvlm-task", str(tmp_path)).replace("--limit 12", "--limit 2"))
+        done = subprocess.run(
+            [sys.executable, *words[1:]], capture_output=True, text=True, env=environment(), cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert "pope_accuracy" in done.stdout
+
+
+def test_its_page_names_every_option():
+    page = (ROOT / "docs" / "lmms-eval.md").read_text(encoding="utf-8")
+    assert [name for name in lmms.NAMES if f"`{name}`" not in page] == []
