@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ..errors import InputError, RunError
 from .data import IMAGE_LABEL, Example, Records, Skipped, TwigDataset
-from .survey import counts, default_workers, in_parts
+from .survey import MAX_SKIPPED, counts, default_workers, in_parts
 
 GREEN, RESET = "\033[32m", "\033[0m"
 PART = 64  # samples that a worker takes at a time: pictures are slow
@@ -195,12 +195,14 @@ def coloured() -> bool:
 
 def print_report(facts: dict, images_opened: bool) -> None:
     """The table for people, then one line of JSON."""
+    limit = f"; training stops above {100 * MAX_SKIPPED:g} %, unless --max-skipped is higher"
+    too_much = limit if facts["skipped_share"] > MAX_SKIPPED else ""
     rows = [
         ("samples", facts["samples"], ""),
         ("usable", facts["usable"], _share(facts["usable"], facts["samples"])),
         ("  with pictures", facts["with_images"], ""),
         ("  text only", facts["text_only"], ""),
-        ("skipped", facts["skipped"], _share(facts["skipped"], facts["samples"])),
+        ("skipped", facts["skipped"], _share(facts["skipped"], facts["samples"]) + too_much),
         *((f"  {reason}", number, "") for reason, number in facts["reasons"].items()),
         ("pictures", facts["images"], "all opened" if images_opened else "not opened: no --images"),
         ("pictures named, but not shown", facts["images_not_shown"], "no <image> asks for them"),

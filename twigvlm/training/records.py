@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import InputError
 
 CHUNK = 1 << 22  # bytes looked at in one go
+MUCH = 1 << 24  # bytes, more than any record has
 OPEN, CLOSE, QUOTE = 1, 2, 4
 _KIND = np.zeros(256, np.uint8)
 _KIND[[ord("{"), ord("[")]] = OPEN
@@ -185,11 +186,10 @@ class _Scan:
         """`within`: the chunk begins in the middle of a record, so that an end comes first."""
         separator = b"," if self.is_list else b""
         before = ended if within else [self.last, *ended]
+        first = self.begin + self.is_list  # nothing stands before the first record
         for end, start in zip(before, begun, strict=False):
-            text = chunk[end - at : start - at] if end >= at else None
-            if text is None or text.strip(BLANK) != separator:
-                first = end == self.begin + self.is_list
-                self._check_gap(end, start, b"" if first else separator)
+            if end < at or end == first or chunk[end - at : start - at].strip(BLANK) != separator:
+                self._check_gap(end, start, b"" if end == first else separator)
         if ended:
             self.last = ended[-1]
 
@@ -208,7 +208,19 @@ class _Scan:
         self.records._starts, self.records._ends = starts[:pairs], ends[:pairs]
         for i in range(pairs):
             self.records[i]
+        if len(starts) > pairs:
+            self._parse(int(starts[pairs]))
         raise self.records.broken(*fault.args)
+
+    def _parse(self, start: int) -> None:
+        """Raise for what is wrong with the record that begins here, unless it is merely cut short."""
+        text = self.records.read(start, min(start + MUCH, self.records.size)).decode("utf-8", "surrogateescape")
+        try:
+            json.JSONDecoder().raw_decode(text)
+        except json.JSONDecodeError as fault:
+            if fault.pos < len(text.rstrip()) and not fault.msg.startswith("Unterminated"):
+                before = text[: fault.pos].encode("utf-8", "surrogateescape")
+                raise self.records.broken(start + len(before), fault.msg) from fault
 
 
 def _byte_of(fault: Exception, text: bytes) -> int:

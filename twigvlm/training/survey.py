@@ -10,12 +10,15 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from tqdm import tqdm
@@ -116,10 +119,19 @@ def _here(work, dataset: TwigDataset, parts: list) -> Iterator[list]:
 _worker: tuple = ()
 
 
-def _enter(work, dataset: TwigDataset) -> None:
+def _enter(work, dataset: TwigDataset, parent: int) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to answer
+    Thread(target=_follow, args=(parent,), daemon=True).start()
     _worker = (work, dataset)
+
+
+def _follow(parent: int) -> None:
+    """End with the main process, even if it was killed: nothing else would tell a worker that waits for work."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _work(part: Sequence[int]) -> list:
@@ -128,7 +140,7 @@ def _work(part: Sequence[int]) -> list:
 
 
 def _there(work, dataset: TwigDataset, parts: list, workers: int) -> Iterator[list]:
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(), _enter, (work, dataset))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context(), _enter, (work, dataset, os.getpid()))
     waiting: list[Future] = []
     try:
         for part in parts:
