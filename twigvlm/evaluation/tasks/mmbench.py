@@ -8,7 +8,7 @@ are rows of their own: index modulo 1,000,000 names the question, so 1,164 quest
 `plain`, beside it, counts only the first pass. LLaVA's published numbers (64.3, 67.7; Chinese 58.3, 63.6)
 were given by the OpenCompass server for an uploaded table of answers to the development split: circular,
 with ChatGPT reading the answers that name no option by rule. Here such answers are wrong and counted as
-`unmatched`; LLaVA, asked for a letter, gives none or hardly any.
+`unmatched`.
 
 An answer's option is found as in OpenCompass's public matcher: the one option letter that stands as a word
 of its own (punctuation aside), else the one option whose text occurs in the answer, case aside.
