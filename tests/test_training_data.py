@@ -413,9 +413,7 @@ def test_records(layout, lines, tmp_path, small_chunks):
 def test_broken_anywhere(tmp_path, small_chunks):
     """With a byte lost or added the file is refused wherever JSON would refuse it, and read where it still is JSON."""
     file = tmp_path / "data.json"
-    text = json.dumps(
-        [record("a\\", 'b"', image="[}"), record("é{", '\\"\n', more=[1, {}])], ensure_ascii=False
-    ).encode()
+    text = json.dumps([{"a\\": 'b"', "[}": []}, {"é{": '\\"\n', "more": [1, {}]}], ensure_ascii=False).encode()
 
     def ours():
         try:
