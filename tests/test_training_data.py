@@ -315,7 +315,7 @@ def test_words_of_the_template_that_do_no_harm(texts):
         None, 3, "text", [], {}, {"conversations": None}, {"conversations": []}, {"conversations": {"from": "human"}},
         {"conversations": ["a"]}, {"conversations": [{"from": "human"}]},
         {"conversations": [{"from": "human", "value": None}]}, {"conversations": [{"from": "human", "value": 3}]},
-        record("<image>a", "b", image=3), record("<image>a", "b", image=["a", None]), record("<image>a", "b", image={}),
+        record("a \ud800", "b"), record("<image>a", "b", image=3), record("<image>a", "b", image=["a", None]), record("<image>a", "b", image={}),
     ],
 )  # fmt: skip
 def test_malformed(found):
@@ -883,6 +883,20 @@ def test_inspect_refuses(content, arguments, part, tmp_path, inspected):
     code, text, error = inspected("--data", data, *(str(data) if a == "DATA" else a for a in arguments))
     assert code == 2 and not text
     assert part in error and error.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_names_that_no_file_can_have(tmp_path, pictures, inspected):
+    names = ["x" * 5000, "a\0b", "\ud800.png", "a.png/b", ".", "../images/a.png"]
+    found = [{**record("<image>", "a", image=name), "id": name} for name in names]
+    out = tmp_path / "samples.jsonl"
+    code, _, _ = inspected("--data", write(tmp_path, found), "--images", pictures, "--out", out)
+    lines = lines_of(out)
+    assert code == 0 and [f["id"] for f in lines] == names
+    assert [f.get("reason") for f in lines] == [IMAGE_MISSING] * 4 + [IMAGE_BROKEN, None]
+    SkipLog(tmp_path / "skipped.jsonl", dataset_of(tmp_path, pictures, found), 1.0).add(
+        survey(dataset_of(tmp_path, pictures, found), workers=0, progress=False).skipped
+    )
+    assert [f["id"] for f in lines_of(tmp_path / "skipped.jsonl")] == names[:4]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")

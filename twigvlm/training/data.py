@@ -139,6 +139,8 @@ def _conversation(record: object) -> Conversation:
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise _Unusable(MALFORMED, f'turn {i}: an object with "from" and a text "value" is expected')
+        if not _is_text(turn["value"]):
+            raise _Unusable(MALFORMED, f"turn {i}: half a character (a lone surrogate) in its text")
         if turn.get("from") not in (HUMAN, MODEL):
             raise _Unusable(
                 f"{NO_LABELS}: unknown role", f"turn {i} is from {turn.get('from')!r}; human or gpt is needed"
@@ -153,6 +155,14 @@ def _conversation(record: object) -> Conversation:
         unshown += len(shown[0])
         messages, shown = messages[1:], shown[1:]
     return Conversation(messages, tuple(n for names in shown for n in names), marked, unshown)
+
+
+def _is_text(value: str) -> bool:
+    """JSON can write what no encoding can."""
+    try:
+        return value.isascii() or bool(value.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _marks_first(text: str, marks: int) -> str:

@@ -146,7 +146,7 @@ def _output(args: argparse.Namespace) -> Iterator[Callable[[str], object]]:
     part = file.with_name(file.name + ".part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8") as out:
+        with open(part, "w", encoding="utf-8", errors="backslashreplace") as out:  # half characters stay JSON
             yield lambda text: out.write(text + "\n")
         os.replace(part, file)
     except OSError as fault:

@@ -287,7 +287,7 @@ class SkipLog:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "w", encoding="utf-8") as out:
                 for i in sorted(self._found):
-                    out.write(json.dumps(_line(self._found[i]), ensure_ascii=False) + "\n")
+                    out.write(json.dumps(_line(self._found[i])) + "\n")
             os.replace(part, self.file)
         except OSError as fault:
             raise RunError(f"{self.file}: cannot be written ({fault.strerror}); free the disk") from fault
