@@ -29,6 +29,7 @@ from twigvlm.vlm import TwigVLM
 
 SCRIPTS = ROOT / "scripts" / "v1_5" / "eval"
 QUESTIONS = 20
+MANY = 80
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
@@ -602,7 +603,7 @@ def test_the_bar_shows_a_running_score(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(progress, "SLOW", 0.0)
     _, _, err = runner("--out", str(tmp_path / "out"), "--batch-size", "4")
     shown = re.findall(r"(\d+)/20 [^\r]*?score ([\d.]+) on (\d+)", err)
-    assert len(shown) > 3 and all(done == on and score == "0.0" for done, score, on in shown)
+    assert len(shown) > 3 and all(int(on) <= int(done) and score == "0.0" for done, score, on in shown)
 
 
 # ---------------------------------------------------------------------- all of them
@@ -685,7 +686,7 @@ def many(data) -> Path:
     file = data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
     rows = [json.loads(row) for row in file.read_text().splitlines()]
     truth = json.loads((data / "gqa" / "data" / "testdev_balanced_questions.json").read_text())
-    more = [dict(rows[i % QUESTIONS], question_id=str(1000 + i), text=f"m {i}?{SUFFIX}") for i in range(300)]
+    more = [dict(rows[i % QUESTIONS], question_id=str(1000 + i), text=f"m {i}?{SUFFIX}") for i in range(MANY)]
     lines(file, more)
     write_json(
         {row["question_id"]: truth["100"] for row in more}, data / "gqa" / "data" / "testdev_balanced_questions.json"
@@ -695,7 +696,7 @@ def many(data) -> Path:
 
 def started(model, data: Path, out: Path, *flags: str) -> subprocess.Popen:
     env = dict(os.environ) | {"MODEL": model[0], "TWIG": model[1], "DATA": str(data)}
-    command = ["bash", str(SCRIPTS / "gqa.sh"), "-R", "2", "--max-new-tokens", "40", "--batch-size", "1"]
+    command = ["bash", str(SCRIPTS / "gqa.sh"), "-R", "2", "--max-new-tokens", "8", "--batch-size", "1"]
     return subprocess.Popen(
         [*command, "--out", str(out), *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -709,7 +710,7 @@ def wait_for(out: Path, pattern: str, count: int) -> None:
 
 
 def children(pid: int) -> dict[int, str]:
-    rows = subprocess.run(["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
+    rows = subprocess.run(["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
     cells = [row.split(None, 2) for row in rows.splitlines()]
     return {int(p): args for p, parent, args in cells if int(parent) == pid}
 
@@ -726,12 +727,12 @@ def test_a_shard_killed_in_the_middle(model, many, tmp_path):
     assert "shard 1 of 2 was killed by SIGKILL" in err.splitlines()[-1] and "last lines of" in err
     folder = folder_of(out)
     assert not (folder / "merge.jsonl").exists() and not (folder / "result.json").exists()
-    assert len(read_lines(folder / "2_0.jsonl")) >= 148  # the other one came to its end
+    assert len(read_lines(folder / "2_0.jsonl")) == MANY // 2  # the other one came to its end
     kept = (folder / "2_1.jsonl").read_bytes()
     again = started(model, many, out, "--num-shards", "2")
     text, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
-    assert json.loads(text.splitlines()[-1])["questions_timed"] >= 299
+    assert json.loads(text.splitlines()[-1])["questions_timed"] >= MANY - 1
     whole = kept[: kept.rfind(b"\n") + 1]
     assert (folder / "2_1.jsonl").read_bytes().startswith(whole)  # nothing was asked again
     alone = started(model, many, tmp_path / "alone")
@@ -753,7 +754,7 @@ def test_sigterm_to_the_script(model, many, tmp_path, flags):
         assert file.read_bytes().endswith(b"\n")
     again = started(model, many, out, *flags)
     text, err = again.communicate(timeout=600)
-    assert again.returncode == 0 and json.loads(text.splitlines()[-1])["questions"] == 300, err
+    assert again.returncode == 0 and json.loads(text.splitlines()[-1])["questions"] == MANY, err
 
 
 @pytest.mark.slow
@@ -768,7 +769,7 @@ def test_shards_end_when_their_launcher_is_killed(model, many, tmp_path):
     while any(Path(f"/proc/{pid}").exists() for pid in shard):
         assert time.monotonic() < end
         time.sleep(0.05)
-    assert sum(len(read_lines(f)) for f in folder_of(out).glob("2_*.jsonl")) < 300
+    assert sum(len(read_lines(f)) for f in folder_of(out).glob("2_*.jsonl")) < MANY
 
 
 @pytest.mark.slow

@@ -92,10 +92,10 @@ def close_inherited() -> None:
 
 
 class Appender:
-    """A file of JSON lines, open for one writer: repaired, locked, and durable line by line."""
+    """A file of JSON lines, open for one writer: repaired, locked, and, unless said otherwise, durable line by line."""
 
-    def __init__(self, file: Path):
-        self.file = file
+    def __init__(self, file: Path, durable: bool = True):
+        self.file, self.durable = file, durable
         new = not file.exists()
         try:
             self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -111,14 +111,15 @@ class Appender:
         _OPEN.add(self._fd)
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Append; on the disk when this returns. Raises RunError when the disk does not take them."""
+        """Append; on the disk when this returns, if durable. Raises RunError when the disk does not take them."""
         rest = memoryview(b"".join(encode(line) for line in lines))
         if not rest:
             return
         try:
             while rest:
                 rest = rest[os.write(self._fd, rest) :]
-            os.fsync(self._fd)
+            if self.durable:
+                os.fsync(self._fd)
         except OSError as fault:
             raise RunError(
                 f"{self.file}: cannot be written ({fault.strerror}); run again when there is room"
@@ -276,7 +277,7 @@ def open_shard(folder: Folder, index: int, count: int) -> tuple[Appender, Append
             with open(file, "rb") as other:
                 lock(other.fileno(), f"{file}: a run with another number of shards is writing here; wait for its end")
     name = f"{count}_{index}"
-    return Appender(folder.path / f"{name}.jsonl"), Appender(folder.path / f"{name}.figures")
+    return Appender(folder.path / f"{name}.jsonl"), Appender(folder.path / f"{name}.figures", durable=False)
 
 
 def _prompt(question: Question) -> str:

@@ -1,4 +1,4 @@
-"""What a run cost: one durable record a batch, beside the answers, and their sums.
+"""What a run cost: one record a batch, beside the answers, and their sums.
 
 So a run that was killed and went on reports the time of all its sessions. Standard library only.
 """
