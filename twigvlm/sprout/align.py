@@ -12,7 +12,7 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from .decoder import patch_symbols, spell
-from .draw import PATCH, draw
+from .draw import PATCH, draw, patch_labels
 from .tower import BACKGROUND_WEIGHT, SIDE, PatchReader, pixels
 from .world import sample_scene
 
@@ -32,7 +32,7 @@ class Aligner(nn.Module):
         hidden = self.reader.features(batch["pixels"], batch["row"], batch["column"])
         target = spell(batch["symbols"], self.table)
         error = (self.projector(hidden).float() - target).square().mean(-1)
-        shown = batch["symbols"][..., 0] + batch["symbols"][..., 1] > 0
+        shown = batch["shown"]
         weights = torch.where(shown, 1.0, BACKGROUND_WEIGHT)
         loss = (error * weights).sum() / weights.sum() / target.var()
         return loss, {"explained": 1 - (error[shown].mean() / target[shown].var()).item()}
@@ -47,4 +47,7 @@ def align_batch(step: int, images: int, window: int, tokenizer) -> dict:
     box = (column * PATCH, row * PATCH, (column + window) * PATCH, (row + window) * PATCH)
     symbols = [patch_symbols(s, tokenizer).unflatten(0, (SIDE, SIDE))[rows, columns].flatten(0, 1) for s in scenes]
     values = pixels([draw(s).crop(box) for s in scenes])
-    return {"pixels": values, "symbols": torch.stack(symbols), "row": row, "column": column}
+    # A printed word counts as much as an object: weighted as background, the tower unlearns to read.
+    labels = np.stack([patch_labels(s)[rows, columns] for s in scenes])
+    shown = torch.from_numpy((labels[..., 0] > 0) | (labels[..., 3] > 0)).flatten(1, 2)
+    return {"pixels": values, "symbols": torch.stack(symbols), "shown": shown, "row": row, "column": column}

@@ -24,7 +24,7 @@ from .world import COLOURS, PLACES, SHAPES, Scene
 # (slots, tokens a slot): most questions are short, some carry a hint or options, one is a description.
 GROUPS = ((12, 25), (4, 37), (5, 60), (1, 108))
 # Reading, choosing and comparing are learnt last, so they are asked most.
-ASKED = {"count": 2, "compare": 3, "read": 3, "choice": 4}
+ASKED = {"count": 3, "compare": 4, "read": 4, "choice": 3}
 DESCRIPTION_WEIGHT = 0.5  # of a description's tokens against a short answer's
 TURN_SHARE = 0.15  # of the questions are followed by a second one
 
