@@ -86,7 +86,7 @@ def plant(
         loaded = load_base(base, device, dtype, attention, keep)
     trunk, config = loaded.trunk, configs[-1]
     known_by = signature(trunk)
-    twig = _take_twig(trunk, config, seed.init)
+    twig = take_twig(trunk, config, seed.init)
     trim_tower(trunk)
     trunk.model.requires_grad_(False)
     if seed.init not in INITS:
@@ -101,7 +101,7 @@ def layers_needed(config: TwigConfig, init: str) -> list[int]:
     return sorted({*below, *range(first, first + config.T)})
 
 
-def _take_twig(trunk: Trunk, config: TwigConfig, init: str) -> Twig:
+def take_twig(trunk: Trunk, config: TwigConfig, init: str) -> Twig:
     """Make the topmost T layers, norm and head of a shortened base into a twig; the trunk keeps the first K."""
     decoder, model = trunk.decoder, trunk.model
     twig = Twig(config, trunk.layers[-config.T :], decoder.norm, model.lm_head)

@@ -18,6 +18,8 @@ from ..model.random import SHAPES
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ZERO = {"2": "zero2.json", "3": "zero3.json", "3_offload": "zero3_offload.json"}
+SKIPPED = "skipped.jsonl"
+STOPPED = "stopped.json"  # a training that a signal stopped leaves this
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 ROWS_PER_DEVICE = {"cuda": 4, "cpu": 8, "mps": 4}  # of a micro-batch, when nobody says
@@ -71,6 +73,7 @@ class Settings:
     save_seconds: float = 600.0
     keep: int = 2
     log_steps: int | None = None
+    agreement: str = "base"
     agreement_steps: int | None = None
     wandb: bool = False
     tensorboard: bool = True

@@ -9,35 +9,34 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import math
 import os
-import shutil
 import signal
 import sys
-from dataclasses import asdict, dataclass
+import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import InputError, RunError
-from ..evaluation.record import provenance
 from ..model.load import pick_device, read_json
-from ..model.twig import CONFIG, WEIGHTS, describe, write_twig
+from ..model.twig import CONFIG, WEIGHTS, describe
 from . import checkpoints
 from .agreement import FILE as ANSWERS
 from .agreement import HeldOut, hold_out, load_answers
 from .data import TwigDataset
-from .lora import add_adapters, has_adapters, merged
+from .finish import export_release, finish
+from .lora import add_adapters
 from .material import Material, complete, gather
 from .model import Planted, Seed, TwigForTraining, checkpoint_gradients, plant
 from .ranks import Elsewhere, Ranks, alone, find, join, leave
-from .report import CARD, CURVE, LOG, Report, card, history, plot
+from .report import Report
 from .sampler import LengthGroupedSampler
-from .settings import ROWS_PER_DEVICE, Settings, parse, split_batch
-from .survey import SkipLog, Survey, counts
+from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, parse, split_batch
+from .survey import SkipLog, Survey
 
-SKIPPED = "skipped.jsonl"
 NEVER = 10**9  # steps
 MANY_STEPS = 1000  # from here on not every step is reported
 GPU_WORKERS, CPU_WORKERS = 4, 1
@@ -83,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {fault}", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Other processes may wait for this one in vain; the launcher ends them when it sees it go.
         sys.stdout.flush()
@@ -119,15 +120,26 @@ def run(settings: Settings) -> int:
     _prepare_process(one)
     join(ranks, device)
     signals = _signals()
-    one.settings = settings = ranks.on_first(lambda: complete(settings))
-    one.out = out = Path(settings.out)
+    one.settings = ranks.on_first(lambda: complete(settings))
+    one.out = Path(one.settings.out)
     _check_export(settings.export_release)
     locks: list = []
-    ranks.on_first(lambda: locks.append(checkpoints.occupy(out)))
+    try:
+        ranks.on_first(lambda: locks.append(checkpoints.occupy(one.out)))
+        code = _run(one, signals)
+        leave(ranks)
+    finally:
+        for lock in locks:
+            lock.close()
+    return code
+
+
+def _run(one: Run, signals) -> int:
+    """In the folder that is locked now."""
+    settings, ranks, out = one.settings, one.ranks, one.out
     identity = {name: getattr(settings, name) for name in IDENTITY}
     identity |= {"base": settings.base or settings.random or "sprout", "precision": one.precision}
     ranks.on_first(lambda: checkpoints.identify(out, identity, whole=False))
-
     torch.manual_seed(settings.seed)
     planted = ranks.everywhere(lambda: _plant(one))
     skips: list[SkipLog] = []
@@ -136,11 +148,8 @@ def run(settings: Settings) -> int:
     ranks.on_first(lambda: checkpoints.identify(out, identity | {"data": material.fingerprint()}))
     if ranks.on_first(lambda: _finished(out)):
         ranks.on_first(lambda: _again(one))
-        leave(ranks)
         return 0
-    code = _train(one, planted, material, skips[0] if skips else None, signals)
-    leave(ranks)
-    return code
+    return _train(one, planted, material, skips[0] if skips else None, signals)
 
 
 def _device(settings: Settings, ranks: Ranks) -> torch.device:
@@ -169,7 +178,7 @@ def _precision(settings: Settings, device: torch.device) -> str:
 def _prepare_process(one: Run) -> None:
     """Before anything of DeepSpeed or Hugging Face looks around."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if one.device.type == "cpu":
         torch.set_flush_denormal(True)  # fading optimizer states would slow a CPU down
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -299,7 +308,9 @@ def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None
     settings, ranks, out = one.settings, one.ranks, one.out
     split, sampler = ranks.everywhere(lambda: _share(one, material))
     resume = ranks.on_first(lambda: _last_checkpoint(one))
-    answers = load_answers(out / ANSWERS, planted.signature, material)
+    answers = None
+    if settings.agreement == "base":
+        answers = load_answers(out / ANSWERS, planted.signature, material)
     held_out = hold_out(material, split.rows, ranks, answers)
     against = held_out.against if held_out else "batch"
     facts = describe(planted.twig, planted.loaded.name, planted.signature)
@@ -308,9 +319,11 @@ def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None
     job = Job(settings, out, ranks, one.device, material, facts, one.form, held_out, skips, report)
     if ranks.first:
         _announce(one, split, material, held_out, resume)
+    end = out / f"checkpoint-{split.steps}"
+    if resume == end:  # killed after its last step
+        ranks.on_first(lambda: finish(job, end, planted.twig, _made(one, split), {}))
+        return 0
     trainer = ranks.everywhere(lambda: TwigTrainer(job, model, _arguments(one, split), sampler, signals))
-    if report is not None:
-        report.start(checkpoints.facts(resume)["step"] if resume else 0)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except NotFinite as fault:
@@ -322,8 +335,14 @@ def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None
         raise RunError(_out_of_memory(one, split, trainer.state.global_step + 1)) from fault
     if trainer.state.global_step < trainer.state.max_steps:
         return _stopped(one, trainer.state.global_step, signals.caught)
-    _finish(one, split, trainer, material, planted)
+    ranks.on_first(lambda: finish(job, end, planted.twig, _made(one, split), trainer.clock.summary()))
     return 0
+
+
+def _made(one: Run, split: Split) -> dict:
+    """How the twig was made, for its card."""
+    made = {"split": str(split), "batch_size": one.settings.batch_size, "precision": one.precision}
+    return made | {"processes": one.ranks.world}
 
 
 def _last_checkpoint(one: Run) -> Path | None:
@@ -354,7 +373,7 @@ def _announce(one: Run, split: Split, material: Material, held_out: HeldOut | No
     )
     print(f"{learning} learn on layer {settings.K}, from {settings.init}; {one.precision} on {one.device.type}, " + (
         f"DeepSpeed {one.zero.name}" if one.zero else "DDP" if one.ranks.world > 1 else "no DeepSpeed"))  # fmt: skip
-    if held_out and held_out.against == "labels":
+    if held_out and held_out.against != settings.agreement:
         print("agreement is measured with the labels; run python -m twigvlm.training.agreement first to ask the base")
     if resume:
         print(f"continuing from {resume}")
@@ -398,62 +417,12 @@ def _stopped(one: Run, step: int, number: int | None) -> int:
     """A pre-empted node's job has done what it should: it saved, and exits with 0. Ctrl-C exits as it always does."""
     name = signal.Signals(number).name if number else "another process's signal"
     if one.ranks.first:
+        told = {"step": step, "by": name, "time": time.time()}
+        checkpoints.write(one.out / STOPPED, json.dumps(told) + "\n")
         print(
             f"stopped by {name} after step {step}: saved {one.out / f'checkpoint-{step}'}; the same command continues"
         )
     return 130 if number == signal.SIGINT else 0
-
-
-def _finish(one: Run, split: Split, trainer, material: Material, planted: Planted) -> None:
-    """The twig, its card and its curve; the release's format where it was asked for."""
-    from .trainer import plain_names
-
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if one.zero else trainer.model.state_dict()
-    summary = trainer.clock.summary()
-    if not one.ranks.first:
-        return
-    out, job = one.out, trainer.job
-    tensors = plain_names(state)
-    if has_adapters(planted.twig):
-        tensors = merged(tensors, planted.twig)
-    with checkpoints.writing("the twig", out):
-        write_twig(out, tensors, job.facts)
-        job.skips.write()
-        told = history(out)
-        facts = {
-            **provenance(), "processes": one.ranks.world, "precision": one.precision, "batch_size": one.settings.batch_size,
-            "split": str(split), "samples": len(material.usable), "held_out": len(material.held_out),
-            "skipped": len(job.skips.skipped), "clock": summary,
-        }  # fmt: skip
-        plot(told, out / CURVE, f"Twig of {job.facts['base']}, K = {job.facts['K']}, T = {job.facts['T']}")
-        checkpoints.write(out / CARD, card(job.facts, asdict(one.settings), facts, told))
-        stored = read_json(out / checkpoints.RUN)
-        stored["finished"] = facts | {"settings": asdict(one.settings), "last": told[-1] if told else {}}
-        checkpoints.write(out / checkpoints.RUN, json.dumps(stored, indent=1) + "\n")
-    if summary:
-        print(
-            f"a step takes {summary['step_seconds']:.3f} s = {summary['step_over_parts']:.3f} x its parts (trunk "
-            f"{summary['trunk_seconds']:.3f}, twig {summary['twig_seconds']:.3f}, optimizer "
-            f"{summary['optimizer_seconds']:.3f}); waiting for data {100 * summary['waiting_share']:.2f} %"
-        )
-    left_out = counts(job.skips.skipped)
-    if left_out:
-        print(f"left out: {', '.join(f'{reason}: {n}' for reason, n in left_out.items())}; listed in {out / SKIPPED}")
-    if one.settings.export_release:
-        export_release(out, Path(one.settings.export_release))
-    print(f"{out}: twig, {CARD}, {CURVE}, {LOG}")
-
-
-def export_release(folder: Path, file: Path) -> None:
-    """A twig folder's weights as the authors publish them: one file, layers counted from 0, and no K."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    with checkpoints.writing(file.name, file.parent, "free space, or choose another --export-release"):
-        shutil.copyfile(folder / WEIGHTS, part)
-        os.replace(part, file)
-    print(
-        f"{file}: the twig in the authors' format; it stores no K: load it with K = {read_json(folder / CONFIG)['K']}"
-    )
 
 
 if __name__ == "__main__":

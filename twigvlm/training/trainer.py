@@ -316,6 +316,8 @@ class _Hooks(TrainerCallback):
         self.every = t.job.settings.agreement_steps or max(1, state.max_steps // MEASUREMENTS)
         t.agreement = t.measure_agreement()
         t.tally = Tally()
+        if t.job.report is not None:
+            t.job.report.start(state.global_step)
         self.ended = time.perf_counter()
 
     def on_epoch_begin(self, args, state, control, **_):

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Train a twig.  Usage: [twig_K=2] [twig_T=3] [VARIABLE=…] bash scripts/v1_5/train_twig.sh [flags of the training]
+#
+# With nothing else it trains a twig for the embedded base on drawn data, on the CPU or GPU that is here.
+#   MODEL         hub id or folder of a LLaVA-1.5 model      (liuhaotian/llava-v1.5-7b)
+#   DATA_PATH     LLaVA's instruction JSON                   (…/llava_v1_5_mix665k.json)
+#   IMAGE_FOLDER  folder that its image names start from
+#   OUTPUT_DIR    folder of the run                          (default runs/twig-BASE-K2-T3)
+#   NPROC_PER_NODE  processes here (default: one per GPU); HOSTFILE  DeepSpeed's, for several machines;
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT  several machines with torchrun; under Slurm: srun bash THIS
+# All flags: bash scripts/v1_5/train_twig.sh --help.  What would happen: --dry-run.  The same command continues a stopped run.
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+# Names that the user gave are relative to where the user stands.
+whole() { if [[ -e "$1" ]]; then realpath "$1"; else printf '%s' "$1"; fi; }
+
+flags=(--K "${twig_K:-2}" --T "${twig_T:-3}")
+[[ -n "${twig_F:-}" ]] && flags+=(--F "$twig_F")
+[[ -n "${MODEL:-}" ]] && flags+=(--base "$(whole "$MODEL")")
+[[ -n "${DATA_PATH:-}" ]] && flags+=(--data "$(whole "$DATA_PATH")")
+[[ -n "${IMAGE_FOLDER:-}" ]] && flags+=(--images "$(whole "$IMAGE_FOLDER")")
+[[ -n "${OUTPUT_DIR:-}" ]] && flags+=(--out "$(realpath -m "$OUTPUT_DIR")")
+
+python="${PYTHON:-}"
+if [[ -z "$python" ]]; then
+    if [[ -x "$here/.venv/bin/python" ]]; then python="$here/.venv/bin/python"; else python="$(command -v python3)"; fi
+fi
+if ! "$python" -c "import torch, transformers, accelerate" 2>/dev/null; then
+    echo "error: $python lacks torch, transformers or accelerate; run 'make' targets once, or pip install -e '.[train]'" >&2
+    exit 2
+fi
+
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+cd "$here"
+exec "$python" -m twigvlm.training.launch "${flags[@]}" "$@"

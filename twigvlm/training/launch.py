@@ -1,0 +1,140 @@
+"""Start a training on what is here: `python -m twigvlm.training.launch` with the flags of the training.
+
+One process on one device, torchrun for several, DeepSpeed's launcher for a hostfile, nothing of its
+own under Slurm (`srun`), torchrun or DeepSpeed. Before that it draws the embedded base's data and
+asks the base for its words on the held-out samples, once. Environment: NPROC_PER_NODE, HOSTFILE,
+NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ..errors import InputError, RunError
+from .agreement import FILE as ANSWERS
+from .material import complete
+from .settings import STOPPED, Settings, parse
+
+TRAIN, ASK = "twigvlm.training.train", "twigvlm.training.agreement"
+SAVING_TIME = 1800  # seconds that processes have to save after SIGTERM, before they are killed
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        settings, args = parse(argv, __doc__)
+        if args.dry_run:
+            from .train import main as train
+
+            return train(argv)
+        return start(settings, argv)
+    except InputError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    except RunError as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 1
+
+
+def start(settings: Settings, argv: list[str]) -> int:
+    """Replaces this process by the training where it is one process; else gives its exit code."""
+    env = os.environ
+    rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
+    if rank == 0 and int(env.get("NODE_RANK", "0")) == 0:
+        settings = complete(settings)
+        _ask_base(settings, argv)
+    processes, nodes = _processes(settings), int(env.get("NNODES", "1"))
+    launched = "RANK" in env or (int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env)
+    command = ["-m", TRAIN, *argv]
+    if "HOSTFILE" in env and not launched:
+        command = [
+            "-m",
+            "deepspeed.launcher.runner",
+            "--hostfile",
+            _hostfile(env["HOSTFILE"]),
+            "--module",
+            TRAIN,
+            *argv,
+        ]
+    elif not launched and (processes > 1 or nodes > 1):
+        return _torchrun(settings, processes, nodes, argv)
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *command])
+
+
+def _processes(settings: Settings) -> int:
+    asked = os.environ.get("NPROC_PER_NODE")
+    if asked is not None:
+        if not asked.isdigit() or int(asked) < 1:
+            raise InputError(f"NPROC_PER_NODE is {asked!r}; 1 or more is needed")
+        return int(asked)
+    if settings.device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _hostfile(name: str) -> str:
+    if not Path(name).is_file():
+        raise InputError(f"HOSTFILE is {name!r}; no such file (lines: HOST slots=GPUS)")
+    return str(Path(name).resolve())
+
+
+def _ask_base(settings: Settings, argv: list[str]) -> None:
+    """The base's words, by a process of its own: the training itself never holds the whole base."""
+    if settings.agreement != "base" or settings.random or (Path(settings.out) / ANSWERS).exists():
+        return
+    if settings.held_out == 0:
+        return
+    code = subprocess.run([sys.executable, "-m", ASK, *argv], check=False).returncode
+    if code:
+        print("the base could not be asked (see above); agreement is measured with the labels", file=sys.stderr)
+
+
+def _torchrun(settings: Settings, processes: int, nodes: int, argv: list[str]) -> int:
+    """torchrun in this process, so that SIGTERM ends as it should: saved, exit code 0."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    env = os.environ
+    if settings.device == "cpu":
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    where = ["--standalone"]
+    if nodes > 1:
+        where = ["--nnodes", str(nodes), "--node-rank", env.get("NODE_RANK", "0")]
+        where += [
+            "--master-addr",
+            env.get("MASTER_ADDR", "127.0.0.1"),
+            "--master-port",
+            env.get("MASTER_PORT", "29500"),
+        ]
+    flags = ["--nproc-per-node", str(processes), "--shutdown-timeout", str(SAVING_TIME), *where]
+    began = time.time()
+    try:
+        run.run(run.parse_args([*flags, "-m", TRAIN, *argv]))
+    except ChildFailedError as fault:
+        _, failure = fault.get_first_failure()
+        if failure.exitcode < 0:
+            print(f"error: process {failure.global_rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
+        return max(1, failure.exitcode)
+    except SignalException as fault:
+        return 0 if _stopped_since(complete(settings), began) else 128 + int(fault.sigval)
+    return 0
+
+
+def _stopped_since(settings: Settings, began: float) -> bool:
+    try:
+        return json.loads((Path(settings.out) / STOPPED).read_text(encoding="utf-8"))["time"] >= began
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
