@@ -93,6 +93,13 @@ def test_grouped_by_modality(case):
         assert not mixed
 
 
+def test_leftovers_stay_apart_where_they_can():
+    """5 pictures and 7 texts in 8 cells for two processes: 3 and 5 would be fair, 4 and 4 keep processes alike."""
+    case = Case((5,) * 12, (1,) * 5 + (0,) * 7, rows=4, world=2, accumulation=4, seed=0)
+    cells = list(case.sampler())
+    assert [case.kinds(cell) for cell in cells] == [{True}] * 4 + [{False}] * 4
+
+
 @given(cases())
 def test_grouped_by_length(case):
     """Within a full step the cells are cut from a sorted list: no padding could be saved by exchanging samples."""
