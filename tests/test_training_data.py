@@ -696,6 +696,16 @@ def test_broken_json_in_a_survey(tmp_path, workers, monkeypatch):
         survey(dataset, workers=workers, progress=False)
 
 
+def _die(_dataset, _part) -> list:
+    os._exit(1)
+
+
+def test_a_worker_that_dies(tmp_path):
+    dataset = dataset_of(tmp_path, None, [record("a", "b")] * 4)
+    with pytest.raises(RunError, match="worker process died"):
+        list(survey_module.in_parts(_die, dataset, range(4), 2, None, 1))
+
+
 def test_the_list_of_skipped_samples(tmp_path, pictures):
     dataset = dataset_of(tmp_path, pictures, MIXED)
     file = tmp_path / "run" / "skipped.jsonl"
