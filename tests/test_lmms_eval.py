@@ -301,7 +301,7 @@ def stock_loss(adapter: Adapter, doc: int, continuation: str) -> tuple[float, bo
 @pytest.mark.parametrize("twig", [True, False])
 def test_losses_are_the_stock_models(adapted, folders, batch_size, twig):
     adapter = adapted(batch_size=batch_size, twig=folders["twig"] if twig else None)
-    pairs = [(0, "red"), (0, "the same"), (1, "a"), (2, "there, there."), (3, "red"), (4, "what is it")]
+    pairs = [(0, "red"), (0, "the same"), (1, "a"), (2, "there, there."), (3, "red"), (4, "what</s>is it")]
     found = adapter.loglikelihood([weighed(d, f" {text}") for d, text in pairs])
     expected = [stock_loss(adapter, d, text) for d, text in pairs]
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], abs=1e-4)
