@@ -140,7 +140,7 @@ def merged(out: Path) -> bytes:
 def test_a_run_writes_answers_in_llavas_format_and_says_everything(runner, tmp_path, model):
     out = tmp_path / "out"
     result = runner.done("--out", str(out))
-    folder = out / "answers" / "testdev_balanced" / "base" / "twig-R2@twig"
+    folder = out / "answers" / "gqa_testdev_balanced" / "base" / "twig-R2@twig"
     rows = [json.loads(row) for row in (folder / "merge.jsonl").read_text().splitlines()]
     assert [row["question_id"] for row in rows] == [str(100 + i) for i in range(QUESTIONS)]
     assert all(list(row) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"] for row in rows)
@@ -223,6 +223,17 @@ def test_the_settings_of_the_table(runner, tmp_path):
 def test_a_limited_run_is_scored_on_what_was_asked(runner, tmp_path):
     result = runner.done("--out", str(tmp_path / "out"), "--limit", "5")
     assert result["questions"] == 5 and result["parts"]["exact"]["count"] == 5 and result["limit"] == 5
+
+
+def test_benchmarks_may_share_a_folder(runner, tmp_path):
+    from twigvlm.evaluation.job import Job
+
+    names = [
+        Job(task, Setting(), tmp_path, split, tmp_path).folder.path for task in TASKS.values() for split in task.splits
+    ]
+    assert len(set(names)) == len(names)
+    runner.done("--out", str(tmp_path / "out"), "--limit", "2")
+    runner.done("--out", str(tmp_path / "out"), task="vqav2")
 
 
 def test_what_cannot_be_scored_here_becomes_an_upload_file(runner, tmp_path):

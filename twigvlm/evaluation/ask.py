@@ -30,10 +30,11 @@ from ..vlm import Output, TwigVLM
 from .answers import Appender, answer_line, close_inherited
 from .record import provenance
 from .setting import Setting
-from .shards import SIGNALS, Stop
+from .shards import SIGNALS, Stop, cores
 from .tasks.base import Question
 
 CPU_BATCH = 8  # in fp32 on a CPU; long answers gain, short ones lose nothing
+CUDA_WORKERS = 4
 WARM_TOKENS = 4
 AHEAD = 2  # batches that each worker prepares in advance
 
@@ -53,6 +54,11 @@ def open_model(setting: Setting, local: int | None = None) -> TwigVLM:
         setting.base, setting.twig, setting.K, setting.T,
         device=device, dtype=setting.dtype, attn_implementation=setting.attention,
     )  # fmt: skip
+
+
+def default_workers(vlm: TwigVLM, shards: int) -> int:
+    """Decoding a photograph takes a core as long as a GPU needs to answer; a CPU's own cores are better left alone."""
+    return max(1, min(CUDA_WORKERS, cores() // shards)) if vlm.device.type == "cuda" else 1
 
 
 def dtype_name(vlm: TwigVLM) -> str:
@@ -179,6 +185,8 @@ class Asker:
 
     def begin(self, figures: Appender, load_seconds: float, batch_size: int, part: int, count: int) -> None:
         """Note this session in the figures."""
+        if self.vlm.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.vlm.device)
         facts = provenance() | {"device_type": self.vlm.device.type, "dtype": dtype_name(self.vlm)}
         facts |= {"letters": dict(vars(self.vlm.config)), "load_seconds": load_seconds, "batch_size": batch_size}
         facts |= {"workers": self.workers, "shard": part, "num_shards": count}

@@ -49,7 +49,13 @@ class Job:
 
     @cached_property
     def folder(self) -> Folder:
-        return Folder(self.out / "answers" / self.split / self.setting.model_name / self.setting.name)
+        return Folder(self.out / "answers" / self.split_name / self.setting.model_name / self.setting.name)
+
+    @property
+    def split_name(self) -> str:
+        """The split as its folder is called: with the benchmark's name, so that one --out can hold several."""
+        told = self.task.name.split("_")[0] in self.split.replace("-", "")
+        return self.split if told else f"{self.task.name}_{self.split}"
 
     @cached_property
     def head(self) -> Head:

@@ -91,7 +91,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=int, metavar="N",
         help="questions answered together, which changes no answer (default: 8 in fp32 on a CPU, else 1)",
     )  # fmt: skip
-    work.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode pictures (default 1)")
+    work.add_argument(
+        "--workers", type=int, metavar="N", help="processes that decode pictures (default: up to 4 on CUDA, else 1)"
+    )
     work.add_argument("--num-shards", type=int, metavar="N", help="parts (default: one per visible CUDA device)")
     work.add_argument("--shard", type=int, metavar="I", help="answer part I of N only")
     work.add_argument("--answer-only", action="store_true", help="neither merge nor score")
@@ -171,12 +173,13 @@ def answer(job: Job, part: int, count: int, args: argparse.Namespace, models: Mo
     todo = [piece for piece in todo if piece]
     if not todo or stop:
         return
-    from .ask import Asker, batches, check_images, dtype_name
+    from .ask import Asker, batches, check_images, default_workers, dtype_name
 
     if not job.skip_broken:
         check_images(todo)
     vlm, seconds = models.get(job.setting)
-    asker = Asker(vlm, job.setting, job.task.clean, job.skip_broken, args.workers)
+    workers = default_workers(vlm, count) if args.workers is None else args.workers
+    asker = Asker(vlm, job.setting, job.task.clean, job.skip_broken, workers)
     asker.warm_up()  # refuses an illegal R
     if stop:
         return
@@ -301,19 +304,14 @@ def show(result: dict[str, Any]) -> None:
         return
     score = "not scored here" if result["score"] is None else f"{result['score']:.2f} ({result['metric']})"
     print(f"{result['title']}, {result['model']}, {result['setting']}: {score}")
-    asked = "all" if result["R"] is None else f"{result['R']:g}"
     if result["visual_measured"] is not None:
+        asked = "all" if result["R"] is None else f"{result['R']:g}"
+        own = result["visual_twig_share"]
         print(
-            f"visual tokens per layer: {asked} asked, {result['visual_measured']:.1f} measured, and the twig's own "
-            f"{result['visual_twig_share']:.1f}"
+            f"visual tokens per layer: {asked} asked, {result['visual_measured']:.1f} measured, the twig's own {own:.1f}"
         )
     if result["tokens_per_second"]:
-        decode = result["decode_tokens_per_second"]
-        accepted = "" if result["acceptance"] is None else f", {100 * result['acceptance']:.0f} % of drafts accepted"
-        print(
-            f"{result['tokens_per_second']:.1f} tokens/s, " + (f"{decode:.1f} in decoding alone, " if decode else "")
-            + f"first token after {result['time_to_first_token']:.2f} s{accepted}"
-        )  # fmt: skip
+        print(speed_line(result))
     for name, count in result["doubts"].items():
         print(f"doubt: {count} {name}")
     if result["upload"]:
@@ -321,6 +319,23 @@ def show(result: dict[str, Any]) -> None:
     if result["note"]:
         print(f"note: {result['note']}")
     print(f"result: {result['result']}")
+
+
+def speed_line(result: dict[str, Any]) -> str:
+    """Speed as the paper has it (per sample, prefill included), or over all; decoding and first token apart."""
+    sample, decode = result["tokens_per_second_per_sample"], result["decode_tokens_per_second"]
+    sizes = " or ".join(map(str, result["batch_sizes"]))
+    parts = [
+        f"{sample:.1f} tokens/s per sample"
+        if sample
+        else f"{result['tokens_per_second']:.1f} tokens/s in batches of {sizes}"
+    ]
+    if decode:
+        parts.append(f"{decode:.1f} in decoding alone")
+    parts.append(f"first token after {result['time_to_first_token']:.2f} s")
+    if result["acceptance"] is not None:
+        parts.append(f"{100 * result['acceptance']:.0f} % of drafts accepted")
+    return ", ".join(parts)
 
 
 def evaluate(args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:

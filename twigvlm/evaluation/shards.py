@@ -209,7 +209,7 @@ def launch(
                 if status is None:
                     continue
                 del children[part]
-                if status and not (stop and status == stop.code):
+                if status and not (stop and status in (stop.code, -stop.signal)):  # the latter: before it could listen
                     failed.append(_ended(part, placement, status, logs))
                     print(f"shard {part} {failed[-1].reason}", file=sys.stderr, flush=True)
             if stop and not told:
