@@ -421,6 +421,7 @@ def test_ranks_come_from_the_launcher(adapted, monkeypatch):
     assert (adapter._rank, adapter._world_size, adapter.device.type) == (3, 4, "cpu")
 
 
+@pytest.mark.slow
 def test_nothing_of_lmms_eval_is_imported_before_it_is_wanted():
     code = (
         "import sys; import twigvlm.evaluation.lmms as m, twigvlm.evaluation.lmms_task\n"
