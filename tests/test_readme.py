@@ -52,6 +52,18 @@ def test_command_runs(command, workplace):
     assert out.stdout.strip()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in commands("bash") if "bash scripts/" in c])
+def test_script_runs(command):
+    out = run(["bash", "-c", command], ROOT)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.strip()
+
+
+def test_every_command_is_one_of_these():
+    assert all(c.startswith(("make", "python")) or "bash scripts/" in c for c in commands("bash"))
+
+
 @pytest.mark.parametrize("command", [c for c in commands("bash") if c.startswith("make")])
 def test_make_target_exists(command, workplace):
     assert run(["make", "--dry-run", "-C", str(ROOT), *shlex.split(command)[1:]], workplace).returncode == 0

@@ -1,4 +1,7 @@
-"""Put a trained base and twig into checkpoints/, each with its model card: `python -m twigvlm.sprout.publish`."""
+"""Put a trained base and twig into checkpoints/, each with its model card, and the measured figures into the README.
+
+`python -m twigvlm.sprout.publish` does all of it; `--readme-only` after a new measurement of the same weights.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ import shutil
 from pathlib import Path
 
 from ..errors import InputError
-from ..evaluation.record import provenance, table
+from ..evaluation.record import ROOT, provenance, table
 from ..model.load import EMBEDDED_BASE, EMBEDDED_TWIG
+from .questions import KINDS
 
+START, END = "<!-- figures -->", "<!-- end of figures -->"  # marks in the README
 LIMIT = 30 * 2**20  # bytes of base and twig together, so that a clone stays small
 
 HEADS = {
@@ -101,17 +106,65 @@ def publish(run: Path, report: Path) -> None:
         (target / "README.md").write_text(card(kind, run, found), encoding="utf-8")
 
 
+def refresh_readme(readme: Path, results: Path) -> None:
+    """Rewrite what stands between the README's figure marks from the result files, each with its command."""
+    parts = [_quality(results), _speed(results), _benchmarks(results)]
+    text = readme.read_text(encoding="utf-8")
+    start, end = text.index(START) + len(START), text.index(END)
+    readme.write_text(text[:start] + "\n" + "\n\n".join(filter(None, parts)) + "\n" + text[end:], encoding="utf-8")
+
+
+def _quality(results: Path) -> str:
+    report = json.loads((results / "sprout_report.json").read_text())
+    base, *_ = report["rows"]
+    rows = [
+        {
+            "setting": row["setting"],
+            "right short answers %": row["all"],
+            "RelAcc %": row["RelAcc"],
+            "descriptions with every object right %": row.get("description, objects"),
+            "drafts accepted %": row.get("acceptance"),
+        }
+        for row in report["rows"]
+    ]
+    kinds = ", ".join(f"{kind} {base[kind]:.0f}" for kind in KINDS)
+    return (
+        f"Quality of the embedded model on its test split: `{report['command']}`\n({base['questions']} questions, "
+        f"{base['descriptions']} descriptions, [JSON](benchmarks/results/sprout_report.json)):\n\n{table(rows)}\n\n"
+        f"![Accuracy against R](benchmarks/results/sprout_report.png)\n\nThe base by kind of question (%): {kinds}."
+    )
+
+
+def _speed(results: Path) -> str:
+    speed = json.loads((results / "speed_sprout_cpu.json").read_text())
+    rows = [{k: v for k, v in row.items() if k != "tokens"} for row in speed["rows"]]
+    return (
+        "Speed at batch 1 on two CPU cores, descriptions of 64 tokens and more, medians: "
+        f"`{speed['command']}`\n([JSON](benchmarks/results/speed_sprout_cpu.json); {speed['device']}, torch "
+        f"{speed['torch']}):\n\n{table(rows, digits=2)}"
+    )
+
+
+def _benchmarks(results: Path) -> str:
+    """The table of the evaluation suite, where it was run."""
+    file = results / "sprout_benchmarks.md"
+    return file.read_text(encoding="utf-8").strip() if file.exists() else ""
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--run", type=Path, default=Path("runs/sprout"), help="folder of the training run (default %(default)s)"
     )
     parser.add_argument(
         "--report", type=Path, default=Path("benchmarks/results/sprout_report.json"), help="figures for the cards"
     )
+    parser.add_argument("--readme-only", action="store_true", help="leave checkpoints/ as they are")
     args = parser.parse_args(argv)
     try:
-        publish(args.run, args.report)
+        if not args.readme_only:
+            publish(args.run, args.report)
+        refresh_readme(ROOT / "README.md", args.report.parent)
     except InputError as fault:
         parser.exit(2, f"error: {fault}\n")
 
