@@ -163,7 +163,10 @@ def split_batch(batch: int, processes: int, rows: int | None, usual: int) -> tup
 def parse(argv: list[str] | None, doc: str) -> tuple[Settings, argparse.Namespace]:
     """Settings and the flags that say what to do with them (--dry-run and its own)."""
     parser = argparse.ArgumentParser(
-        prog="python -m twigvlm.training.train", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m twigvlm.training.train",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     _add_flags(parser)
     args = parser.parse_args(argv)
@@ -240,6 +243,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     flag(watch, "save_seconds", "seconds between checkpoints (0: by steps only)", type=float)
     flag(watch, "keep", "checkpoints that are kept", type=int)
     flag(watch, "log_steps", "steps between reports (default: 1, in long runs 10)", type=int)
+    flag(
+        watch,
+        "agreement",
+        "whose words the twig is measured with: the base's, asked once before the training, or the labels",
+        choices=("base", "labels"),
+    )
     flag(
         watch,
         "agreement_steps",
