@@ -7,6 +7,8 @@ command continues a run that was stopped, from its last whole checkpoint.
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import importlib.util
 import json
 import math
@@ -38,6 +40,7 @@ from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, parse, split_
 from .survey import SkipLog, Survey
 
 NEVER = 10**9  # steps
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 MANY_STEPS = 1000  # from here on not every step is reported
 GPU_WORKERS, CPU_WORKERS = 4, 1
 # What a run is: another value of these makes another run. Devices and workers may change.
@@ -114,6 +117,8 @@ class Run:
 
 def run(settings: Settings) -> int:
     """The whole of it; gives the exit code."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError("training needs the package accelerate, which is not installed: pip install -e '.[train]'")
     ranks = find()
     device = _device(settings, ranks)
     one = Run(settings, ranks, device, _precision(settings, device), settings.zero_config(device.type, ranks.world))
@@ -129,6 +134,7 @@ def run(settings: Settings) -> int:
         code = _run(one, signals)
         leave(ranks)
     finally:
+        signals.forget()
         for lock in locks:
             lock.close()
     return code
@@ -138,7 +144,7 @@ def _run(one: Run, signals) -> int:
     """In the folder that is locked now."""
     settings, ranks, out = one.settings, one.ranks, one.out
     identity = {name: getattr(settings, name) for name in IDENTITY}
-    identity |= {"base": settings.base or settings.random or "sprout", "precision": one.precision}
+    identity |= {"base": _base_name(settings), "precision": one.precision}
     ranks.on_first(lambda: checkpoints.identify(out, identity, whole=False))
     torch.manual_seed(settings.seed)
     planted = ranks.everywhere(lambda: _plant(one))
@@ -150,6 +156,14 @@ def _run(one: Run, signals) -> int:
         ranks.on_first(lambda: _again(one))
         return 0
     return _train(one, planted, material, skips[0] if skips else None, signals)
+
+
+def _base_name(settings: Settings) -> str:
+    """The same from wherever the command is given."""
+    if settings.base is None:
+        return settings.random or "sprout"
+    path = Path(settings.base).expanduser()
+    return str(path.resolve()) if path.exists() else settings.base
 
 
 def _device(settings: Settings, ranks: Ranks) -> torch.device:
@@ -179,6 +193,7 @@ def _prepare_process(one: Run) -> None:
     """Before anything of DeepSpeed or Hugging Face looks around."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    _die_with_launcher(one.ranks)
     if one.device.type == "cpu":
         torch.set_flush_denormal(True)  # fading optimizer states would slow a CPU down
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -191,6 +206,13 @@ def _prepare_process(one: Run) -> None:
 
     # Compiled for a minute and a half at the first start, and no faster than gloo here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _die_with_launcher(ranks: Ranks) -> None:
+    """A killed launcher cannot end its processes: the kernel does, or they would train on and keep the folder."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ  # torchrun, DeepSpeed
+    if ranks.world > 1 and launched and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _signals():
@@ -264,13 +286,21 @@ def _arguments(one: Run, split: Split):
     if settings.wandb:
         if importlib.util.find_spec("wandb") is None:
             raise InputError("--wandb needs the package wandb: pip install wandb")
-        os.environ.setdefault("WANDB_DIR", str(one.out))
+        digest = hashlib.sha256(str(one.out.resolve()).encode()).hexdigest()[:12]
+        wanted = {
+            "WANDB_DIR": str(one.out),
+            "WANDB_PROJECT": "twigvlm",
+            "WANDB_RUN_ID": digest,
+            "WANDB_RESUME": "allow",
+        }
+        for name, value in wanted.items():  # a continued run goes on in its own charts
+            os.environ.setdefault(name, value)
         reports.append("wandb")
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(one.out / "tensorboard")
     workers = settings.workers
     if workers is None:
         workers = GPU_WORKERS if one.device.type == "cuda" else CPU_WORKERS
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(one.out),
         run_name=one.out.name,
         per_device_train_batch_size=split.rows,
@@ -300,6 +330,9 @@ def _arguments(one: Run, split: Split):
         log_level="error",
         remove_unused_columns=False,
     )
+    if one.zero is None and arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # else the Trainer would use the other GPUs by threads; they want processes
+    return arguments
 
 
 def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None, signals) -> int:
@@ -370,6 +403,9 @@ def _announce(one: Run, split: Split, material: Material, held_out: HeldOut | No
     learning = "adapters" if settings.lora_rank else f"{settings.T} layers, norm and head"
     print(
         f"{split}: {split.steps:,} steps, {split.steps_an_epoch:,} a pass over {len(material.usable):,} samples{aside}"
+    )
+    print(
+        f"AdamW, lr {settings.lr:g}, betas {settings.betas[0]:g} {settings.betas[1]:g}, {settings.schedule}, seed {settings.seed}"
     )
     print(f"{learning} learn on layer {settings.K}, from {settings.init}; {one.precision} on {one.device.type}, " + (
         f"DeepSpeed {one.zero.name}" if one.zero else "DDP" if one.ranks.world > 1 else "no DeepSpeed"))  # fmt: skip
