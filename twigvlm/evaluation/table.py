@@ -171,6 +171,8 @@ class Table:
         if absent := sorted({task for task, _ in theirs.keys() - ours.keys()}):
             self._note(f"no RelAcc for {row.setting}: without {', '.join(absent)} it would be another mean")
             return None
+        if zero := sorted({task for (task, _), score in theirs.items() if not score}):
+            self._note(f"RelAcc leaves out {', '.join(zero)}: the baseline scores 0 there")
         common = [column for column in theirs if theirs[column]]
         for column in common:
             self._same_questions(row.results[column], base.results[column])
