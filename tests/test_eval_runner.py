@@ -225,6 +225,13 @@ def test_a_limited_run_is_scored_on_what_was_asked(runner, tmp_path):
     assert result["questions"] == 5 and result["parts"]["exact"]["count"] == 5 and result["limit"] == 5
 
 
+def test_a_result_holds_sums_and_not_every_question():
+    from twigvlm.evaluation.job import brief
+
+    every = {str(i): i for i in range(101)}
+    assert brief({"a": 1, "each": every, "kind": {"each": every, "b": [1, 2]}}) == {"a": 1, "kind": {"b": [1, 2]}}
+
+
 def test_benchmarks_may_share_a_folder(runner, tmp_path):
     from twigvlm.evaluation.job import Job
 

@@ -22,6 +22,7 @@ from .setting import EMBEDDED_DATA, EMBEDDED_NAME, Setting, default_data
 from .tasks.base import Question, Score, Task
 
 UPLOAD_SUFFIX = {"mmbench": ".xlsx", "mmbench_cn": ".xlsx", "seed": ".jsonl", "mme": ""}  # all others: .json
+MANY = 100  # entries of a part that are no summary any more
 PIECE = 8  # neighbouring questions that go to one shard, unless batches are larger
 
 
@@ -153,7 +154,7 @@ class Job:
             "split": self.split,
             "metric": self.task.metric,
             "score": score.score,
-            "parts": dict(score.parts),
+            "parts": brief(score.parts),
             "doubts": dict(score.doubts),
             "questions": len(self.questions),
             "limit": setting.limit,
@@ -171,6 +172,12 @@ class Job:
         facts |= {"base": self.setting.base or EMBEDDED_NAME, "skip_broken": self.skip_broken}
         facts["twig"] = self.setting.twig_name
         return {"configuration": facts}
+
+
+def brief(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what lists single questions; `python -m twigvlm.evaluation.score` prints that too."""
+    short = {k: v for k, v in parts.items() if not isinstance(v, (Mapping, list)) or len(v) <= MANY}
+    return {key: brief(value) if isinstance(value, Mapping) else value for key, value in short.items()}
 
 
 @lru_cache(maxsize=16)  # the same benchmark under several settings is read once

@@ -29,7 +29,6 @@ FORMATS = ("markdown", "csv", "latex", "json")
 SPEED_TASK = "mmvet"
 ORDER = ("gqa", "mmbench", "mmbench_cn", "mme", "textvqa", "sqa", "vqav2", "pope", "mmmu", "seed", "mmvet")
 NEEDED = ("task", "split", "model", "setting", "method", "R", "score", "questions")
-SECRET = ("base", "plain")  # methods that are nobody's improvement
 POINTS = ("mme",)  # shown without decimals
 
 Column = tuple[str, str]  # task, split
