@@ -135,12 +135,29 @@ def test_torchrun(flags, single, world, tmp_path, zero):  # noqa: F811
     assert ("DDP" if zero == "none" else f"zero{zero}.json") in said
 
 
+@pytest.mark.parametrize("zero", ["none", "3"])
+def test_held_out_samples_are_shared(flags, tmp_path, zero):
+    """Three batches of held-out samples for two processes: one repeats one, which is not counted."""
+    more = ["--held-out", "3", "--agreement", "labels", "--agreement-steps", "1", "--max-steps", "3"]
+    assert finish(start(python(TRAIN, *flags("one", *more, "--zero", "none"))))[0] == 0
+    code, said = finish(start(torchrun(TRAIN, *flags("two", *more, "--zero", zero))))
+    assert code == 0, said
+    one, two = ([t["agreement"] for t in report.history(tmp_path / name)] for name in ("one", "two"))
+    assert len(one) == 3 and one == pytest.approx(two, abs=1e-4)
+
+
 def test_deepspeeds_launcher_with_a_hostfile(flags, single, world, tmp_path):  # noqa: F811
     (tmp_path / "hosts").write_text("localhost slots=2\n")
     env = {"HOSTFILE": str(tmp_path / "hosts"), "MASTER_PORT": port()}
     code, said = finish(start(python("twigvlm.training.launch", *flags("two")), **env))
     check(code, said, tmp_path / "two", single, world / "base")
     assert "zero2.json" in said
+
+
+def test_deepspeeds_own_command(flags, single, world, tmp_path):  # noqa: F811
+    words = ["--num_gpus", "2", "--master_port", port(), "--module", TRAIN, *flags("two", "--zero", "3")]
+    code, said = finish(start(python("deepspeed.launcher.runner", *words), DS_ACCELERATOR="cpu"))
+    check(code, said, tmp_path / "two", single, world / "base")
 
 
 def test_slurm(flags, single, world, tmp_path):  # noqa: F811
@@ -253,6 +270,19 @@ def test_sigkill_of_the_script_and_the_same_command_again(flags, single, tmp_pat
     code, said = finish(start(command, PYTHON=sys.executable))
     assert code == 0 and "continuing from" in said, said
     assert apart(single, tmp_path / "killed") == 0.0
+
+
+def test_sigkill_of_the_launcher_takes_its_processes_along(flags, tmp_path):
+    """Else they would train on, and the same command would find its folder in use."""
+    command = python(
+        "twigvlm.training.launch", *flags("killed", "--zero", "none", "--save-steps", "1", "--epochs", "3")
+    )
+    process = start(command, NPROC_PER_NODE="2")
+    wait_for(process, tmp_path / "killed", 2)
+    process.kill()
+    finish(process)
+    code, said = finish(start(command, NPROC_PER_NODE="2"))
+    assert code == 0 and "continuing from" in said, said
 
 
 def test_other_processes_cannot_take_over_shared_states(flags, tmp_path):

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +20,8 @@ from pathlib import Path
 from ..errors import InputError, RunError
 from .agreement import FILE as ANSWERS
 from .material import complete
-from .settings import STOPPED, Settings, parse
+from .records import Records
+from .settings import HELD_OUT, HELD_OUT_SHARE, STOPPED, Settings, parse
 
 TRAIN, ASK = "twigvlm.training.train", "twigvlm.training.agreement"
 SAVING_TIME = 1800  # seconds that processes have to save after SIGTERM, before they are killed
@@ -52,15 +55,9 @@ def start(settings: Settings, argv: list[str]) -> int:
     launched = "RANK" in env or (int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env)
     command = ["-m", TRAIN, *argv]
     if "HOSTFILE" in env and not launched:
-        command = [
-            "-m",
-            "deepspeed.launcher.runner",
-            "--hostfile",
-            _hostfile(env["HOSTFILE"]),
-            "--module",
-            TRAIN,
-            *argv,
-        ]
+        if settings.device == "cpu":
+            env.setdefault("DS_ACCELERATOR", "cpu")
+        command = ["-m", "deepspeed.launcher.runner", *_deepspeed(env["HOSTFILE"]), TRAIN, *argv]
     elif not launched and (processes > 1 or nodes > 1):
         return _torchrun(settings, processes, nodes, argv)
     sys.stdout.flush()
@@ -80,21 +77,41 @@ def _processes(settings: Settings) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _hostfile(name: str) -> str:
-    if not Path(name).is_file():
-        raise InputError(f"HOSTFILE is {name!r}; no such file (lines: HOST slots=GPUS)")
-    return str(Path(name).resolve())
+def _deepspeed(hostfile: str) -> list[str]:
+    """The flags of DeepSpeed's launcher. A file that names this machine alone needs no ssh."""
+    file = Path(hostfile)
+    if not file.is_file():
+        raise InputError(f"HOSTFILE is {hostfile!r}; no such file (lines: HOST slots=GPUS)")
+    hosts = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", line.split("#")[0].strip())
+        if match:
+            hosts[match[1]] = match[2]
+        elif line.split("#")[0].strip():
+            raise InputError(f"{file}, line {number}: {line.strip()!r}; HOST slots=GPUS is needed")
+    if not hosts:
+        raise InputError(f"{file}: names no host (lines: HOST slots=GPUS)")
+    where = ["--hostfile", str(file.resolve())]
+    if set(hosts) <= {"localhost", "127.0.0.1", socket.gethostname()}:
+        where = ["--hostfile", os.devnull, "--num_gpus", str(sum(map(int, hosts.values())))]
+    address = ["--master_addr", os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []
+    return [*where, *address, "--master_port", os.environ.get("MASTER_PORT", "29500"), "--module"]
 
 
 def _ask_base(settings: Settings, argv: list[str]) -> None:
     """The base's words, by a process of its own: the training itself never holds the whole base."""
     if settings.agreement != "base" or settings.random or (Path(settings.out) / ANSWERS).exists():
         return
-    if settings.held_out == 0:
+    if settings.held_out == 0 or (settings.held_out is None and not settings.held_out_data and _small(settings.data)):
         return
     code = subprocess.run([sys.executable, "-m", ASK, *argv], check=False).returncode
     if code:
         print("the base could not be asked (see above); agreement is measured with the labels", file=sys.stderr)
+
+
+def _small(data: str | None) -> bool:
+    """Whether nothing of this file is held out unless asked."""
+    return data is None or len(Records(data)) < HELD_OUT * HELD_OUT_SHARE
 
 
 def _torchrun(settings: Settings, processes: int, nodes: int, argv: list[str]) -> int:

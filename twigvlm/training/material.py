@@ -69,7 +69,7 @@ def gather(
     images = settings.held_out_images or settings.images
     dataset = ranks.everywhere(lambda: open_data(settings, settings.data, settings.images, processor, loaded))
     aside = dataset
-    if settings.held_out_data:
+    if settings.held_out_data and settings.held_out != 0:
         aside = ranks.everywhere(lambda: open_data(settings, settings.held_out_data, images, processor, loaded))
 
     def look() -> Survey:
@@ -81,7 +81,7 @@ def gather(
     usable = found.usable
     if not len(usable):
         raise InputError(f"{settings.data}: none of its {len(found)} samples can be used; see the list of skipped ones")
-    if settings.held_out_data:
+    if aside is not dataset:
         places = ranks.on_first(lambda: survey(aside, cache, progress=False)).usable
         places = places[: settings.held_out or HELD_OUT]
     else:
@@ -95,9 +95,8 @@ def gather(
 
 
 def complete(settings: Settings) -> Settings:
-    """Fill in what the base decides: the embedded base learns from drawn conversations; the folder of the run."""
-    given = settings.data is not None
-    if settings.embedded and not given:
+    """Fill in what nobody gave: without a base there are drawn conversations to learn from; the folder of the run."""
+    if settings.base is None and settings.data is None:
         train, aside = (DRAWN / split for split in ("train", "validation"))
         settings = replace(
             settings,

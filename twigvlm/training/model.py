@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import TwigConfig
 from ..errors import InputError
-from ..model.load import Loaded, load_base, read_json
+from ..model.load import EMBEDDED_BASE, Loaded, load_base, read_json
 from ..model.random import random_base, random_config
 from ..model.stream import Stream
 from ..model.trunk import Trunk
@@ -81,7 +81,7 @@ def plant(
     if shape is not None:
         count = len(keep(random_config(shape).text_config.num_hidden_layers))
         model = random_base(shape, device, dtype, attention, layers=count)
-        loaded = Loaded(Trunk(model), Path(), f"random {shape}", False)
+        loaded = Loaded(Trunk(model), EMBEDDED_BASE, f"random {shape}", False)  # the folder has a tokenizer
     else:
         loaded = load_base(base, device, dtype, attention, keep)
     trunk, config = loaded.trunk, configs[-1]

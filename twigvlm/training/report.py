@@ -27,6 +27,10 @@ class Report:
         """`against`: whose words agreement is measured with ("base", "labels" or "batch")."""
         self.out, self.against = out, against
         self.marks: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        log = out / LOG
+        if log.exists() and not log.read_bytes().endswith(b"\n"):  # a kill cut its last line short
+            with open(log, "a") as file:
+                file.write("\n")
 
     def start(self, step: int) -> None:
         self.marks.append((step, time.monotonic()))

@@ -257,6 +257,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag(watch, "wandb", "report to Weights & Biases", action="store_true")
     watch.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", help="no TensorBoard files")
+    # DeepSpeed's launcher says it this way and in the environment; the environment counts.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     plan = parser.add_argument_group("plan")
     plan.add_argument("--dry-run", action="store_true", help="print the plan, load no weights")
     plan.add_argument("--devices", type=int, help="devices to plan for (default: those here)")

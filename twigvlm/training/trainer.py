@@ -76,8 +76,12 @@ class Signals:
 
     def __init__(self) -> None:
         self.caught: int | None = None
-        signal.signal(signal.SIGTERM, self._catch)
-        signal.signal(signal.SIGINT, self._catch)
+        self.before = {number: signal.signal(number, self._catch) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def forget(self) -> None:
+        """Leave signals to whoever had them before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _catch(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self.caught is not None:
@@ -236,7 +240,8 @@ class TwigTrainer(Trainer):
                 logs["agreement"] = right / max(1.0, answers)
             elif self.agreement is not None:
                 logs["agreement"] = self.agreement
-        super().log(logs, start_time)
+        with checkpoints.writing("the log", self.job.out):
+            super().log(logs, start_time)
         if self.job.report is not None and "loss" in logs:
             with checkpoints.writing("the log", self.job.out):
                 self.job.report.step(self.state.global_step, self.state.max_steps, logs)
@@ -312,6 +317,8 @@ class _Hooks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **_):
         t = self.trainer
+        # A checkpoint brings the intervals of the run that wrote it; those of this command count.
+        state.logging_steps, state.save_steps = args.logging_steps, args.save_steps
         t.resumed_at, t.last_saved, t.tally = state.global_step, time.monotonic(), Tally()
         self.every = t.job.settings.agreement_steps or max(1, state.max_steps // MEASUREMENTS)
         t.agreement = t.measure_agreement()
