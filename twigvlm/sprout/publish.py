@@ -51,14 +51,16 @@ Three decoder layers, a norm and a head on layer 2 of sprout, trained by next-to
 def card(kind: str, run: Path, report: dict | None) -> str:
     """The model card: what it is, data, recipe with the steps really done, figures with their command."""
     settings = json.loads((run / "settings.json").read_text())
+    settings = {k: v for k, v in settings.items() if k not in ("out", "start")}  # names of somebody's folders
     lines = [HEADS[kind], "## Data\n", DATA, "\n## Recipe\n"]
     lines.append(
-        "`python -m twigvlm.sprout.train`, on this machine with these stages (seconds are wall clock, shared machine):\n"
+        "`python -m twigvlm.sprout.train`, with these stages (seconds are wall clock on two shared CPU cores):\n"
     )
-    lines.append(
-        table([_stage(file) for file in sorted(run.glob("*.jsonl"), key=lambda f: f.stat().st_mtime)], digits=3)
-    )
+    lines.append(table(sorted((_stage(file) for file in run.glob("*.jsonl")), key=lambda s: s.pop("ended")), digits=3))
     lines.append(f"\nLast call's settings: `{json.dumps(settings)}`; code: commit `{provenance()['commit']}`.")
+    notes = run / "notes.md"
+    if notes.exists():
+        lines.append(f"\n{notes.read_text(encoding='utf-8').strip()}")
     if report:
         lines.append("\n## Figures\n")
         lines.append(
@@ -84,6 +86,7 @@ def _stage(log: Path) -> dict:
         "stage": log.stem,
         "steps": last["step"],
         "seconds": last["time"] - lines[0]["time"],
+        "ended": last["time"],
         "last loss": last["loss"],
         "last figures": ", ".join(f"{k} {v:.3f}" for k, v in figures.items()),
     }

@@ -138,8 +138,8 @@ class Recipe:
 
     def joint(self) -> LlavaForConditionalGeneration:
         model = self.load("deep", LAYERS)
-        loop = self.loop("joint", 200, 1e-4)
-        return self.answers(model, loop, rows=8, kind="image", keep_share=1, offset=2, train_tower=True)
+        loop = self.loop("joint", 400, 1e-4)
+        return self.answers(model, loop, rows=4, kind="image", keep_share=1, offset=2, train_tower=True)
 
     def twig(self) -> torch.nn.Module:
         """Grow and train the twig on the base as it is published (rounded to fp16), which stays as it is."""
