@@ -341,9 +341,10 @@ def test_flags_that_disagree_with_the_twig(base, twig):
     refused([WEIGHTS, "K = 3", "K = 2"], base, twig, K=3)
     refused([WEIGHTS, "T = 1", "T = 2"], base, twig, T=1)
     refused(["F is 2", "K = 2"], base, twig, wipe_layer=2)
-    for flag in ("K", "T", "wipe_layer"):
-        refused([f"{flag} is 0"], base, twig, **{flag: 0})
-        refused([f"{flag} is 0"], base, **{flag: 0})
+    refused(["K = 0", "K = 2"], base, twig, K=0)
+    for flag, value in (("K", -1), ("T", 0), ("wipe_layer", 0)):
+        refused([f"{flag} is {value}"], base, twig, **{flag: value})
+        refused([f"{flag} is {value}"], base, **{flag: value})
 
 
 def test_a_twig_of_another_base(twig, tmp_path):
