@@ -31,6 +31,7 @@ from twigvlm.training.settings import EMBEDDED_PRESET, Settings, split_batch
 
 pytest.importorskip("accelerate")
 
+slow = pytest.mark.slow
 CPU, FP32 = torch.device("cpu"), torch.float32
 WORDS = ("red", "the dog", "a ring there", "the end at last", "there are three")
 
@@ -116,8 +117,10 @@ def golden_batch(golden: Path, facts: dict, arrays, trunk) -> dict:
     return {k: batch[k] for k in ("input_ids", "labels", "lengths")} | {"pixel_values": torch.cat(pixels)}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("K,T", [(2, 3), (1, 2)])
+@pytest.mark.parametrize(
+    "K,T,attention",
+    [(2, 3, "sdpa"), (1, 2, "eager"), *(pytest.param(*c, marks=slow) for c in ((2, 3, "eager"), (1, 2, "sdpa")))],
+)
 def test_loss_gradients_and_steps_are_the_authors(golden, K, T, attention):
     facts = json.loads((golden / f"training/loss_A_K{K}T{T}.json").read_text())
     arrays = np.load(golden / f"training/loss_A_K{K}T{T}.npz")
@@ -176,6 +179,7 @@ class GoldenSet(TwigDataset):
         return rows or [Example([1, 5], [IGNORE, IGNORE], (), 2)]
 
 
+@slow
 def test_a_whole_run_is_the_authors(golden, tmp_path):
     """Through Hugging Face's Trainer as it trains: losses, learning rates and final weights."""
     facts = json.loads((golden / "training/e2e.json").read_text())
@@ -490,6 +494,7 @@ def test_held_out_samples_measure_agreement_with_the_base(run, world, tmp_path):
     assert code == 0 and "(labels)" in said and "twigvlm.training.agreement" in said
 
 
+@slow
 def test_adapters(run, world, tmp_path):
     pytest.importorskip("peft")
     flags = ["--lora-rank", "4", "--lora-dropout", "0.1", "--epochs", "2", "--save-steps", "3"]
@@ -532,7 +537,7 @@ def stopped_and_resumed(run, tmp_path, flags, at: int, name: str = "resumed") ->
     assert code == 0, said
 
 
-@pytest.mark.parametrize("at", [1, 2, 8, 13, 24])
+@pytest.mark.parametrize("at", [13, *(pytest.param(at, marks=slow) for at in (1, 2, 8, 24))])
 def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, at):
     flags = ["--epochs", "2", "--save-steps", "1"]
     assert run("whole", *flags)[0] == 0
@@ -543,7 +548,7 @@ def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, at):
     ]
 
 
-@pytest.mark.parametrize("where", ["seal", "prune", "_flush", "finish"])
+@pytest.mark.parametrize("where", ["seal", "finish", *(pytest.param(w, marks=slow) for w in ("prune", "_flush"))])
 def test_killed_while_saving(run, tmp_path, monkeypatch, where):
     """Between any two of the file operations of a checkpoint, and after the last one."""
     flags = ["--epochs", "1", "--save-steps", "2", "--keep", "1"]
@@ -568,7 +573,7 @@ def test_killed_while_saving(run, tmp_path, monkeypatch, where):
     assert not [p for p in (tmp_path / "resumed").iterdir() if p.name.startswith((".saving", ".doomed"))]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "missing", "unsealed"])
+@pytest.mark.parametrize("damage", ["flipped", *(pytest.param(d, marks=slow) for d in ("cut", "missing", "unsealed"))])
 def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, damage):
     flags = ["--epochs", "1", "--save-steps", "2", "--keep", "3"]
     assert run("whole", *flags)[0] == 0
@@ -601,6 +606,7 @@ def test_old_checkpoints_go(run, tmp_path):
     assert vlm.config.T == 3  # a checkpoint is a twig
 
 
+@slow
 def test_saving_by_the_clock(run, tmp_path, monkeypatch):
     saved, real = [], checkpoints.seal
     monkeypatch.setattr(
@@ -613,8 +619,14 @@ def test_saving_by_the_clock(run, tmp_path, monkeypatch):
     assert saved == ["checkpoint-6"]
 
 
-@pytest.mark.parametrize("number,expected", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("at", [1, 4, 5])
+@pytest.mark.parametrize(
+    "number,expected,at",
+    [
+        (signal.SIGTERM, 0, 5),
+        *(pytest.param(signal.SIGTERM, 0, at, marks=slow) for at in (1, 4)),
+        *(pytest.param(signal.SIGINT, 130, at, marks=slow) for at in (1, 4, 5)),
+    ],
+)
 def test_a_signal_saves_and_stops(run, tmp_path, number, expected, at):
     """In the middle of a step as well as at its end; the same command ends with the same weights."""
     assert run("whole", "--epochs", "1")[0] == 0
@@ -662,6 +674,7 @@ def test_a_loss_that_is_no_number(run, tmp_path):
     assert equal(twig_of(tmp_path / "whole"), twig_of(tmp_path / "out"))
 
 
+@slow
 def test_gradients_that_are_no_numbers(run, tmp_path, monkeypatch):
     real = torch.Tensor.backward
 
@@ -811,6 +824,22 @@ def test_a_batch_is_split_exactly_or_refused(batch, processes, rows, usual):
         return
     assert found * accumulation * processes == batch
     assert found == rows or (rows is None and found <= usual)
+
+
+def test_a_log_line_that_a_kill_cut_short(tmp_path):
+    report.Report(tmp_path, "base").start(0)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    told = report.Report(tmp_path, "base")
+    told.start(1)
+    logs = {
+        "loss": 1.0,
+        "learning_rate": 0.1,
+        "samples_per_second": 1.0,
+        "tokens_per_second": 9.0,
+        "waiting_share": 0.0,
+    }
+    told.step(2, 4, logs)
+    assert [(t["step"], t["loss"]) for t in report.history(tmp_path)] == [(1, 2.0), (2, 1.0)]
 
 
 def test_settings_of_the_paper_and_of_the_embedded_base():

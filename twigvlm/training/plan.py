@@ -212,7 +212,9 @@ def make_plan(settings: Settings, devices: int | None = None, samples: int | Non
     stage = _stage(settings, zero)
     rows, accumulation = split_batch(settings.batch_size, devices, settings.per_device_batch, ROWS_PER_DEVICE[kind])
     if samples is None:
-        samples = len(Records(settings.data)) if settings.data else DRAWN_SAMPLES["train"] if settings.embedded else MIX665K
+        samples = (
+            len(Records(settings.data)) if settings.data else DRAWN_SAMPLES["train"] if settings.embedded else MIX665K
+        )
     steps = settings.max_steps or -(-round(settings.epochs * samples) // settings.batch_size)
     tokens, answers = min(settings.max_length, counts.visual + TEXT), ANSWERS
     longest = settings.max_length
@@ -249,6 +251,9 @@ def make_plan(settings: Settings, devices: int | None = None, samples: int | Non
         "largest_batch": memory[stage]["largest_batch"],
         "fits_24_gb": {which: memory[which]["largest_batch"]["24"] >= 1 for which in STAGES},
         "tokens_per_sample": tokens, "answers_per_sample": answers,
+        "feature_cache": {
+            "bytes": HALF * counts.D * tokens * samples, "saved_share_of_a_later_pass": (work["tower"] + work["trunk"]) / sum(work.values())
+        },
         "flops_per_sample": work, "flops_total": sum(work.values()) * steps * settings.batch_size,
         "checkpoint_bytes": 3 * SINGLE * counts.trainable + HALF * (stage != "none") * counts.trainable,
     }  # fmt: skip
@@ -315,6 +320,11 @@ def _lines(plan: dict) -> list[str]:
         + f"; {plan['flops_total'] / 1e18:.2f} EFLOP in all"
     )
     lines.append(f"disk       {_giga(plan['checkpoint_bytes']):.2f} GB a checkpoint")
+    cache = plan["feature_cache"]
+    lines.append(
+        f"store      the trunk's states would take {_giga(cache['bytes']):,.1f} GB and save "
+        f"{100 * cache['saved_share_of_a_later_pass']:.0f} % of every pass but the first; not done (benchmarks/feature_cache.py)"
+    )
     return lines
 
 

@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
         code = 130
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as fault:  # a full disk, a folder that may not be written
+        print(f"error: {fault}; free space or choose another --out; the same command continues", file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # Other processes may wait for this one in vain; the launcher ends them when it sees it go.
         sys.stdout.flush()
