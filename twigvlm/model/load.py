@@ -111,9 +111,7 @@ def find_base(base: str | Path | None, files: Sequence[str] = HUB_FILES) -> tupl
     return name, folder, facts, original
 
 
-def _choose_layers(
-    L: int, keep: Callable[[int], Sequence[int]] | None
-) -> tuple[Callable[[str], str | None], int]:
+def _choose_layers(L: int, keep: Callable[[int], Sequence[int]] | None) -> tuple[Callable[[str], str | None], int]:
     """The map from a decoder's stored names to those of one that has only the layers of `keep`, and their number."""
     if keep is None:
         return lambda name: name, L

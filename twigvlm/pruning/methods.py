@@ -22,7 +22,9 @@ def _twig(r: int, twig: TwigConfig, query: Rows, seed: int) -> Plan:
 
 def _layer_attention(r: int, twig: TwigConfig, query: Rows, seed: int) -> Plan:
     if twig.K == 0:
-        raise InputError("pruning 'layer-attention' reads base layer K - 1, and with K = 0 there is none; K >= 1 is needed")
+        raise InputError(
+            "pruning 'layer-attention' reads base layer K - 1, and with K = 0 there is none; K >= 1 is needed"
+        )
     return _between(Probe("base", query, layer=twig.K - 1), r, twig)
 
 
