@@ -765,6 +765,14 @@ def test_a_folder_in_use_is_refused(run, tmp_path):
     lock.close()
 
 
+def test_machines_that_do_not_share_the_folder(tmp_path):
+    with checkpoints.occupy(tmp_path / "here"):
+        token = (tmp_path / "here/.lock").read_text()
+        checkpoints.same_folder(tmp_path / "here", token, patience=0)
+        with checkpoints.occupy(tmp_path / "there"), pytest.raises(InputError, match="shared file system"):
+            checkpoints.same_folder(tmp_path / "there", token, patience=0)
+
+
 def test_other_data_under_the_same_name_is_another_run(run, world, tmp_path):
     data = tmp_path / "data.json"
     shutil.copy(world / "data.json", data)

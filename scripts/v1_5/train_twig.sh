@@ -12,26 +12,28 @@
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-# Names that the user gave are relative to where the user stands.
-whole() { if [[ -e "$1" ]]; then realpath "$1"; else printf '%s' "$1"; fi; }
-
 flags=(--K "${twig_K:-2}" --T "${twig_T:-3}")
 [[ -n "${twig_F:-}" ]] && flags+=(--F "$twig_F")
-[[ -n "${MODEL:-}" ]] && flags+=(--base "$(whole "$MODEL")")
-[[ -n "${DATA_PATH:-}" ]] && flags+=(--data "$(whole "$DATA_PATH")")
-[[ -n "${IMAGE_FOLDER:-}" ]] && flags+=(--images "$(whole "$IMAGE_FOLDER")")
-[[ -n "${OUTPUT_DIR:-}" ]] && flags+=(--out "$(realpath -m "$OUTPUT_DIR")")
+[[ -n "${MODEL:-}" ]] && flags+=(--base "$MODEL")
+[[ -n "${DATA_PATH:-}" ]] && flags+=(--data "$DATA_PATH")
+[[ -n "${IMAGE_FOLDER:-}" ]] && flags+=(--images "$IMAGE_FOLDER")
+[[ -n "${OUTPUT_DIR:-}" ]] && flags+=(--out "$OUTPUT_DIR")
 
+able() { command -v "$1" >/dev/null && "$1" -c "import importlib.util as u; assert all(map(u.find_spec, ('torch', 'transformers', 'accelerate')))" 2>/dev/null; }
 python="${PYTHON:-}"
-if [[ -z "$python" ]]; then
-    if [[ -x "$here/.venv/bin/python" ]]; then python="$here/.venv/bin/python"; else python="$(command -v python3)"; fi
+for candidate in "$here/.venv/bin/python" python3 python; do
+    if [[ -z "$python" ]] && able "$candidate"; then python="$candidate"; fi
+done
+if [[ -z "$python" ]]; then # a fresh clone
+    echo "setting up $here/.venv with the pinned requirements" >&2
+    make --no-print-directory -C "$here" .venv/.ready >&2
+    python="$here/.venv/bin/python"
 fi
-if ! "$python" -c "import torch, transformers, accelerate" 2>/dev/null; then
-    echo "error: $python lacks torch, transformers or accelerate; run 'make' targets once, or pip install -e '.[train]'" >&2
+if ! able "$python"; then
+    echo "error: $python lacks torch, transformers or accelerate: pip install -e '$here[train]'" >&2
     exit 2
 fi
 
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-cd "$here"
 exec "$python" -m twigvlm.training.launch "${flags[@]}" "$@"

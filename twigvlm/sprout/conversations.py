@@ -22,7 +22,7 @@ from .draw import draw
 from .questions import KINDS, Question, ask
 from .world import sample_scene
 
-DRAWN = Path("playground/data/sprout")
+DRAWN = Path(__file__).resolve().parents[2] / "playground" / "data" / "sprout"
 CONVERSATIONS, IMAGES, FACTS = "conversations.json", "images", "drawn.json"
 VERSION = 1  # of what is drawn: raise it when scenes, questions or pixels change
 SAMPLES = {"train": 3200, "validation": 64}

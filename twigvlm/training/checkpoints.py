@@ -11,8 +11,11 @@ import errno
 import fcntl
 import json
 import os
+import platform
 import re
 import shutil
+import time
+import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,7 +165,24 @@ def occupy(out: Path) -> object:
             f"output folder {out}: holds {', '.join((strange + results)[:3])}, but no {RUN} of a training; "
             "choose an empty --out"
         )
+    lock.write(uuid.uuid4().hex)
+    lock.flush()
     return lock
+
+
+def same_folder(out: Path, token: str, patience: float = 30.0) -> None:
+    """Raise InputError unless this machine sees what the first process wrote into `out` (network folders may lag)."""
+    end = time.monotonic() + patience
+    while True:
+        with contextlib.suppress(OSError):
+            if (out / LOCK).read_text(encoding="utf-8") == token:
+                return
+        if time.monotonic() > end:
+            raise InputError(
+                f"output folder {out}: this machine ({platform.node()}) does not see what the first one writes there; "
+                "all machines need the same --out, on a shared file system"
+            )
+        time.sleep(0.2)
 
 
 def identify(out: Path, identity: dict, whole: bool = True) -> None:

@@ -133,6 +133,8 @@ def run(settings: Settings) -> int:
     locks: list = []
     try:
         ranks.on_first(lambda: locks.append(checkpoints.occupy(one.out)))
+        token = ranks.on_first(lambda: (one.out / checkpoints.LOCK).read_text(encoding="utf-8"))
+        ranks.everywhere(lambda: checkpoints.same_folder(one.out, token))
         code = _run(one, signals)
         leave(ranks)
     finally:
