@@ -24,6 +24,7 @@ LAYERS = 32
 # image (looking.py) stand above the trunk, where pruning bites, and inside the twig (layers 2 to 4),
 # whose last layer looks where the answer lies; the later ones spread to just below the wipe layer.
 CORE_PLACES = (0, 2, 3, 4, 8, 12, 16, 20)
+UPPER = 4  # of the shallow decoder: the first layer above those that a twig copies (K..K+T-1)
 MATCHING = 0.4  # of a plain initialisation's scale: a token attends to its like e times more than to others
 
 

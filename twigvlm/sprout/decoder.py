@@ -28,6 +28,8 @@ LOOKING_WEIGHT = 0.3  # of the look-up losses against the answers'
 STREAMS = {"symbols": 1, "image": 2, "cells": 3}  # disjoint seed ranges of the training split
 MARK, NOTHING = "object", "image"  # the words for an object's centre and for an empty patch
 SYMBOLS = 8  # tokens that describe one patch, at most
+SPARSE = (41, 41, 134, 227)  # visual tokens left: r at R = 64 (twice as often), 128, 192
+AROUND = [row * SIDE + column for row in (-1, 0, 1) for column in (-1, 0, 1)]  # a patch and its neighbours
 CELLS = [
     [(r * SPAN + i) * SIDE + c * SPAN + j for i in range(SPAN) for j in range(SPAN)]
     for r in range(GRID)
@@ -63,6 +65,27 @@ def decoder_batch(
     batch["nothing"] = int(_word_ids(tokenizer, (NOTHING,))[0])
     if kind == "image":
         batch["pixels"] = pixels([draw(s) for s in scenes])
+    return batch
+
+
+def sparse_batch(step: int, tokenizer, whole_share: float, offset: int) -> dict:
+    """One training picture, of which a share `whole_share` of the steps shows all, the others what pruning might leave.
+
+    That is some patches around the centres of things, filled up with chance ones: without such
+    pictures a decoder counts by how much of the background it sees.
+    """
+    rng = random.Random(f"sparse {offset} {step}")
+    batch = decoder_batch(step, 1, "image", 1, tokenizer, offset)
+    if rng.random() < whole_share:
+        return batch
+    kept = rng.choice(SPARSE)
+    near = (batch["centres"][0][:, None] + torch.tensor(AROUND)).clamp(0, SIDE * SIDE - 1)
+    things = [p for centre, around in zip(batch["centres"][0], near.tolist(), strict=True) if centre >= 0
+              for p in rng.sample(around, rng.randint(3, len(AROUND)))]  # fmt: skip
+    things = rng.sample(sorted(set(things)), min(kept, len(set(things))))
+    rest = sorted(set(range(SIDE * SIDE)) - set(things))
+    batch["keep"] = torch.tensor(sorted(things + rng.sample(rest, kept - len(things))))
+    batch["symbols"] = batch["symbols"][:, batch["keep"]]
     return batch
 
 

@@ -1,9 +1,9 @@
 """The recipe of the embedded model, one resumable command: `python -m twigvlm.sprout.train`.
 
 LLaVA's order with the cheap things first: the tower on patch labels; a shallow decoder on scenes
-spelt out in nine symbols (sums of words), then in many; the projector aligned to those words; pictures; the same
-decoder grown to 32 layers; all of it joined at the full number of visual tokens; and the twig on the
-finished base. Each stage writes `<out>/<stage>.jsonl` (metrics) and `.pt`
+spelt out in nine symbols (sums of words), then in many; the projector aligned to those words; pictures;
+what pruning would leave of them; the same decoder grown to 32 layers; all of it joined at the full
+number of visual tokens; and the twig on the finished base. Each stage writes `<out>/<stage>.jsonl` (metrics) and `.pt`
 (checkpoint, every two minutes); a run that is killed goes on where it was. The same command runs on
 a GPU, where `--scale` multiplies the number of steps that a faster machine affords.
 """
@@ -26,14 +26,14 @@ from ..model.trunk import Trunk
 from ..model.twig import Twig, grow, save_twig
 from ..training.loop import LoopConfig, fit, save_atomically
 from .align import Aligner, align_batch
-from .base import CORE_PLACES, LAYERS, base_config, build, deepen, save_base, shorten
-from .decoder import PackedAnswers, decoder_batch
+from .base import CORE_PLACES, LAYERS, UPPER, base_config, build, deepen, save_base, shorten
+from .decoder import PackedAnswers, decoder_batch, sparse_batch
 from .tokenizer import IMAGE_TOKEN, build_tokenizer
 from .tower import SIDE, PatchReader, tower_batch
 
 CONTINUED, TWIG_SCENES = 9, 3  # offsets of the scenes that a continued base sees, and a twig
 WORTH_COMPILING = 200  # steps; a minute of compilation must pay
-STAGES = ("tower", "cells", "symbols", "align", "image", "deep", "joint", "twig")
+STAGES = ("tower", "cells", "symbols", "align", "image", "sparse", "deep", "joint", "twig")
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,19 @@ class Recipe:
         loop = self.loop("image", 4000, 8e-4, final_lr=0.05)
         return self.answers(model, loop, rows=4, kind="image", keep_share=0.25, whole_share=0.25, offset=offset)
 
+    def sparse(self) -> LlavaForConditionalGeneration:
+        """The layers above those that a twig copies learn to count and describe from the tokens that pruning leaves."""
+        model = self.load("image", len(CORE_PLACES)).to(self.device).requires_grad_(False)
+        decoder = model.model.language_model
+        for part in (*decoder.layers[UPPER:], decoder.norm, model.lm_head):
+            part.requires_grad_(True)
+        loop = self.loop("sparse", 900, 4e-4, final_lr=0.05)
+        batches = partial(sparse_batch, tokenizer=self.tokenizer, whole_share=0.4, offset=12)
+        fit(loop, model, batches, PackedAnswers(model).loss, self.out)
+        return model
+
     def deep(self) -> LlavaForConditionalGeneration:
-        model = deepen(self.load("image", len(CORE_PLACES)), self.config(LAYERS))
+        model = deepen(self.load("sparse", len(CORE_PLACES)), self.config(LAYERS))
         return self.answers(
             model, self.loop("deep", 400, 2e-4, final_lr=0.3), rows=8, kind="image", keep_share=0.25, offset=1
         )
