@@ -351,3 +351,30 @@ def test_a_step_costs_little_more_than_its_parts(tmp_path):
     assert code == 0, said
     clock = json.loads((tmp_path / "out/run.json").read_text())["finished"]["clock"]
     assert clock["step_over_parts"] <= 1.15 and clock["waiting_share"] < 0.05, clock
+
+
+@pytest.mark.parametrize("zero", ["none", "2", "3"])
+def test_a_loss_that_is_no_number_stops_all(flags, tmp_path, zero):
+    """One rank meets it in the middle of step 4; all save the state before and say what to lower."""
+    script = tmp_path / "spoilt.py"
+    script.write_text(
+        "import os, sys, torch\n"
+        "from twigvlm.training import model, train\n"
+        "real, count = model.TwigForTraining.forward, [0]\n"
+        "def forward(self, *args, **kwargs):\n"
+        "    out = real(self, *args, **kwargs)\n"
+        "    count[0] += 1\n"
+        "    bad = count[0] == 8 and os.environ['RANK'] == '1'\n"
+        "    return {**out, 'loss': out['loss'] * float('nan')} if bad else out\n"
+        "model.TwigForTraining.forward = forward\n"
+        "sys.exit(train.main())\n"
+    )
+    command = python("torch.distributed.run", "--nproc-per-node", "2", "--master-port", port(), str(script))
+    code, said = finish(start([*command, *flags("out", "--zero", zero)]))
+    assert code != 0 and "not finite at step 4" in said and "--lr" in said, said
+    assert checkpoints.last_whole(tmp_path / "out")[0].name == "checkpoint-3"
+    assert all(torch.isfinite(t).all() for t in twig_of(tmp_path / "out/checkpoint-3").values())
+    code, said = finish(start(torchrun(TRAIN, *flags("out", "--zero", zero))))
+    assert code == 0 and "continuing from" in said, said
+    assert finish(start(torchrun(TRAIN, *flags("whole", "--zero", zero))))[0] == 0
+    assert apart(tmp_path / "whole", tmp_path / "out") == 0.0

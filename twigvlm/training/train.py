@@ -27,7 +27,7 @@ from ..model.load import pick_device, read_json
 from ..model.twig import CONFIG, WEIGHTS, describe
 from . import checkpoints
 from .agreement import FILE as ANSWERS
-from .agreement import HeldOut, hold_out, load_answers
+from .agreement import hold_out, load_answers
 from .data import TwigDataset
 from .finish import export_release, finish
 from .lora import add_adapters
@@ -340,32 +340,24 @@ def _arguments(one: Run, split: Split):
 
 
 def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None, signals) -> int:
-    from .trainer import Job, NotFinite, TwigTrainer
+    from .trainer import NotFinite, TwigTrainer
 
-    settings, ranks, out = one.settings, one.ranks, one.out
+    ranks = one.ranks
     split, sampler = ranks.everywhere(lambda: _share(one, material))
     resume = ranks.on_first(lambda: _last_checkpoint(one))
-    answers = None
-    if settings.agreement == "base":
-        answers = load_answers(out / ANSWERS, planted.signature, material)
-    held_out = hold_out(material, split.rows, ranks, answers)
-    against = held_out.against if held_out else "batch"
-    facts = describe(planted.twig, planted.loaded.name, planted.signature)
-    model = TwigForTraining(planted.trunk, planted.twig)
-    report = Report(out, against) if ranks.first else None
-    job = Job(settings, out, ranks, one.device, material, facts, one.form, held_out, skips, report)
+    job = _job(one, planted, material, skips, split.rows)
     if ranks.first:
-        _announce(one, split, material, held_out, resume)
-    end = out / f"checkpoint-{split.steps}"
+        _announce(one, split, job, resume)
+    end = one.out / f"checkpoint-{split.steps}"
     if resume == end:  # killed after its last step
         ranks.on_first(lambda: finish(job, end, planted.twig, _made(one, split), {}))
         return 0
+    model = TwigForTraining(planted.trunk, planted.twig)
     trainer = ranks.everywhere(lambda: TwigTrainer(job, model, _arguments(one, split), sampler, signals))
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except NotFinite as fault:
-        raise RunError(f"{fault}; {_rescue(trainer)}; lower --lr (now {settings.lr:g}), or set --max-grad-norm 1 (now "
-                       f"{settings.max_grad_norm:g}), with a new --out; --init FOLDER starts from a checkpoint") from fault  # fmt: skip
+        raise RunError(_not_finite(one, trainer, fault)) from fault
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
         if isinstance(fault, RunError) or not _is_out_of_memory(fault):
             raise
@@ -374,6 +366,18 @@ def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None
         return _stopped(one, trainer.state.global_step, signals.caught)
     ranks.on_first(lambda: finish(job, end, planted.twig, _made(one, split), trainer.clock.summary()))
     return 0
+
+
+def _job(one: Run, planted: Planted, material: Material, skips: SkipLog | None, rows: int):
+    from .trainer import Job
+
+    answers = None
+    if one.settings.agreement == "base":
+        answers = load_answers(one.out / ANSWERS, planted.signature, material)
+    held_out = hold_out(material, rows, one.ranks, answers)
+    facts = describe(planted.twig, planted.loaded.name, planted.signature)
+    report = Report(one.out, held_out.against if held_out else "batch") if one.ranks.first else None
+    return Job(one.settings, one.out, one.ranks, one.device, material, facts, one.form, held_out, skips, report)
 
 
 def _made(one: Run, split: Split) -> dict:
@@ -401,18 +405,21 @@ def _last_checkpoint(one: Run) -> Path | None:
     return found
 
 
-def _announce(one: Run, split: Split, material: Material, held_out: HeldOut | None, resume: Path | None) -> None:
-    settings = one.settings
+def _announce(one: Run, split: Split, job, resume: Path | None) -> None:
+    settings, held_out = one.settings, job.held_out
     aside = f", {held_out.samples} held out" if held_out else ""
     learning = "adapters" if settings.lora_rank else f"{settings.T} layers, norm and head"
+    means = f"DeepSpeed {one.zero.name}" if one.zero else "DDP" if one.ranks.world > 1 else "no DeepSpeed"
     print(
-        f"{split}: {split.steps:,} steps, {split.steps_an_epoch:,} a pass over {len(material.usable):,} samples{aside}"
+        f"{split}: {split.steps:,} steps, {split.steps_an_epoch:,} a pass over {len(job.material.usable):,} samples{aside}"
     )
     print(
-        f"AdamW, lr {settings.lr:g}, betas {settings.betas[0]:g} {settings.betas[1]:g}, {settings.schedule}, seed {settings.seed}"
+        f"AdamW, lr {settings.lr:g}, betas {settings.betas[0]:g} {settings.betas[1]:g}, {settings.schedule}, "
+        f"warm-up {100 * settings.warmup:g} %, seed {settings.seed}"
     )
-    print(f"{learning} learn on layer {settings.K}, from {settings.init}; {one.precision} on {one.device.type}, " + (
-        f"DeepSpeed {one.zero.name}" if one.zero else "DDP" if one.ranks.world > 1 else "no DeepSpeed"))  # fmt: skip
+    print(
+        f"{learning} learn on layer {settings.K}, from {settings.init}; {one.precision} on {one.device.type}, {means}"
+    )
     if held_out and held_out.against != settings.agreement:
         print("agreement is measured with the labels; run python -m twigvlm.training.agreement first to ask the base")
     if resume:
@@ -420,16 +427,20 @@ def _announce(one: Run, split: Split, material: Material, held_out: HeldOut | No
     sys.stdout.flush()
 
 
-def _rescue(trainer) -> str:
-    """Save the state before a step that went wrong, unless it is spoilt already; says where the last good one is."""
-    good = all(torch.isfinite(p).all() for p in trainer.model.parameters())
-    flags = trainer.job.ranks.reduce(
-        [0.0 if good and not trainer.is_deepspeed_enabled else 1.0], trainer.job.device, True
+def _not_finite(one: Run, trainer, fault) -> str:
+    """Save the state before the step that went wrong, unless it is spoilt already, and say what to do."""
+    good = not fault.spoilt and all(
+        torch.isfinite(getattr(p, "ds_tensor", p)).all() for p in trainer.model.parameters()
     )
-    if not flags[0] and trainer.state.global_step:
+    spoilt = one.ranks.reduce([0.0 if good else 1.0], one.device, largest=True)[0]
+    if not spoilt and trainer.state.global_step:
         trainer._save_checkpoint(trainer.model_wrapped, None)
-    found, _ = checkpoints.last_whole(trainer.job.out)
-    return f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
+    found, _ = checkpoints.last_whole(one.out)
+    kept = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
+    return (
+        f"{fault}; {kept}; lower --lr (now {one.settings.lr:g}) or set --max-grad-norm 1 (now "
+        f"{one.settings.max_grad_norm:g}), with a new --out; --init {found or 'FOLDER'} starts from a checkpoint's twig"
+    )
 
 
 def _is_out_of_memory(fault: Exception) -> bool:
@@ -442,14 +453,15 @@ def _is_out_of_memory(fault: Exception) -> bool:
 
 def _out_of_memory(one: Run, split: Split, step: int) -> str:
     found, _ = checkpoints.last_whole(one.out)
-    less = max(1, split.rows // 2)
-    remedies = [f"--per-device-batch {less}"] if less < split.rows else []
+    less = split.rows // 2
+    remedies = [f"--per-device-batch {less}"] if less else []
     remedies += ["--gradient-checkpointing"] if not one.settings.gradient_checkpointing else []
-    remedies += ["--zero 3_offload", "a smaller --max-length"]
+    others = ["a smaller --max-length"] + (["--zero 3_offload"] if one.device.type == "cuda" else [])
     return (
         f"process {one.ranks.rank} ran out of memory at step {step} with {split.rows} samples per device; lower it: "
-        f"{', or '.join(remedies)} (the batch of {one.settings.batch_size} stays, accumulation grows); "
-        + (f"the last good checkpoint is {found}, the same folder continues" if found else "there is no checkpoint yet")
+        f"{' or '.join(remedies) or 'nothing is left to lower here'} (the batch of {one.settings.batch_size} stays), and give "
+        f"the same command otherwise: {f'it continues from {found}' if found else 'there is no checkpoint yet'}; "
+        f"or, with a new --out, {' or '.join(others)}"
     )
 
 

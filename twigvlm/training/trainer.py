@@ -40,7 +40,11 @@ BATCH = ("input_ids", "labels", "lengths", "pixel_values")  # what the model rea
 
 
 class NotFinite(RunError):
-    """The loss or the gradients are no numbers; the weights are those of the last step."""
+    """The loss or the gradients are no numbers. `spoilt`: the weights have taken the step already."""
+
+    def __init__(self, message: str, spoilt: bool = False):
+        super().__init__(message)
+        self.spoilt = spoilt
 
 
 @dataclass
@@ -196,7 +200,8 @@ class TwigTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None and not math.isfinite(float(norm)):
-            raise NotFinite(f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}")
+            what = f"the gradient norm is {float(norm)} at step {self.state.global_step + 1}"
+            raise NotFinite(what, spoilt=self.is_deepspeed_enabled)  # DeepSpeed steps before it tells
         return norm
 
     def note_skips(self) -> None:
