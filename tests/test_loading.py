@@ -244,6 +244,8 @@ def test_a_twig_saved_and_loaded(base, tmp_path, dtype):
         save_twig(grown, vlm.trunk, tmp_path / init, "tiny", dtype)
         found = load_twig(tmp_path / init, vlm.trunk, None, None, None)
         assert found.config == grown.config
+        modes = {(tmp_path / init / name).stat().st_mode for name in (WEIGHTS, CONFIG)}
+        assert len(modes) == 1, "who may read the one may read the other"
         states_equal(found, grown.to(dtype).float() if dtype else grown)
         release = load_twig(tmp_path / init / WEIGHTS, vlm.trunk, None, None, None)
         assert release.config == grown.config, "the file's own folder describes it"

@@ -19,9 +19,11 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.S)
 
 
-def commands(language: str) -> list[str]:
-    lines = [line.split("#")[0].strip() for block in blocks(language) for line in block.splitlines()]
-    return [line for line in lines if line]
+def commands(block: str) -> list[str]:
+    return [line for line in (line.split("#")[0].strip() for line in block.splitlines()) if line]
+
+
+ALL = [command for block in blocks("bash") for command in commands(block)]
 
 
 def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
@@ -39,21 +41,23 @@ def run(arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
 @pytest.fixture
 def workplace(tmp_path):
     """A folder in which the README's relative names work and its outputs land."""
-    for name in ("cli_demo.py", "assets"):
+    for name in ("cli_demo.py", "assets", "playground"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in commands("bash") if c.startswith("python")])
-def test_command_runs(command, workplace):
-    out = run([sys.executable, *shlex.split(command)[1:]], workplace)
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.strip()
+@pytest.mark.parametrize("block", blocks("bash"))
+def test_commands_run(block, workplace):
+    """One block's commands one after the other, since a later one may need what an earlier one made."""
+    for command in (c for c in commands(block) if c.startswith("python")):
+        out = run([sys.executable, *shlex.split(command)[1:]], workplace)
+        assert out.returncode == 0, f"{command}\n{out.stderr}"
+        assert out.stdout.strip(), command
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [c for c in commands("bash") if "bash scripts/" in c])
+@pytest.mark.parametrize("command", [c for c in ALL if "bash scripts/" in c])
 def test_script_runs(command):
     out = run(["bash", "-c", command], ROOT)
     assert out.returncode == 0, out.stderr
@@ -61,10 +65,10 @@ def test_script_runs(command):
 
 
 def test_every_command_is_one_of_these():
-    assert all(c.startswith(("make", "python")) or "bash scripts/" in c for c in commands("bash"))
+    assert all(c.startswith(("make", "python")) or "bash scripts/" in c for c in ALL)
 
 
-@pytest.mark.parametrize("command", [c for c in commands("bash") if c.startswith("make")])
+@pytest.mark.parametrize("command", [c for c in ALL if c.startswith("make")])
 def test_make_target_exists(command, workplace):
     assert run(["make", "--dry-run", "-C", str(ROOT), *shlex.split(command)[1:]], workplace).returncode == 0
 

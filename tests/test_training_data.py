@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaTokenizer
 
 from twigvlm.errors import InputError, RunError
+from twigvlm.model import prompt
 from twigvlm.model.processor import SquareImageProcessor
 from twigvlm.model.prompt import VICUNA_V1, Round, TextEncoder
 from twigvlm.training import inspect as inspect_module
@@ -127,6 +128,20 @@ def test_golden(sample, limit):
         assert found.learnt == sum(label >= 0 for label in expected["labels"][1:])
         assert not expected["warning"]
         assert found.length == expected.get("model_len", len(found.input_ids) + 2 * 575)  # no length: two images crash
+
+
+@pytest.mark.usefixtures("golden")
+@pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["id"])
+def test_a_prompt_has_the_ids_that_were_learnt(sample):
+    """A conversation to be continued is encoded as the same conversation was for training."""
+    found, talk = encode(sample, golden_tokenizer(), 10**6), read(sample)
+    if isinstance(found, Skipped) or (not talk.marked and any("<image>" in text for _, text in talk.messages)):
+        return
+    said = [text for _, text in talk.messages]
+    if not all(said):  # nobody asks on after an empty answer
+        return
+    text = VICUNA_V1.render(list(zip(said[::2], said[1::2], strict=True)))
+    assert prompt.encode(golden_tokenizer(), text, IMAGE_LABEL, 1) == found.input_ids
 
 
 @pytest.mark.usefixtures("golden")

@@ -1,15 +1,15 @@
 """Conversation templates and image placeholders: the one place that knows how a prompt is written.
 
-Ids equal those of the authors' code: the text is cut at `<image>` and at the end token, and each
-piece is encoded by itself, so that each starts with the tokenizer's prefix space.
+Ids equal those of the authors' code: the text is cut at `<image>`, and each piece is encoded by
+itself, so that each starts with the tokenizer's prefix space.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tokenizers import Encoding, Tokenizer
 
@@ -102,19 +102,6 @@ VICUNA_V1 = Template(
 )
 
 
-def encode(tokenizer, text: str, image_token_id: int, visual_tokens: int, bos: bool = True) -> list[int]:
-    """Token ids of `text`, each `<image>` as `visual_tokens` times `image_token_id`."""
-    ids = [tokenizer.bos_token_id] if bos and tokenizer.bos_token_id is not None else []
-    for piece in re.split(f"({re.escape(IMAGE)}|{re.escape(VICUNA_V1.end)})", text):
-        if piece == IMAGE:
-            ids += [image_token_id] * visual_tokens
-        elif piece == VICUNA_V1.end:
-            ids.append(tokenizer.eos_token_id)
-        elif piece:
-            ids += tokenizer(piece, add_special_tokens=False).input_ids
-    return ids
-
-
 class TextEncoder:
     """Text to the ids that LLaVA was trained on, fast, without what a processor adds to a tokenizer.
 
@@ -173,3 +160,21 @@ class TextEncoder:
         if token is None or encoded.token_to_chars(token)[0] != place:
             raise Unalignable("token boundary", "the tokenizer joins a question with its answer")
         return token
+
+
+@lru_cache(maxsize=4)
+def text_encoder(tokenizer) -> TextEncoder:
+    """The encoder of this tokenizer, made once."""
+    return TextEncoder(tokenizer)
+
+
+def encode(tokenizer, text: str, image_token_id: int, visual_tokens: int, bos: bool = True) -> list[int]:
+    """Token ids of `text`, each `<image>` as `visual_tokens` times `image_token_id`."""
+    words = text_encoder(tokenizer)
+    ids = [words.bos] if bos and words.bos is not None else []
+    for i, piece in enumerate(text.split(IMAGE)):
+        if i:
+            ids += [image_token_id] * visual_tokens
+        if piece:
+            ids += words(piece)
+    return ids

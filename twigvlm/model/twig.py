@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -100,12 +101,12 @@ def describe(twig: Twig, base: str, base_signature: list[float]) -> dict:
 def write_twig(folder: Path, state: dict[str, torch.Tensor], facts: dict) -> None:
     """Tensors on the CPU and `describe`'s facts to a folder; each file is written whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / (WEIGHTS + ".part")
-    save_file(state, part, metadata={"format": "pt"})
-    os.replace(part, folder / WEIGHTS)
-    part = folder / (CONFIG + ".part")
-    part.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / CONFIG)
+    weights, config = (folder / f"{name}.part" for name in (WEIGHTS, CONFIG))
+    config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    save_file(state, weights, metadata={"format": "pt"})
+    shutil.copymode(config, weights)  # safetensors lets nobody else read what it writes
+    os.replace(weights, folder / WEIGHTS)
+    os.replace(config, folder / CONFIG)
 
 
 def signature(trunk: Trunk, samples: int = 16) -> list[float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ..errors import InputError, RunError
 from ..model.images import open_image
-from ..model.prompt import HUMAN, IMAGE, MODEL, VICUNA_V1, TextEncoder, Unalignable
+from ..model.prompt import HUMAN, IMAGE, MODEL, VICUNA_V1, TextEncoder, Unalignable, text_encoder
 from .records import Records
 
 __all__ = ["IGNORE", "IMAGE_LABEL", "Collator", "Example", "Records", "Skipped", "TwigDataset", "encode", "read"]
@@ -98,7 +97,7 @@ def read(record: object) -> Conversation | Skipped:
 
 def encode(record: object, tokenizer, max_length: int, visual_tokens: int = 576) -> Example | Skipped:
     """Ids and labels of a record: a Hugging Face tokenizer (or TextEncoder), lengths in tokens."""
-    text = tokenizer if isinstance(tokenizer, TextEncoder) else _text_encoder(tokenizer)
+    text = tokenizer if isinstance(tokenizer, TextEncoder) else text_encoder(tokenizer)
     talk = read(record)
     if isinstance(talk, Skipped):
         return talk
@@ -112,11 +111,6 @@ def encode(record: object, tokenizer, max_length: int, visual_tokens: int = 576)
         pictures = f", {len(talk.images)} x {visual_tokens} of them visual" if talk.images else ""
         return Skipped(TOO_LONG, f"{length} tokens{pictures}; the maximum length is {max_length}")
     return Example(ids, labels, talk.images, length, talk.unshown)
-
-
-@lru_cache(maxsize=4)
-def _text_encoder(tokenizer) -> TextEncoder:
-    return TextEncoder(tokenizer)
 
 
 def _tokens(talk: Conversation, text: TextEncoder) -> tuple[list[int], list[int]]:
