@@ -205,31 +205,9 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    from twigvlm.errors import InputError, RunError
+    from twigvlm.program import run_program
 
-    try:
-        run(args)
-        sys.stdout.flush()
-    except InputError as fault:
-        return fail(fault, 2)
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (RunError, OSError, RuntimeError, MemoryError) as fault:
-        return fail(fault, 1)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
-
-
-def fail(fault: Exception, code: int) -> int:
-    message = " ".join(str(fault).split()) or type(fault).__name__
-    print(f"{RESET if coloured() else ''}error: {message}", file=sys.stderr)
-    return code
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import InputError
+from ..program import run_program
 from .record import ROOT
 from .tasks import TASKS
 from .tasks.base import Question, Task
@@ -183,11 +184,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--deep", action="store_true", help="also open every picture")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
-    try:
-        found = check(arguments.data, arguments.task, arguments.deep)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_program(lambda: _print_check(arguments))
+
+
+def _print_check(arguments: argparse.Namespace) -> int:
+    found = check(arguments.data, arguments.task, arguments.deep)
     if arguments.json:
         tasks = {
             name: {

@@ -21,7 +21,6 @@ from .record import write_json
 from .setting import EMBEDDED_DATA, EMBEDDED_NAME, Setting, default_data
 from .tasks.base import Question, Score, Task
 
-UPLOAD_SUFFIX = {"mmbench": ".xlsx", "mmbench_cn": ".xlsx", "seed": ".jsonl", "mme": ""}  # all others: .json
 MANY = 100  # entries of a part that are no summary any more
 PIECE = 8  # neighbouring questions that go to one shard, unless batches are larger
 
@@ -141,7 +140,7 @@ class Job:
         return self.task.score(self.files["questions"], self.files.get("annotations"), merged, strict=True)
 
     def _upload(self, merged: Path) -> Path | None:
-        out = self.folder.path / f"{UPLOAD}{UPLOAD_SUFFIX.get(self.task.name, '.json')}"
+        out = self.folder.path / (UPLOAD + self.task.upload_suffix)
         if out.is_dir():
             shutil.rmtree(out)
         return self.task.export(self.data, self.split, merged, out)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
+from ..program import run_program
 from .tasks.pope import ENDING, PREFIX, SETTINGS
 from .tasks.reading import ID, read_records, write_whole
 
@@ -94,13 +95,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pope", type=Path, help="folder with coco/ and val2014/ (default: the embedded world's)")
     parser.add_argument("--name", default=NAME, help="of the task (%(default)s)")
     arguments = parser.parse_args(argv)
-    try:
+
+    def body() -> None:
         file = write_task(arguments.out, arguments.pope, arguments.name)
-    except (InputError, RunError) as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2 if isinstance(fault, InputError) else 1
-    print(f"{file}: --include_path {arguments.out} --tasks {arguments.name}")
-    return 0
+        print(f"{file}: --include_path {arguments.out} --tasks {arguments.name}")
+
+    return run_program(body)
 
 
 if __name__ == "__main__":

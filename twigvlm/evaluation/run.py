@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
+from ..program import run_program
 from .answers import LOGS, open_shard
 from .job import Job, default_out, find_data, find_split
 from .progress import Progress
@@ -358,23 +359,14 @@ def stopped(stop: Stop, jobs: Sequence[Job]) -> int:
     return stop.code
 
 
-def guarded(work) -> int:
-    """Run a program's body: what is wrong becomes one line on stderr and an exit status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
+def guarded(work: Callable[[Stop], int]) -> int:
+    """Run a program's body, which ends at a clean place when it is told to stop."""
+
+    def body() -> int:
         with Stop() as stop:
             return work(stop)
-    except InputError as fault:
-        return fail(fault, 2)
-    except (RunError, OSError, RuntimeError, MemoryError) as fault:
-        return fail(fault, getattr(fault, "code", 1))
 
-
-def fail(fault: Exception, code: int) -> int:
-    print(f"error: {' '.join(str(fault).split()) or type(fault).__name__}", file=sys.stderr, flush=True)
-    return code
+    return run_program(body)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

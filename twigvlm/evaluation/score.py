@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, RunError
+from ..errors import InputError
+from ..program import run_program
 from .tasks import ALIASES, TASKS, find
 from .tasks.base import Score, Task
 from .tasks.llava import LlavaTask
@@ -23,20 +24,15 @@ LONG = 40  # entries of a part that a table for people does not list
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments().parse_args(argv)
-    try:
-        task = find(args.task)
-        score = _score(task, args)
-        written = _export(task, args) if args.export else None
-    except InputError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except RunError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 1
-    if written:
-        print(f"upload file: {written}", file=sys.stderr)
+    return run_program(lambda: _print_score(args))
+
+
+def _print_score(args: argparse.Namespace) -> None:
+    task = find(args.task)
+    score = _score(task, args)
+    if args.export:
+        print(f"upload file: {_export(task, args)}", file=sys.stderr)
     print(json.dumps({"task": task.name, **score.as_json()}) if args.json else "\n".join(_lines(task, score)))
-    return 0
 
 
 def _arguments() -> argparse.ArgumentParser:

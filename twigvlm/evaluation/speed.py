@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,12 +26,13 @@ import twigvlm
 
 from ..config import DEFAULT_K, DEFAULT_T, TwigConfig
 from ..decoding.choose import Chooser
-from ..errors import InputError, RunError
+from ..errors import InputError
 from ..model.cache import Cache
 from ..model.load import Loaded, pick_device, pick_dtype
 from ..model.random import random_base
 from ..model.trunk import Trunk
 from ..model.twig import grow
+from ..program import run_program
 from ..vlm import TwigVLM
 from .record import provenance, table, write_json
 
@@ -336,17 +338,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--attn-implementation", default="sdpa")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     args = parser.parse_args(argv)
+    return run_program(lambda: _print_speed(args))
+
+
+def _print_speed(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        facts = measure(args)
-    except (InputError, RunError) as fault:
-        parser.exit(2 if isinstance(fault, InputError) else 1, f"error: {fault}\n")
+    facts = measure(args)
     show(facts)
     if args.out:
         write_json(facts, args.out)
     print(json.dumps(facts), flush=True)
-    return 0
 
 
 def show(facts: dict) -> None:
@@ -367,4 +369,4 @@ def show(facts: dict) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

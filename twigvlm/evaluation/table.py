@@ -20,7 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError, RunError
+from ..errors import InputError
+from ..program import run_program
 from .answers import RESULT
 from .published import MODEL, ROWS, SOURCE
 from .tasks import TASKS
@@ -373,17 +374,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--published", action="store_true", help="with the paper's rows, marked as such")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw accuracy against R and against speed")
     args = parser.parse_args(argv)
-    try:
-        baseline = collect(find_results([args.baseline])) if args.baseline else None
-        table = Table(collect(find_results(args.runs)), baseline, args.published)
-        text = table.render(args.format)
-        for file in plot(table, args.plots) if args.plots else ():
-            print(f"plot: {file}", file=sys.stderr)
-    except (InputError, RunError) as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2 if isinstance(fault, InputError) else 1
+    return run_program(lambda: _print_table(args))
+
+
+def _print_table(args: argparse.Namespace) -> None:
+    baseline = collect(find_results([args.baseline])) if args.baseline else None
+    table = Table(collect(find_results(args.runs)), baseline, args.published)
+    text = table.render(args.format)
+    for file in plot(table, args.plots) if args.plots else ():
+        print(f"plot: {file}", file=sys.stderr)
     print(text)
-    return 0
 
 
 if __name__ == "__main__":

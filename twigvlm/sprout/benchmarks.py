@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
+from ..program import run_program
 from . import chinese
 from .draw import IMAGE_SIZE, _box, draw
 from .questions import DESCRIBE, LETTER, LETTERS, SINGLE_WORD, YES_NO, describe
@@ -714,15 +715,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--task", choices=sorted(FOLDERS), help="only this one (default: all)")
     arguments = parser.parse_args(argv)
-    try:
-        root = ensure(arguments.out, arguments.task)
-    except (InputError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+    return run_program(lambda: _write(arguments))
+
+
+def _write(arguments: argparse.Namespace) -> None:
+    root = ensure(arguments.out, arguments.task)
     for folder in dict.fromkeys(FOLDERS.values() if arguments.task is None else [FOLDERS[arguments.task]]):
         files = [path for path in (root / folder).rglob("*") if path.is_file()]
         print(f"{root / folder}: {len(files)} files")
-    return 0
 
 
 if __name__ == "__main__":

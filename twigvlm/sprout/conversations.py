@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import InputError, RunError
+from ..program import run_program
 from .draw import draw
 from .questions import KINDS, Question, ask
 from .world import sample_scene
@@ -108,15 +109,14 @@ def main(argv: list[str] | None = None) -> int:
         "--samples", type=int, default=SAMPLES["train"], help="of the training split (default %(default)s)"
     )
     args = parser.parse_args(argv)
-    try:
+
+    def body() -> None:
         if args.samples < 1:
             raise InputError(f"samples is {args.samples}; 1 or more is needed")
         ensure_drawn(args.out, {**SAMPLES, "train": args.samples})
-    except (InputError, RunError) as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2 if isinstance(fault, InputError) else 1
-    print(f"{args.out}: {args.samples} conversations to train on, {SAMPLES['validation']} held out")
-    return 0
+        print(f"{args.out}: {args.samples} conversations to train on, {SAMPLES['validation']} held out")
+
+    return run_program(body)
 
 
 if __name__ == "__main__":

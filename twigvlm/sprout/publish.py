@@ -8,11 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 from ..errors import InputError
 from ..evaluation.record import ROOT, provenance, table
 from ..model.load import EMBEDDED_BASE, EMBEDDED_TWIG
+from ..program import run_program
 from .questions import KINDS
 
 START, END = "<!-- figures -->", "<!-- end of figures -->"  # marks in the README
@@ -154,7 +156,7 @@ def _benchmarks(results: Path) -> str:
     return file.read_text(encoding="utf-8").strip() if file.exists() else ""
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--run", type=Path, default=Path("runs/sprout"), help="folder of the training run (default %(default)s)"
@@ -164,13 +166,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--readme-only", action="store_true", help="leave checkpoints/ as they are")
     args = parser.parse_args(argv)
-    try:
+
+    def body() -> None:
         if not args.readme_only:
             publish(args.run, args.report)
         refresh_readme(ROOT / "README.md", args.report.parent)
-    except InputError as fault:
-        parser.exit(2, f"error: {fault}\n")
+
+    return run_program(body)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

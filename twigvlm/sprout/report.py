@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import twigvlm
 
 from ..evaluation.record import provenance, table, write_json
 from ..model.load import EMBEDDED_BASE, EMBEDDED_TWIG
+from ..program import run_program
 from .draw import draw
 from .questions import KINDS, Question, ask, describe
 from .world import Scene, sample_scene
@@ -174,7 +176,7 @@ def print_ablations(args: argparse.Namespace, start: float) -> None:
     print(f"R={result['R']}, {result['questions']} questions; {args.out}/ablations.json, .png")
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="base folder (default: the embedded one)")
     parser.add_argument("--twig", type=Path, help="twig folder (default: the embedded one)")
@@ -204,10 +206,11 @@ def main(argv: list[str] | None = None) -> None:
         "--steps", type=int, default=400, help="training steps of each ablated twig (default %(default)s)"
     )
     args = parser.parse_args(argv)
-    start = time.monotonic()
-    if args.ablate:
-        print_ablations(args, start)
-        return
+    return run_program(lambda: (print_ablations if args.ablate else print_report)(args, time.monotonic()))
+
+
+def print_report(args: argparse.Namespace, start: float) -> None:
+    """Measure and write sprout_report.json and .png."""
     vlm = twigvlm.load(args.base, args.twig, device=args.device)
     budgets = tuple(int(b) for b in args.budgets.split(",") if b)
     result = report(vlm, args.scenes, budgets, tuple(args.methods.split(",")))
@@ -223,4 +226,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

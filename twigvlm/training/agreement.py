@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..errors import InputError, RunError
+from ..errors import InputError
 from ..model.load import load_base, pick_device, pick_dtype
 from ..model.trunk import Trunk
 from ..model.twig import signature
+from ..program import run_program
 from .data import IGNORE, Collator, Example, TwigDataset
 from .material import Material, complete, gather
 from .ranks import Ranks
@@ -148,16 +149,7 @@ def run(settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        settings, _ = parse(argv, __doc__)
-        run(settings)
-    except InputError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except RunError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program(lambda: run(parse(argv, __doc__)[0]))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from itertools import groupby
 from pathlib import Path
 
 from ..errors import InputError, RunError
+from ..program import run_program
 from .data import IMAGE_LABEL, Example, Records, Skipped, TwigDataset
 from .survey import MAX_SKIPPED, counts, default_workers, in_parts
 
@@ -262,21 +263,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    except (InputError, RunError, OSError, MemoryError) as fault:
-        print(f"error: {' '.join(str(fault).split()) or type(fault).__name__}", file=sys.stderr)
-        return 2 if isinstance(fault, InputError) else 1
-    return 0
+    return run_program(lambda: run(args))
 
 
 if __name__ == "__main__":

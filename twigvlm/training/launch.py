@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from ..errors import InputError, RunError
+from ..errors import InputError
+from ..program import run_program
 from .agreement import FILE as ANSWERS
 from .material import complete
 from .records import Records
@@ -29,19 +30,16 @@ SAVING_TIME = 1800  # seconds that processes have to save after SIGTERM, before 
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    try:
+
+    def body() -> int:
         settings, args = parse(argv, __doc__)
         if args.dry_run:
             from .train import main as train
 
             return train(argv)
         return start(settings, argv)
-    except InputError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    except RunError as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 1
+
+    return run_program(body)
 
 
 def start(settings: Settings, argv: list[str]) -> int:

@@ -48,6 +48,7 @@ class Task(ABC):
     splits: ClassVar[tuple[str, ...]]  # the first is the default
     suffix: ClassVar[str] = ""  # what the benchmark appends to a question; part of the protocol
     max_new_tokens: ClassVar[int] = 128
+    upload_suffix: ClassVar[str] = ".json"  # how the name of the file that `export` writes ends; "" for a folder
     published: ClassVar[Mapping[str, float]] = {}  # "llava-1.5-7b", "llava-1.5-13b" → the number in the tables
     source: ClassVar[str] = ""  # of the published numbers
 

@@ -61,6 +61,7 @@ class MMBench(Task):
     )
     suffix = "\nAnswer with the option's letter from the given choices directly."
     max_new_tokens = 1024
+    upload_suffix = ".xlsx"
     published: ClassVar[Mapping[str, float]] = {"llava-1.5-7b": 64.3, "llava-1.5-13b": 67.7}
     source = "LLaVA-1.5 (arXiv 2310.03744), table 4; the TwigVLM paper's base row has 64.7 for 7B"
 

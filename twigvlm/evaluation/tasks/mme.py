@@ -49,6 +49,7 @@ class MME(LlavaTask):
     metric = "perception + cognition, points"
     splits = ("test",)
     suffix = SHORT_ANSWER
+    upload_suffix = ""
     published: ClassVar = {"llava-1.5-7b": 1862.0, "llava-1.5-13b": 1826.7}
     source = (
         "7B: TwigVLM (arXiv 2503.14075), base row; 13B: 1531.3 perception (LLaVA-1.5, arXiv 2310.03744)"

@@ -33,6 +33,7 @@ class SEED(LlavaTask):
     metric = "accuracy, %"
     splits = ("all", "image")
     suffix = LETTER
+    upload_suffix = ".jsonl"
     published: ClassVar[Mapping[str, float]] = {"llava-1.5-7b": 58.6, "llava-1.5-13b": 61.6}
     source = "LLaVA-1.5 (arXiv 2310.03744), table 4; images alone 66.1 and 68.2, videos 37.3 and 42.7"
     folder = "seed_bench"

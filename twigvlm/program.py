@@ -1,0 +1,35 @@
+"""How every program of this project ends: what is wrong as one line on stderr, and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from .errors import InputError, RunError
+
+
+def run_program(body: Callable[[], int | None]) -> int:
+    """Run `body`; its exit status (None is 0), 2 for what cannot be asked, 1 for what went wrong, 130 for Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):  # answers and file names hold any letter, whatever the locale says
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        code = body() or 0
+        sys.stdout.flush()
+        return code
+    except InputError as fault:
+        return _fail(fault, 2)
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (RunError, OSError, RuntimeError, MemoryError) as fault:
+        return _fail(fault, getattr(fault, "code", 1))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _fail(fault: Exception, code: int) -> int:
+    print(f"error: {' '.join(str(fault).split()) or type(fault).__name__}", file=sys.stderr, flush=True)
+    return code
