@@ -61,8 +61,6 @@ def test_named_shapes_are_llavas():
     ],
 )
 def test_bad_flags_are_refused(flags, words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        speed.main(["--device", "cpu", *flags])
-    assert stop.value.code == 2
+    assert speed.main(["--device", "cpu", *flags]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words), message

@@ -353,6 +353,36 @@ def test_a_step_costs_little_more_than_its_parts(tmp_path):
     assert clock["step_over_parts"] <= 1.15 and clock["waiting_share"] < 0.05, clock
 
 
+def may_mount() -> bool:
+    """Whether this user may put a small disk somewhere, in a name space of its own."""
+    try:
+        return (
+            subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/tmp"], capture_output=True).returncode
+            == 0
+        )
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not may_mount(), reason="needs unshare -rm and mount")
+def test_a_disk_that_is_full(flags, single, tmp_path):
+    """Room for one checkpoint and a half; then there is more, and the same command goes on."""
+    size = sum(file.stat().st_size for file in (single / "checkpoint-12").iterdir())
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "script").write_text(
+        f"mount -t tmpfs -o size={size * 3 // 2} none {tmp_path}/disk\n"
+        f'"$@"; echo "first: $?"; ls {tmp_path}/disk/two\n'
+        f'mount -o remount,size=1g {tmp_path}/disk\n"$@"; echo "then: $?"\n'
+        f"cp {tmp_path}/disk/two/model.safetensors {tmp_path}\n"
+    )
+    training = python(TRAIN, *flags("disk/two", "--zero", "none", "--save-steps", "4"))
+    _, said = finish(start(["unshare", "-rm", "bash", str(tmp_path / "script"), *training]))
+    first, then = said.split("first: 1\n")
+    assert "Traceback" not in said and "checkpoint of step 8" in first and "last whole checkpoint" in first, said
+    assert "checkpoint-4" in then and "then: 0" in then, said
+    assert apart(tmp_path, single) == 0
+
+
 @pytest.mark.parametrize("zero", ["none", "2", "3"])
 def test_a_loss_that_is_no_number_stops_all(flags, tmp_path, zero):
     """One rank meets it in the middle of step 4; all save the state before and say what to lower."""
