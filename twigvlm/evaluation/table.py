@@ -314,20 +314,25 @@ def plot(table: Table, folder: Path) -> list[Path]:
     records, files = table.records(), []
     for column in table.columns:
         title = table.title(column)
-        figure, axes = plt.subplots(figsize=(5, 3.5), layout="constrained")
-        for (name, marked), points in _curves(records, title).items():
-            style = {"linestyle": "--", "alpha": 0.6} if marked else {}
+        figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
+        for i, ((name, marked), points) in enumerate(_curves(records, title).items()):
+            style = {"color": f"C{i % 10}", "label": name} | ({"alpha": 0.6} if marked else {})
             if points[0][0] is None:
-                axes.axhline(points[0][1], color="grey", label=name, **(style or {"linestyle": ":"}))
+                axes.axhline(points[0][1], linestyle=(3 * i, (3, 3)), **style)  # levels that coincide stay visible
             else:
-                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, **style)
+                axes.plot(*zip(*sorted(points), strict=True), "--o" if marked else "-o", **style)
         axes.set(xlabel="R, visual tokens per layer", ylabel=title, title=title)
         files.append(_save(plt, figure, axes, folder / f"accuracy_{'_'.join(filter(None, column))}.png"))
-    figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
-    for record in records:
-        if record["RelAcc"] is not None and record["RelSpd"] is not None:
-            marked = record["source"] != "measured"
-            axes.scatter(record["RelSpd"], record["RelAcc"], marker="x" if marked else "o", label=_name(record, True))
+    figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
+    both = [r for r in records if r["RelAcc"] is not None and r["RelSpd"] is not None]
+    for name in dict.fromkeys(map(_name, both)):
+        mine = [r for r in both if _name(r) == name]
+        style = "x--" if mine[0]["source"] != "measured" else "o-"
+        axes.plot([r["RelSpd"] for r in mine], [r["RelAcc"] for r in mine], style, linewidth=0.8, label=name)
+        for r in mine:
+            if r["R"] is not None:
+                at = (r["RelSpd"], r["RelAcc"])
+                axes.annotate(f"R={r['R']:g}", at, (0, 5), textcoords="offset points", fontsize=7, ha="center")
     axes.set(xlabel="speed, % of the baseline", ylabel="RelAcc, %", title="Accuracy against speed")
     return [*files, _save(plt, figure, axes, folder / "relacc_speed.png")]
 
@@ -338,19 +343,18 @@ def _curves(
     curves: dict[tuple[str, bool], list] = {}
     for record in records:
         if record[title] is not None:
-            key = (_name(record, False), record["source"] != "measured")
+            key = (_name(record), record["source"] != "measured")
             curves.setdefault(key, []).append((record["R"], record[title]))
     return curves
 
 
-def _name(record: Mapping[str, Any], with_R: bool) -> str:
-    name = " ".join(filter(None, (record.get("model"), record["method"])))
-    return f"{name}, R={record['R']:g}" if with_R and record["R"] is not None else name
+def _name(record: Mapping[str, Any]) -> str:
+    return " ".join(filter(None, (record.get("model"), record["method"])))
 
 
 def _save(plt, figure, axes, file: Path) -> Path:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+        figure.legend(fontsize=7, loc="outside lower center", ncols=2)  # where it hides nothing
     figure.savefig(file, dpi=120)
     plt.close(figure)
     return file
