@@ -383,6 +383,18 @@ def test_a_disk_that_is_full(flags, single, tmp_path):
     assert apart(tmp_path, single) == 0
 
 
+def test_random_weights_compiled_or_not(world, tmp_path):  # noqa: F811
+    """A shape without weights trains as a base does, and compiled layers learn the same."""
+    told = []
+    for name, more in (("plain", []), ("compiled", ["--compile"])):
+        words = ["--random", "64x8", "--data", str(world / "data.json"), "--images", str(world / "images")]
+        words += ["--out", str(tmp_path / name), "--batch-size", "4", "--max-steps", "4", "--held-out", "0", *more]
+        code, said = finish(start(python(TRAIN, *words, "--device", "cpu", "--precision", "fp32", "--zero", "none")))
+        assert code == 0, said
+        told.append([line["loss"] for line in report.history(tmp_path / name)])
+    assert told[0] == pytest.approx(told[1], abs=1e-4) and told[0][-1] < told[0][0]
+
+
 @pytest.mark.parametrize("zero", ["none", "2", "3"])
 def test_a_loss_that_is_no_number_stops_all(flags, tmp_path, zero):
     """One rank meets it in the middle of step 4; all save the state before and say what to lower."""
