@@ -422,7 +422,8 @@ def test_a_run_leaves_a_twig_that_loads_in_both_formats(world, run, tmp_path):
     prompt = ours.prepare(world / "images/1.png", "is it red?")
     assert ours.generate(**prompt, max_new_tokens=8).tokens == theirs.generate(**prompt, max_new_tokens=8).tokens
     card = (out / "README.md").read_text()
-    assert "K = 2, T = 3" in card and "curve.png" in card
+    assert card.startswith("---\nlibrary_name: twigvlm\n") and "K = 2, T = 3" in card and "curve.png" in card
+    assert "| Data | `data.json`, " in card, "nobody else has this folder"
     code, said = run("out", "--epochs", "3")
     assert code == 0 and "finished" in said
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections import deque
@@ -125,7 +126,7 @@ def card(facts: dict, settings: dict, run: dict, told: list[dict]) -> str:
     rows = {
         "Base": f"`{facts['base']}`, {facts['L']} layers",
         "Twig": f"K = {facts['K']}, T = {facts['T']}, F = {facts['F']}; started from `{settings['init']}`",
-        "Data": f"`{settings['data']}`, {run['samples']:,} samples a pass, {run['skipped']:,} skipped, {run['held_out']} held out",
+        "Data": f"`{Path(settings['data']).name}`, {run['samples']:,} samples a pass, {run['skipped']:,} skipped, {run['held_out']} held out",
         "Steps": f"{last.get('step', 0):,} of {run['batch_size']} samples ({run['split']})",
         "Optimizer": f"AdamW, betas {settings['betas']}, peak lr {settings['lr']:g}, {settings['schedule']}, warm-up "
         f"{100 * settings['warmup']:g} %, weight decay {settings['weight_decay']:g}",
@@ -143,10 +144,21 @@ def card(facts: dict, settings: dict, run: dict, told: list[dict]) -> str:
             f"waiting for data {100 * timing['waiting_share']:.2f} %"
         )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
-    return CARD_TEXT.format(table=table, base=facts["base"], K=facts["K"], T=facts["T"])
+    base = settings["base"]
+    hub = base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
+    head = "".join(f"{name}: {value}\n" for name, value in {**CARD_HEAD, "base_model": hub}.items() if value)
+    load = f'"{hub or "FOLDER OF THE BASE"}"' if base or settings["random"] else "None"
+    return CARD_TEXT.format(head=head, table=table, load=load, base=facts["base"], K=facts["K"], T=facts["T"])
 
 
-CARD_TEXT = """# Twig of {base} (K = {K}, T = {T})
+CARD_HEAD = {
+    "library_name": "twigvlm",
+    "pipeline_tag": "image-text-to-text",
+    "tags": "[token-pruning, speculative-decoding]",
+}
+CARD_TEXT = """---
+{head}---
+# Twig of {base} (K = {K}, T = {T})
 
 A twig for [TwigVLM](https://arxiv.org/abs/2503.14075): {T} decoder layers, a norm and a head that grow on layer {K} of the base, prune
 its visual tokens and draft its words.
@@ -160,7 +172,7 @@ its visual tokens and draft its words.
 ```python
 import twigvlm
 
-vlm = twigvlm.load(BASE, "THIS FOLDER")
+vlm = twigvlm.load({load}, "THIS FOLDER")
 print(vlm.answer("picture.jpg", "Describe the image in detail.", retained_tokens=64))
 ```
 
