@@ -79,6 +79,7 @@ def test_python_example_runs(workplace):
     assert out.returncode == 0, out.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m (twigvlm[\w.]+)", README))))
 def test_module_explains_itself(command, workplace):
     out = run([sys.executable, "-m", command, "--help"], workplace)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import subprocess
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twigvlm.model.prompt import encode
-from twigvlm.sprout import looking, packing
+from twigvlm.sprout import ablate, looking, packing, report
 from twigvlm.sprout.base import CORE_PLACES, base_config, build, deepen, shorten
 from twigvlm.sprout.draw import IMAGE_SIZE, centre_patches, draw, patch_labels
 from twigvlm.sprout.questions import KINDS, ask, describe
@@ -326,3 +327,24 @@ def test_a_killed_recipe_ends_with_the_same_weights(tmp_path):
     one, other = (torch.load(d / "cells-done.pt", weights_only=True) for d in (whole, broken))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.slow
+def test_ablations(tmp_path, capsys):
+    """Twigs are grown, trained, kept and measured; every row of the tables asked for is there, with its comment."""
+    flags = ["--ablate", "initialisation,signal", "--steps", "1", "--scenes", "1", "--work", str(tmp_path / "work")]
+    flags += ["--out", str(tmp_path), "--device", "cpu"]
+    assert report.main(flags) == 0
+    made = {place: place.stat().st_mtime_ns for place in (tmp_path / "work").glob("*/model.safetensors")}
+    names = ("K2-T3-base", "K2-T3-random", "K2-T3-last", "K2-T1-base-untrained", "K2-T4-base-untrained")
+    assert {place.parent.name for place in made} == set(names)
+    result = json.loads((tmp_path / "ablations.json").read_text())
+    variants = [v for section in ("initialisation", "signal") for v in ablate.SECTIONS[section]]
+    assert [(row["ablation"], row["variant"]) for row in result["rows"]] == [(v.group, v.name) for v in variants]
+    assert all(row["RelAcc"] is not None and row["speed"] > 0 for row in result["rows"])
+    assert (result["R"], result["settings"]["steps"]) == (64, 1) and len(result["comments"]) == 3
+    assert (tmp_path / "ablations.png").stat().st_size > 10_000
+    assert report.main(flags) == 0
+    assert made == {place: place.stat().st_mtime_ns for place in made}, "trained again"
+    assert report.main([*flags, "--ablate", "colours"]) == 2
+    assert "colours" in capsys.readouterr().err
