@@ -20,6 +20,7 @@ import twigvlm
 
 from ..config import TwigConfig
 from ..errors import InputError
+from ..evaluation.record import ROOT
 from ..model.load import load_base
 from ..model.twig import CONFIG, Init, grow, save_twig
 from ..training.loop import LoopConfig
@@ -158,7 +159,7 @@ def ablate(ablation: Ablation, sections: tuple[str, ...]) -> dict:
                 "paper speed": variant.paper[1],
             }
         )
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(ablation).items()}
+    settings = {k: _short(v) if isinstance(v, Path) else v for k, v in asdict(ablation).items()}
     questions = sum(len(qs) for _, qs in asked)
     return {
         "R": BUDGET,
@@ -168,6 +169,11 @@ def ablate(ablation: Ablation, sections: tuple[str, ...]) -> dict:
         "rows": rows,
         "comments": remarks(rows),
     }
+
+
+def _short(path: Path) -> str:
+    """Without the folders of whoever ran it."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def measure(ablation: Ablation, variant: Variant, asked: list[tuple[Scene, list[Question]]]) -> dict:
