@@ -239,6 +239,6 @@ def plot(rows: list[dict], path: Path) -> None:
         panels[0, column].set_title(section)
         low = [v for r in mine for v in (r["RelAcc"], r["paper RelAcc"]) if v is not None]
         panels[0, column].set_ylim(bottom=max(0, min(low) - 10))
-    panels[0, 0].legend(fontsize="small")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=130)
     plt.close(figure)
