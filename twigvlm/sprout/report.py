@@ -203,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         "--work", type=Path, default=Path("runs/ablate"), help="folder of the ablations' twigs (default %(default)s)"
     )
     parser.add_argument(
-        "--steps", type=int, default=400, help="training steps of each ablated twig (default %(default)s)"
+        "--steps", type=int, default=240, help="of each ablated twig (default %(default)s, as the published one)"
     )
     args = parser.parse_args(argv)
     return run_program(lambda: (print_ablations if args.ablate else print_report)(args, time.monotonic()))
