@@ -10,7 +10,7 @@ demo: .venv/.ready
 	$(PY) cli_demo.py --stream --question "Describe the image in detail."
 
 test: .venv/.ready
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: .venv/.ready
 	$(PY) -m pytest
