@@ -184,7 +184,7 @@ class Asker:
         self.vlm.generate(**self.vlm.prepare(Image.new("RGB", (side, side), "grey"), "What is this?"), **options)
 
     def begin(self, figures: Appender, load_seconds: float, batch_size: int, part: int, count: int) -> None:
-        """Note this session in the figures."""
+        """Note in the figures that this process starts to ask."""
         if self.vlm.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.vlm.device)
         facts = provenance() | {"device_type": self.vlm.device.type, "dtype": dtype_name(self.vlm)}
