@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -21,6 +22,9 @@ DEFAULT_R = 64
 USE_LLAVA = (
     "Embedded model. For LLaVA-1.5-7B: python cli_demo.py --base-model liuhaotian/llava-v1.5-7b "
     "--twig-block FOLDER --image-file PICTURE"
+)
+NO_ENVIRONMENT = (
+    "error: {}: no environment here yet; run `make demo`, or: pip install -r requirements.txt && pip install -e ."
 )
 GREEN, RESET = "\033[32m", "\033[0m"
 
@@ -128,10 +132,12 @@ def questions(args: argparse.Namespace) -> Iterator[str]:
 
 def settings(args: argparse.Namespace, has_twig: bool) -> dict:
     """Flags → arguments of `generate`."""
-    from twigvlm import InputError
+    from twigvlm.errors import TOP_P_ALONE, InputError
 
-    if args.temperature < 0:
+    if not args.temperature >= 0:
         raise InputError(f"--temperature is {args.temperature:g}; 0 (greedy) or more is needed")
+    if args.top_p is not None and not args.temperature:
+        raise InputError(TOP_P_ALONE)
     prune = not args.no_pruning and (has_twig or args.pruning != "twig")
     return {
         "retained_tokens": args.retained_tokens if prune else None,
@@ -154,12 +160,37 @@ def figures(stats) -> str:
     )
 
 
+class Interrupt:
+    """A stopping criterion that Ctrl-C meets: the answer ends after the token in work. A second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.came = False
+
+    def __enter__(self) -> Interrupt:
+        self.before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_fault) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def __call__(self, _ids, _scores) -> bool:
+        return self.came
+
+    def _note(self, _number, _frame) -> None:
+        if self.came:
+            raise KeyboardInterrupt
+        self.came = True
+
+
 def answer(vlm, image, question: str, history: list, options: dict, args: argparse.Namespace) -> str:
     """Ask one question, print the answer and its figures; the answer's text."""
     from twigvlm.decoding import DraftStreamer
 
     streamer = DraftStreamer(vlm.tokenizer, printer()) if args.stream and not args.json else None
-    out = vlm.generate(**vlm.prepare(image, question, history), streamer=streamer, **options)
+    with Interrupt() as interrupt:
+        out = vlm.generate(
+            **vlm.prepare(image, question, history), streamer=streamer, stopping_criteria=interrupt, **options
+        )
     text = vlm.tokenizer.decode(out.tokens[0], skip_special_tokens=True).strip()
     if args.show_kept:
         from twigvlm.pruning.show import save_kept
@@ -171,6 +202,8 @@ def answer(vlm, image, question: str, history: list, options: dict, args: argpar
         print(json.dumps(facts | kept, ensure_ascii=False), flush=True)
         return text
     print("" if args.stream else text)
+    if interrupt.came:
+        print("[stopped by Ctrl-C; the next question follows on what is written above]", file=sys.stderr, flush=True)
     print(figures(out.stats), flush=True)
     return text
 
@@ -179,6 +212,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     import twigvlm
+    from twigvlm.foresight import Wish, check
     from twigvlm.model.images import open_image
     from twigvlm.pruning.show import check_target
 
@@ -188,6 +222,11 @@ def run(args: argparse.Namespace) -> None:
         check_target(Path(args.show_kept))
     if args.question is not None and not args.question.strip():
         raise twigvlm.InputError("--question is empty; ask something")
+    wish = Wish(
+        args.base_model, args.twig_block, args.twig_K, args.twig_T, args.device, args.dtype, args.attn_implementation
+    )
+    options = settings(args, wish.has_twig)
+    check(wish, options)
     image = open_image(args.image_file)
     if args.base_model is None and args.twig_block is None:
         print(USE_LLAVA, file=sys.stderr if args.json else sys.stdout, flush=True)
@@ -197,17 +236,38 @@ def run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if vlm.twig is None:
         print("No twig given (--twig-block): plain decoding, nothing pruned.", file=sys.stderr)
-    options = settings(args, vlm.twig is not None)
+    converse(vlm, image, options, args)
+
+
+def converse(vlm, image, options: dict, args: argparse.Namespace) -> None:
+    """All questions in turn. Ctrl-C ends an answer with what is written; where somebody types, they go on asking."""
     history: list[tuple[str, str]] = []
+    typed = args.question is None and sys.stdin is not None and sys.stdin.isatty()
     for question in questions(args):
-        history.append((question, answer(vlm, image, question, history, options, args)))
+        try:
+            history.append((question, answer(vlm, image, question, history, options, args)))
+        except KeyboardInterrupt:  # before the first word, or a second one
+            if not typed:
+                raise
+            print("\n[stopped; this question is forgotten]", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from twigvlm.program import run_program
+    try:
+        from twigvlm.program import run_program
 
+        import_torch()
+    except ImportError as fault:
+        print(NO_ENVIRONMENT.format(fault), file=sys.stderr)
+        return 2
     return run_program(lambda: run(args))
+
+
+def import_torch() -> None:
+    """What a fresh clone has not got yet; `twigvlm` comes first, since it says how torch's threads wait."""
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from twigvlm.evaluation import run, shards, suite
 from twigvlm.evaluation.answers import Appender, answer_line, read_lines
 from twigvlm.evaluation.record import write_json
 from twigvlm.evaluation.setting import EMBEDDED_DATA, REAL_DATA, Setting, default_data, fingerprint
-from twigvlm.evaluation.tasks import TASKS
-from twigvlm.evaluation.tasks.base import Question
+from twigvlm.evaluation.tasks import OWN, TASKS
+from twigvlm.evaluation.tasks.base import Question, Score
 from twigvlm.model.twig import save_twig
 from twigvlm.vlm import TwigVLM
 
@@ -226,10 +226,10 @@ def test_a_limited_run_is_scored_on_what_was_asked(runner, tmp_path):
 
 
 def test_a_result_holds_sums_and_not_every_question():
-    from twigvlm.evaluation.job import brief
-
-    every = {str(i): i for i in range(101)}
-    assert brief({"a": 1, "each": every, "kind": {"each": every, "b": [1, 2]}}) == {"a": 1, "kind": {"b": [1, 2]}}
+    every, few = {str(i): i for i in range(101)}, {"7": 50.0}
+    score = Score(1.0, {"a": 1, "each": every, "evalQA": few, "kind": {"each": every, "b": [1, 2], "evalQA": few}})
+    assert score.sums == {"a": 1, "kind": {"b": [1, 2]}}
+    assert score.per_question == {"each": every, "evalQA": few}
 
 
 def test_benchmarks_may_share_a_folder(runner, tmp_path):
@@ -661,8 +661,8 @@ def script(name: str, *flags: str, cwd: Path = ROOT, **env: str) -> subprocess.C
 
 def test_there_is_a_script_for_every_benchmark_and_all_are_a_few_lines():
     names = {file.stem for file in SCRIPTS.glob("*.sh")}
-    assert names == {*TASKS, "all", "common"}
-    for name in (*TASKS, "all"):
+    assert names == {*TASKS, *OWN, "all", "common"}
+    for name in (*TASKS, *OWN, "all"):
         text = (SCRIPTS / f"{name}.sh").read_text()
         assert len(text.splitlines()) < 10 and "set -euo pipefail" in text
 

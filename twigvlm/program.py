@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +29,12 @@ def run_program(body: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+
+
+def print_json(facts: object, asked: bool) -> None:
+    """One line for programs; on a terminal, which is read by people, only if it was asked for."""
+    if asked or not sys.stdout.isatty():
+        print(json.dumps(facts), flush=True)
 
 
 def _fail(fault: Exception, code: int) -> int:

@@ -27,6 +27,7 @@ except ImportError:  # Windows: no locks
     fcntl = None
 
 SETTINGS, MERGED, RESULT, UPLOAD, LOGS = "settings.json", "merge.jsonl", "result.json", "upload", "logs"
+PER_QUESTION = "per_question.json"
 SHARDS, FIGURES = "[0-9]*_[0-9]*.jsonl", "[0-9]*_[0-9]*.figures"
 NAMED = 5  # offenders that an error names
 

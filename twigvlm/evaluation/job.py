@@ -5,6 +5,7 @@ Knows no model: what is asked here was answered elsewhere. Standard library only
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .answers import RESULT, UPLOAD, Folder, alone, answer_line
+from .answers import PER_QUESTION, RESULT, UPLOAD, Folder, alone, answer_line
 from .figures import summary
 from .partial import Head
 from .record import write_json
 from .setting import EMBEDDED_DATA, EMBEDDED_NAME, Setting, default_data
 from .tasks.base import Question, Score, Task
+from .tasks.reading import write_whole
 
-MANY = 100  # entries of a part that are no summary any more
 PIECE = 8  # neighbouring questions that go to one shard, unless batches are larger
 
 
@@ -43,9 +44,17 @@ class Job:
     @cached_property
     def questions(self) -> list[Question]:
         """Those that are asked, in the benchmark's order."""
+        return self._every[: self.setting.limit]
+
+    @property
+    def in_all(self) -> int:
+        """Questions of the whole benchmark."""
+        return len(self._every)
+
+    @cached_property
+    def _every(self) -> list[Question]:
         stamp = self.files["questions"].stat() if self.files["questions"].exists() else None
-        found = _questions(self.task, self.data, self.split, stamp and (stamp.st_mtime_ns, stamp.st_size))
-        return found[: self.setting.limit]
+        return _questions(self.task, self.data, self.split, stamp and (stamp.st_mtime_ns, stamp.st_size))
 
     @cached_property
     def folder(self) -> Folder:
@@ -77,6 +86,21 @@ class Job:
                     f"{path}: not there, and {self.task.title} needs it; playground/README.md says where it comes from"
                 )
 
+    def match(self) -> None:
+        """Raise InputError where answers could not be scored: annotations that are damaged, stripped or of other questions.
+
+        Scores empty answers to all that is asked, so that it stops at whatever the score would stop at.
+        """
+        self.check()
+        lines = [self._empty_answer(question) for question in self.questions]
+        try:
+            self.head.score_lines(lines, strict=True)
+        except InputError as fault:
+            raise InputError(
+                f"{self.task.title} could not be scored, so nothing is asked: {fault}; "
+                f"{self.task.remedy}, or ask without scoring (--answer-only)"
+            ) from fault
+
     def open(self) -> dict[str, dict[str, Any]]:
         """Check data, folder and answers before anything is loaded; question id → answer line there is."""
         self.check()
@@ -95,6 +119,10 @@ class Job:
         """Whether these ids are all that can be answered."""
         return len(found) == len(self.questions) or not self.missing(found)
 
+    def done(self) -> bool:
+        """Whether nothing is left to ask; raises InputError for answers that cannot be used."""
+        return self.complete(self.folder.answers(self.questions))
+
     def missing(self, found: Collection[str] | None = None) -> list[str]:
         """Ids of questions that wait for an answer."""
         found = self.folder.answers(self.questions) if found is None else found
@@ -112,10 +140,11 @@ class Job:
             found = self.folder.answers(self.questions)
             broken = {k: v for k, v in self.folder.broken().items() if k not in found} if self.skip_broken else {}
             merged = self.folder.merge(
-                self.questions, {q.id: self._unasked(q) for q in self.questions if q.id in broken}
+                self.questions,
+                {q.id: self._empty_answer(q, {"broken": True}) for q in self.questions if q.id in broken},
             )
             score = self._score(merged)
-            note, upload = score.note, None
+            note, upload = "; ".join(filter(None, (self._partial(), score.note))), None
             if self.setting.limit is None:
                 try:
                     upload = self._upload(merged)
@@ -127,12 +156,31 @@ class Job:
                 result["doubts"]["broken_images_answered_empty"] = len(broken)
             result |= self._configuration() | summary(self.folder.path, [q.id for q in self.questions])
             result |= _provenance(result.pop("sessions"), command, commit)
+            result["per_question"] = self._write_per_question(score)
             write_json(result, self.folder.path / RESULT)
         return result
 
-    def _unasked(self, question: Question) -> dict[str, Any]:
-        """Stands in for a question whose picture is broken: an empty answer, marked as such."""
-        return answer_line(question, self.task.clean(""), self.setting.model_name, self.setting.name, {"broken": True})
+    def _partial(self) -> str:
+        """What a run on some of the questions is not; "" where all were asked."""
+        if len(self.questions) == self.in_all:
+            return ""
+        return (
+            f"partial: the first {len(self.questions)} of {self.in_all} questions were asked; not to be compared with "
+            "figures of the whole benchmark"
+        )
+
+    def _write_per_question(self, score: Score) -> str | None:
+        """What the score says of single questions, beside the result; None where it says nothing of them."""
+        file = self.folder.path / PER_QUESTION
+        if not score.per_question:
+            file.unlink(missing_ok=True)
+            return None
+        write_whole(file, json.dumps(score.per_question, ensure_ascii=False) + "\n")
+        return str(file)
+
+    def _empty_answer(self, question: Question, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Stands in for an answer that there is not, as where a picture is broken."""
+        return answer_line(question, self.task.clean(""), self.setting.model_name, self.setting.name, metadata)
 
     def _score(self, merged: Path) -> Score:
         if self.setting.limit is not None:
@@ -151,11 +199,13 @@ class Job:
             "task": self.task.name,
             "title": self.task.title,
             "split": self.split,
-            "metric": self.task.metric,
+            "metric": score.metric or self.task.metric,
             "score": score.score,
-            "parts": brief(score.parts),
+            "parts": score.sums,
             "doubts": dict(score.doubts),
             "questions": len(self.questions),
+            "questions_in_all": self.in_all,
+            "partial": len(self.questions) < self.in_all,
             "limit": setting.limit,
             "model": setting.model_name,
             "setting": setting.name,
@@ -171,12 +221,6 @@ class Job:
         facts |= {"base": self.setting.base or EMBEDDED_NAME, "skip_broken": self.skip_broken}
         facts["twig"] = self.setting.twig_name
         return {"configuration": facts}
-
-
-def brief(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what lists single questions; `python -m twigvlm.evaluation.score` prints that too."""
-    short = {k: v for k, v in parts.items() if not isinstance(v, (Mapping, list)) or len(v) <= MANY}
-    return {key: brief(value) if isinstance(value, Mapping) else value for key, value in short.items()}
 
 
 @lru_cache(maxsize=16)  # the same benchmark under several settings is read once

@@ -3,7 +3,8 @@
 Without a model: the embedded one on its own data. Shards, one per visible CUDA device, are launched
 and waited for here; over several nodes start the same command everywhere (torchrun, accelerate,
 Slurm), and the process that ends last merges and scores. A run that was stopped goes on where it
-was. The last line of stdout is one JSON object: result.json on one line.
+was. stdout ends with the score and the path of result.json; with --json, or where it is no terminal,
+its last line is one JSON object: result.json on one line.
 
 Exit status: 0 done; 1 it could not be brought to its end (a shard died, a disk is full); 2 asked for
 the impossible; 143 stopped by SIGTERM, 130 by Ctrl-C, with all answers kept.
@@ -13,23 +14,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
-from ..program import run_program
+from ..program import print_json, run_program
 from .answers import LOGS, open_shard
 from .job import Job, default_out, find_data, find_split
 from .progress import Progress
 from .setting import DEFAULT_R, Setting
 from .shards import Ended, Placement, Stop, launch, place
-from .tasks import ALIASES, TASKS, find
+from .tasks import ALIASES, OWN, TASKS, find
 from .tasks.base import Task
+from .tasks.vqa import VQA
 
 MODULE = "twigvlm.evaluation.run"
 TIMED_ALONE = ("mmvet",)  # the paper's benchmark of speed: one question at a time, so that each has its time
@@ -45,8 +46,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    names = (*TASKS, *ALIASES)
+    names = (*TASKS, *OWN, *ALIASES)
     parser.add_argument("--task", required=True, choices=names, metavar="T", help=f"one of {', '.join(names)}")
+    own = parser.add_argument_group("your own questions (--task vqa)")
+    own.add_argument(
+        "--question-file", type=Path, metavar="FILE",
+        help="JSON lines {question_id, image, text}, as LLaVA's model_vqa takes; scored where lines give answer or answers",
+    )  # fmt: skip
+    own.add_argument("--image-folder", type=Path, metavar="DIR", help="the folder that its images lie in")
     parser.add_argument("--split", metavar="S", help="of the benchmark (default: the first whose files are there)")
     method = parser.add_argument_group("what to prune and draft")
     method.add_argument(
@@ -57,6 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     method.add_argument("--no-pruning", action="store_true", help="keep all visual tokens")
     method.add_argument("--no-speculation", action="store_true", help="no drafts: one forward per token")
     method.add_argument("--baseline", action="store_true", help="the base alone: no twig, nothing pruned (no -R)")
+    parser.add_argument("--json", action="store_true", help="end with the JSON line on a terminal too")
     add_options(parser)
     return parser.parse_args(argv)
 
@@ -129,9 +137,37 @@ def job_of(args: argparse.Namespace, task: Task, setting: Setting, out: Path | N
     for name, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; {least} or more is needed")
-    data = find_data(setting, task, args.data)
+    data = task.home if isinstance(task, VQA) else find_data(setting, task, args.data)
     split = find_split(task, data, split)
     return Job(task, setting, data, split, out or default_out(task, data, split), args.skip_broken)
+
+
+def task_of(args: argparse.Namespace) -> Task:
+    """The benchmark, or the questions in the files that were given."""
+    task = find(args.task)
+    own = {"--question-file": args.question_file, "--image-folder": args.image_folder}
+    if isinstance(task, VQA):
+        if args.data is not None:
+            raise InputError("--data is a folder of benchmarks; --task vqa takes --question-file and --image-folder")
+        return task.given(args.question_file, args.image_folder)
+    if given := [flag for flag, value in own.items() if value is not None]:
+        raise InputError(f"{given[0]} goes with --task vqa; {task.name} has its own files (--data)")
+    return task
+
+
+def foresee(settings: Iterable[Setting]) -> None:
+    """Raise InputError for what no weight need be read for; one look at each model."""
+    from ..foresight import Wish, check
+
+    wishes: dict[Wish, list[dict[str, Any]]] = {}
+    for s in settings:
+        if s.baseline:  # no twig is read, and none is needed
+            wish = Wish(s.base, None, device=s.device, dtype=s.dtype, attention=s.attention)
+        else:
+            wish = Wish(s.base, s.twig, s.K, s.T, s.device, s.dtype, s.attention)
+        wishes.setdefault(wish, []).append(s.generation())
+    for wish, generations in wishes.items():
+        check(wish, *generations)
 
 
 def announce(setting: Setting, data: Path, given: bool) -> None:
@@ -267,6 +303,10 @@ def carry_out(
             show(results[-1])
 
     placement = place(args.num_shards, args.shard, os.environ, args.device)
+    foresee(job.setting for job in jobs if not job.done())
+    if not args.answer_only:  # before hours of work, not behind them
+        for job in {(job.task, job.split): job for job in jobs}.values():
+            job.match()
     if placement.launch:
         print(f"{placement.count} shards on this node", flush=True)
         answer_in_children(jobs, placement, command, stop, each)
@@ -303,8 +343,6 @@ def show(result: dict[str, Any]) -> None:
     if "missing" in result:
         print(f"{result['missing']} of {result['questions']} questions still to be answered: {result['note']}")
         return
-    score = "not scored here" if result["score"] is None else f"{result['score']:.2f} ({result['metric']})"
-    print(f"{result['title']}, {result['model']}, {result['setting']}: {score}")
     if result["visual_measured"] is not None:
         asked = "all" if result["R"] is None else f"{result['R']:g}"
         own = result["visual_twig_share"]
@@ -319,7 +357,12 @@ def show(result: dict[str, Any]) -> None:
         print(f"file for the benchmark's server or tools: {result['upload']}")
     if result["note"]:
         print(f"note: {result['note']}")
-    print(f"result: {result['result']}")
+    score = "not scored here" if result["score"] is None else f"{result['score']:.2f} ({result['metric']})"
+    partial = (
+        f" on the first {result['questions']} of {result['questions_in_all']} questions" if result["partial"] else ""
+    )
+    print(f"{result['title']}, {result['model']}, {result['setting']}: {score}{partial}")
+    print(f"result: {result['result']}", flush=True)
 
 
 def speed_line(result: dict[str, Any]) -> str:
@@ -340,16 +383,16 @@ def speed_line(result: dict[str, Any]) -> str:
 
 
 def evaluate(args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
-    task = find(args.task)
+    task = task_of(args)
     setting = setting_of(args, task)
     job = job_of(args, task, setting, args.out, args.split)
-    announce(setting, job.data, args.data is not None)
+    announce(setting, job.data, args.data is not None or isinstance(task, VQA))
     command = [sys.executable, "-m", MODULE, *argv]
     results = carry_out([job], args, command, stop)
     if stop and not results:
         return stopped(stop, [job])
     for result in results:
-        print(json.dumps(result), flush=True)
+        print_json(result, args.json)
     return 0
 
 

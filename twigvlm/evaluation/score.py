@@ -15,9 +15,10 @@ from typing import Any
 
 from ..errors import InputError
 from ..program import run_program
-from .tasks import ALIASES, TASKS, find
+from .tasks import ALIASES, OWN, TASKS, find
 from .tasks.base import Score, Task
 from .tasks.llava import LlavaTask
+from .tasks.reading import write_whole
 
 LONG = 40  # entries of a part that a table for people does not list
 
@@ -32,7 +33,16 @@ def _print_score(args: argparse.Namespace) -> None:
     score = _score(task, args)
     if args.export:
         print(f"upload file: {_export(task, args)}", file=sys.stderr)
-    print(json.dumps({"task": task.name, **score.as_json()}) if args.json else "\n".join(_lines(task, score)))
+    if args.per_question:
+        write_whole(args.per_question, json.dumps(score.per_question, ensure_ascii=False) + "\n")
+        print(f"per question: {args.per_question}", file=sys.stderr)
+    print(json.dumps(_facts(task, score)) if args.json else "\n".join(_lines(task, score)))
+
+
+def _facts(task: Task, score: Score) -> dict[str, Any]:
+    """One JSON object of sums; what lists single questions goes to a file (--per-question)."""
+    facts = {"task": task.name, "score": score.score, "metric": score.metric or task.metric, **score.sums}
+    return facts | {"doubts": dict(score.doubts), "note": score.note}
 
 
 def _arguments() -> argparse.ArgumentParser:
@@ -42,13 +52,14 @@ def _arguments() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     say = parser.add_argument
-    say("--task", required=True, metavar="T", help=f"benchmark: {', '.join((*TASKS, *ALIASES))}")
+    say("--task", required=True, metavar="T", help=f"benchmark: {', '.join((*TASKS, *OWN, *ALIASES))}")
     say("--questions", required=True, type=Path, metavar="Q", help="the question file")
     say("--annotations", type=Path, metavar="A", help="file or folder with the truth; not where it is on a server")
     say("--answers", required=True, type=Path, metavar="P", help="the answers: JSON lines as LLaVA writes them")
     say("--split", metavar="S", help="split of the benchmark that the files belong to; default: whichever they fit")
     say("--strict", action="store_true", help="refuse missing, duplicate, foreign, shifted answers instead of counting")
     say("--json", action="store_true", help="print one JSON object: score, parts, doubts, note")
+    say("--per-question", type=Path, metavar="FILE", help="also write what the score says of single questions, as JSON")
     say(
         "--export",
         type=Path,
@@ -71,9 +82,11 @@ def _score(task: Task, args: argparse.Namespace) -> Score:
 
 def _export(task: Task, args: argparse.Namespace) -> Path:
     """Below a data folder the task knows which files its server wants; elsewhere those given are taken."""
-    place = _place(task, args)
+    place = None if task.name in OWN else _place(task, args)
     if place is not None:
         written = task.export(*place, args.answers, args.export)
+    elif task.name in OWN:
+        written = None
     elif isinstance(task, LlavaTask):
         written = task.upload(args.questions, args.annotations, args.answers, args.export)
     else:
@@ -97,12 +110,12 @@ def _place(task: Task, args: argparse.Namespace) -> tuple[Path, str] | None:
 def _lines(task: Task, score: Score) -> Iterator[str]:
     """For people: the score, parts that are short, doubts."""
     value = "-" if score.score is None else f"{score.score:.2f}"
-    yield f"{task.title}: {value} ({task.metric})"
+    yield f"{task.title}: {value} ({score.metric or task.metric})"
     if "printed" in score.parts:
         printed = score.parts["printed"]
         yield from (f"  {line}".rstrip() for line in ([printed] if isinstance(printed, str) else printed))
     else:
-        parts = {name: part for name, part in score.parts.items() if not _again(part, score.parts)}
+        parts = {name: part for name, part in score.sums.items() if not _again(part, score.sums)}
         yield from (f"  {name}: {number}" for name, number in _numbers(parts))
     yield from (f"doubt: {count} {name}" for name, count in score.doubts.items())
     if score.note:
@@ -111,7 +124,7 @@ def _lines(task: Task, score: Score) -> Iterator[str]:
 
 def _again(part: Any, parts: Mapping[str, Any]) -> bool:
     """Whether a group only repeats what the parts hold."""
-    return isinstance(part, Mapping) and all(parts.get(name) is value for name, value in part.items())
+    return isinstance(part, Mapping) and all(name in parts and parts[name] == value for name, value in part.items())
 
 
 def _numbers(parts: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import TOP_P_ALONE, InputError
 from .record import ROOT
 from .tasks.base import Question
 
@@ -62,6 +62,8 @@ class Setting:
             raise InputError(f"--limit is {self.limit}; 1 or more is needed")
         if self.temperature < 0:
             raise InputError(f"--temperature is {self.temperature:g}; 0 (greedy) or more is needed")
+        if self.top_p is not None and not self.temperature:
+            raise InputError(TOP_P_ALONE)
         if self.max_new_tokens < 1:
             raise InputError(f"--max-new-tokens is {self.max_new_tokens}; 1 or more is needed")
 

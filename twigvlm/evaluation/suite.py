@@ -8,18 +8,19 @@ smallest; drafts alone. The model is opened once for the base and once with its 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputError
+from ..program import print_json
 from .job import Job
+from .run import MODULE as RUN
 from .run import add_options, announce, carry_out, guarded, job_of, setting_of, stopped
 from .shards import Stop
 from .table import FORMATS, Table, collect, plot
-from .tasks import TASKS, find
+from .tasks import OWN, TASKS, find
 from .tasks.base import Task
 
 MODULE = "twigvlm.evaluation.suite"
@@ -65,6 +66,8 @@ def _budgets(text: str) -> list[float]:
 
 def _tasks(text: str) -> list[Task]:
     names = list(TASKS) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    if own := [name for name in names if name in OWN]:
+        raise argparse.ArgumentTypeError(f"{own[0]} is no benchmark; ask your own questions with {RUN} --task {own[0]}")
     try:
         found = [find(name) for name in names]
     except InputError as fault:
@@ -114,7 +117,7 @@ def run(args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
     if args.answer_only:
         return 0
     if waiting := [r for r in results if "missing" in r]:
-        print(json.dumps({"missing": sum(r["missing"] for r in waiting), "note": waiting[0]["note"]}))
+        print_json({"missing": sum(r["missing"] for r in waiting), "note": waiting[0]["note"]}, False)
         return 0
     table = Table(collect(results), published=args.published)
     if args.plots:

@@ -24,7 +24,7 @@ from ..errors import InputError
 from ..program import run_program
 from .answers import RESULT
 from .published import MODEL, ROWS, SOURCE
-from .tasks import TASKS
+from .tasks import OWN, TASKS
 
 FORMATS = ("markdown", "csv", "latex", "json")
 SPEED_TASK = "mmvet"
@@ -152,7 +152,7 @@ class Table:
 
     def title(self, column: Column) -> str:
         task, split = column
-        name = TASKS[task].title if task in TASKS else task
+        name = (TASKS | OWN)[task].title if task in TASKS | OWN else task
         return f"{name} ({split})" if sum(task == other for other, _ in self.columns) > 1 else name
 
     def baseline(self, row: Row) -> Row | None:

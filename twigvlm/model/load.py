@@ -137,37 +137,57 @@ def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: i
     `F` overrides the stored wipe layer. Raises InputError when K or T disagree with the file, or the
     twig grew on another base.
     """
-    source = resolve(twig, "twig")
-    folder = source if source.is_dir() else source.parent
-    file = source / WEIGHTS if source.is_dir() else source
-    if not file.exists():
-        raise InputError(f"{file}: no such file; a twig is a folder with {WEIGHTS}")
-    if file.suffix != ".safetensors":
-        raise InputError(
-            f"{file}: a twig is one .safetensors file; convert it, or give the folder that holds {WEIGHTS}"
-        )
-    described = (folder / CONFIG).exists()
-    facts = read_json(folder / CONFIG) if described else {}
+    folder, file = _twig_files(resolve(twig, "twig"))
+    facts = read_twig_letters(twig, trunk.L, trunk.model.config.text_config.hidden_size, K, T)
     shapes = {name: shape for name, _, shape in read_tensors(file, torch.device("cpu"))}
-    stored_T = _count_layers(file, shapes)
-    if described:
-        _check_description(folder / CONFIG, facts, stored_T, trunk)
-    for letter, asked, stored in (("K", K, facts.get("K")), ("T", T, stored_T)):
-        if asked is not None and stored is not None and asked != stored:
-            raise InputError(
-                f"{file}: {letter} = {asked} was asked for, but the twig was grown with {letter} = {stored}"
-            )
     K = facts.get("K", DEFAULT_K if K is None else K)
-    config = TwigConfig(trunk.L, K, stored_T, F if F is not None else facts.get("F", 0))
+    config = TwigConfig(trunk.L, K, facts["T"], F if F is not None else facts.get("F", 0))
     vocabulary = _check_head(file, shapes, trunk)
     module = twig_skeleton(trunk, config, vocabulary)
     materialise(module, trunk.device, trunk.dtype)
     filling = Filling(module, lambda key: key)
     filling.read(file, trunk.device)
     filling.finish(file)
-    if described and "base_signature" in facts:
+    if "base_signature" in facts:
         _check_signature(folder / CONFIG, facts, trunk)
     return module.eval()
+
+
+def read_twig_letters(
+    twig: str | Path, L: int, hidden_size: int, K: int | None, T: int | None, files: Sequence[str] = HUB_FILES
+) -> dict:
+    """What a twig's files say of it, without its weights: twig_config.json where there is one, and T.
+
+    `files` are fetched if it is on the hub; T is not known where these leave out the weights of a twig without
+    description. Raises InputError when K or T disagree with the files, or a base of L layers with the twig's.
+    """
+    folder, file = _twig_files(resolve(twig, "twig", files))
+    facts = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    if not file.exists():
+        if Path(twig).expanduser().exists():
+            raise InputError(f"{file}: no such file; a twig is a folder with {WEIGHTS}")
+        stored = {"T": facts["T"]} if "T" in facts else {}  # the weights are not fetched yet
+    else:
+        stored = {"T": _count_layers(file, {name: s for name, _, s in read_tensors(file, torch.device("cpu"))})}
+    if facts:
+        _check_description(folder / CONFIG, facts, stored.get("T", facts.get("T")), L, hidden_size)
+    facts |= stored
+    for letter, asked in (("K", K), ("T", T)):
+        if asked is not None and asked != facts.get(letter, asked):
+            raise InputError(
+                f"{file}: {letter} = {asked} was asked for, but the twig was grown with {letter} = {facts[letter]}"
+            )
+    return facts
+
+
+def _twig_files(source: Path) -> tuple[Path, Path]:
+    """(folder of the description, file of the weights)."""
+    file = source / WEIGHTS if source.is_dir() else source
+    if file.suffix != ".safetensors":
+        raise InputError(
+            f"{file}: a twig is one .safetensors file; convert it, or give the folder that holds {WEIGHTS}"
+        )
+    return file.parent, file
 
 
 def resolve(name: str | Path, what: str, files: Sequence[str] = HUB_FILES) -> Path:
@@ -356,7 +376,8 @@ def skeleton(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> L
     return model
 
 
-def set_attention(model: LlavaForConditionalGeneration, attention: str) -> None:
+def check_attention(attention: str) -> None:
+    """Raises InputError for a backend that is not known or not installed."""
     if attention not in BACKENDS:
         raise InputError(f"attn_implementation is {attention!r}; one of {', '.join(BACKENDS)} is needed")
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -364,6 +385,10 @@ def set_attention(model: LlavaForConditionalGeneration, attention: str) -> None:
             "attn_implementation flash_attention_2 needs the package flash-attn, which is not installed: "
             'pip install -e ".[flash]" --no-build-isolation (a CUDA device is needed), or use sdpa'
         )
+
+
+def set_attention(model: LlavaForConditionalGeneration, attention: str) -> None:
+    check_attention(attention)
     tower = "sdpa" if attention == "flash_attention_2" else attention
     model.model.vision_tower.config._attn_implementation = tower
     text = "flash_or_sdpa" if attention == "flash_attention_2" else attention
@@ -390,7 +415,7 @@ def _count_layers(file: Path, shapes: dict[str, tuple[int, ...]]) -> int:
     return len(numbers)
 
 
-def _check_description(file: Path, facts: dict, stored_T: int, trunk: Trunk) -> None:
+def _check_description(file: Path, facts: dict, stored_T: int, L: int, hidden_size: int) -> None:
     version = facts.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(f"{file}: format version is {version!r}, this program reads {FORMAT_VERSION}")
@@ -399,8 +424,7 @@ def _check_description(file: Path, facts: dict, stored_T: int, trunk: Trunk) -> 
     for letter in ("K", "F"):
         if not isinstance(facts.get(letter), int):
             raise InputError(f"{file}: {letter} is {facts.get(letter)!r}; a layer's number is expected")
-    base = trunk.model.config.text_config
-    for key, found in (("L", trunk.L), ("hidden_size", base.hidden_size)):
+    for key, found in (("L", L), ("hidden_size", hidden_size)):
         if facts.get(key) != found:
             raise InputError(
                 f"{file}: this twig grew on {facts.get('base')!r} with {key} = {facts.get(key)}, but the base has {key} = {found}; "

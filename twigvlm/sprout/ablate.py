@@ -19,7 +19,6 @@ from tqdm import tqdm
 import twigvlm
 
 from ..config import TwigConfig
-from ..errors import InputError
 from ..evaluation.record import ROOT
 from ..model.load import load_base
 from ..model.twig import CONFIG, Init, grow, save_twig
@@ -133,8 +132,6 @@ class Ablation:
 
 def ablate(ablation: Ablation, sections: tuple[str, ...]) -> dict:
     """All rows of these sections, each measured once even if several tables hold it."""
-    if unknown := set(sections) - set(SECTIONS):
-        raise InputError(f"unknown ablations {sorted(unknown)}; choose from {', '.join(SECTIONS)}")
     if ablation.twig is not None and not (ablation.work / MAIN.name / CONFIG).exists():
         shutil.copytree(ablation.twig, ablation.work / MAIN.name)
     asked = quiz(ablation.scenes)

@@ -7,6 +7,7 @@ base's own attention and by chance, at the same budgets. Prints a table, writes 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import re
 import sys
@@ -20,7 +21,9 @@ from tqdm import tqdm
 
 import twigvlm
 
+from ..errors import InputError
 from ..evaluation.record import provenance, table, write_json
+from ..foresight import Wish, check
 from ..model.load import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..program import run_program
 from .draw import draw
@@ -37,7 +40,7 @@ class Setting:
     """One row of the report: pruned how and to what average (R None keeps everything), drafts of what length."""
 
     pruning: str = "twig"
-    R: int | None = None
+    R: float | None = None
     draft_length: int = 5
 
     @property
@@ -116,7 +119,7 @@ def descriptions(vlm: twigvlm.TwigVLM, scenes: list[Scene], setting: Setting) ->
     }
 
 
-def report(vlm: twigvlm.TwigVLM, scenes: int, budgets: tuple[int, ...], methods: tuple[str, ...]) -> dict:
+def report(vlm: twigvlm.TwigVLM, scenes: int, budgets: tuple[float, ...], methods: tuple[str, ...]) -> dict:
     """All figures; `rows` is the table (percent)."""
     asked = quiz(scenes)
     described = [scene for scene, _ in asked[: max(1, scenes // 2)]]
@@ -160,14 +163,24 @@ def plot(rows: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
+def check_sections(text: str) -> tuple[str, ...]:
+    """The ablations' tables that are asked for."""
+    from .ablate import SECTIONS
+
+    asked = tuple(SECTIONS) if text == "all" else methods(text)
+    if unknown := sorted(set(asked) - set(SECTIONS)):
+        raise InputError(f"unknown ablations {unknown}; choose from {', '.join(SECTIONS)}")
+    return asked
+
+
 def print_ablations(args: argparse.Namespace, start: float) -> None:
     """Run the ablations and write ablations.json and .png."""
     from . import ablate  # it trains, and this module is read by what only measures
 
+    check_flags(args)
     base, twig = args.base or EMBEDDED_BASE, args.twig or (None if args.base else EMBEDDED_TWIG)
     ablation = ablate.Ablation(args.work, base, twig, args.steps, args.scenes, args.device)
-    sections = tuple(ablate.SECTIONS) if args.ablate == "all" else tuple(args.ablate.split(","))
-    result = provenance() | ablate.ablate(ablation, sections)
+    result = provenance() | ablate.ablate(ablation, check_sections(args.ablate))
     result["seconds"] = round(time.monotonic() - start)
     write_json(result, args.out / "ablations.json")
     ablate.plot(result["rows"], args.out / "ablations.png")
@@ -189,8 +202,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="values of R (default %(default)s)")
     parser.add_argument("--methods", default=",".join(METHODS), help="pruning methods (default %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmarks/results"), help="folder for sprout_report.json and .png"
-    )
+        "--out", type=Path, default=Path("runs/report"), metavar="DIR",
+        help="folder for sprout_report.json and .png, or ablations.json and .png (default %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument(
         "--ablate",
@@ -209,11 +223,43 @@ def main(argv: list[str] | None = None) -> int:
     return run_program(lambda: (print_ablations if args.ablate else print_report)(args, time.monotonic()))
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise InputError for flags that cannot be, before a model is loaded. Makes --out."""
+    for name, value in (("--scenes", args.scenes), ("--steps", args.steps)):
+        if value < 1:
+            raise InputError(f"{name} is {value}; 1 or more is needed")
+    if args.ablate:
+        check_sections(args.ablate)
+    wish = Wish(args.base, args.twig, device=args.device)
+    if not wish.has_twig and not args.ablate and "twig" in methods(args.methods):
+        raise InputError(
+            f"--base {args.base} comes without a twig; give --twig, the folder of its twig, or other --methods"
+        )
+    rows = [Setting(m, R) for R in budgets(args.budgets) for m in methods(args.methods)]
+    check(wish, *({"pruning": row.pruning, "retained_tokens": row.R} for row in rows))
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK):
+        raise InputError(f"--out {args.out}: may not be written; choose another folder")
+
+
+def budgets(text: str) -> tuple[float, ...]:
+    """The numbers of a list; whole ones as whole numbers, as they are shown."""
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--budgets is {text!r}; numbers with commas between are needed") from None
+    return tuple(int(R) if R.is_integer() else R for R in found)
+
+
+def methods(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def print_report(args: argparse.Namespace, start: float) -> None:
     """Measure and write sprout_report.json and .png."""
+    check_flags(args)
     vlm = twigvlm.load(args.base, args.twig, device=args.device)
-    budgets = tuple(int(b) for b in args.budgets.split(",") if b)
-    result = report(vlm, args.scenes, budgets, tuple(args.methods.split(",")))
+    result = report(vlm, args.scenes, budgets(args.budgets), methods(args.methods))
     result = provenance() | {"seconds": None} | result
     result["seconds"] = round(time.monotonic() - start)
     write_json(result, args.out / "sprout_report.json")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +22,10 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from ..config import TwigConfig
-from ..model.load import load_base
+from ..model.load import load_base, pick_device
 from ..model.trunk import Trunk
 from ..model.twig import Twig, grow, save_twig
+from ..program import run_program
 from ..training.loop import LoopConfig, fit, save_atomically
 from .align import Aligner, align_batch
 from .base import CORE_PLACES, LAYERS, UPPER, base_config, build, deepen, save_base, shorten
@@ -214,7 +216,7 @@ def compile_layers(layers: list[torch.nn.Module], loop: LoopConfig) -> None:
             layer.compile(dynamic=False)  # kernels for unknown lengths are twice as slow
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/sprout"), help="folder of the run (default %(default)s)")
     parser.add_argument(
@@ -244,6 +246,19 @@ def main(argv: list[str] | None = None) -> None:
         steps = {name: int(n) for name, n in (item.split("=") for item in args.steps.split(",") if item)}
     except ValueError:
         parser.error(f"--steps is {args.steps!r}; NAME=N,NAME=N is needed")
+    for name, value in (("--scale", args.scale), ("--hidden", args.hidden), ("--save-seconds", args.save_seconds)):
+        if not value > 0:
+            parser.error(f"{name} is {value:g}; a number above 0 is needed")
+    if args.hidden % 32:
+        parser.error(f"--hidden is {args.hidden}; a multiple of 32 is needed")
+    if args.workers < 0:
+        parser.error(f"--workers is {args.workers}; 0 or more is needed")
+    return run_program(lambda: train(args, stages, steps))
+
+
+def train(args: argparse.Namespace, stages: tuple[str, ...], steps: dict[str, int]) -> int:
+    """Run the stages; Ctrl-C ends them with exit status 130, and the same command goes on."""
+    pick_device(args.device)
     torch.set_flush_denormal(True)
     recipe = Recipe(
         Settings(
@@ -260,8 +275,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     (args.out).mkdir(parents=True, exist_ok=True)
     (args.out / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}, indent=1))
-    recipe.run(stages)
+    try:
+        recipe.run(stages)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the same command goes on from the last checkpoint in {args.out}", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,6 +22,11 @@ class Question:
     line: Mapping[str, Any] = field(default_factory=dict)  # fields that the answer line carries beside LLaVA's own
 
 
+# Parts with an entry a question: they belong in a file of their own, not in a result.
+PER_QUESTION = ("evalQA", "items", "parsed", "pred_idx", "correct_ids")
+MANY = 100  # entries of any other part that are no summary any more
+
+
 @dataclass(frozen=True)
 class Score:
     """`score` stands in the tables (percent; points for MME), None where the truth is not at hand.
@@ -34,9 +39,26 @@ class Score:
     parts: Mapping[str, Any] = field(default_factory=dict)
     doubts: Mapping[str, int] = field(default_factory=dict)
     note: str = ""
+    metric: str = ""  # where it is not the task's, since not all of the benchmark was asked
 
-    def as_json(self) -> dict[str, Any]:
-        return {"score": self.score, **self.parts, "doubts": dict(self.doubts), "note": self.note}
+    @property
+    def sums(self) -> dict[str, Any]:
+        """The parts without what lists single questions."""
+        return _sums(self.parts)
+
+    @property
+    def per_question(self) -> dict[str, Any]:
+        """What `sums` leaves out; a part that stands there under two names is listed once."""
+        return {name: part for name, part in self.parts.items() if _lists_questions(name, part)}
+
+
+def _sums(parts: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: part for name, part in parts.items() if not _lists_questions(name, part)}
+    return {name: _sums(part) if isinstance(part, Mapping) else part for name, part in kept.items()}
+
+
+def _lists_questions(name: str, part: Any) -> bool:
+    return name in PER_QUESTION or (isinstance(part, (Mapping, list)) and len(part) > MANY)
 
 
 class Task(ABC):
@@ -51,6 +73,9 @@ class Task(ABC):
     upload_suffix: ClassVar[str] = ".json"  # how the name of the file that `export` writes ends; "" for a folder
     published: ClassVar[Mapping[str, float]] = {}  # "llava-1.5-7b", "llava-1.5-13b" → the number in the tables
     source: ClassVar[str] = ""  # of the published numbers
+    remedy: ClassVar[str] = (
+        "put the files there that playground/README.md links"  # where questions and truth do not fit
+    )
 
     @abstractmethod
     def files(self, root: Path, split: str) -> dict[str, Path]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from ...errors import InputError
 from .base import Score
-from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, asked_part, truth_needed
+from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, asked_part, same_questions, truth_needed
 from .reading import ID, Doubts, added, checked, first, last_by_id, locate, read_records, read_table, write_whole
 
 NO_STEP = ("exist", "query: name", "choose name")  # a step whose text holds one of these is not counted
@@ -50,6 +50,7 @@ class GQA(LlavaTask):
         said = last_by_id(_converted(answers), doubts)
         doubts.add("foreign", [name for name in said if name not in truth])
         if strict:
+            same_questions(sorted(asked), truth, questions, path)
             doubts.refuse(answers)
         balanced = [name for name, question in truth.items() if question["isBalanced"]]
         counted, note = asked_part(balanced, asked, said, path)

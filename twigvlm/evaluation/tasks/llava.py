@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
 from .base import Question, Task
-from .reading import ID, read_records, write_whole
+from .reading import ID, first, read_records, write_whole
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LLAVA_PAPER = "7B: TwigVLM (arXiv 2503.14075), base row; 13B: LLaVA-1.5 (arXiv 2310.03744)"
@@ -74,6 +74,17 @@ def truth_needed(task: Task, annotations: Path | None) -> Path:
     if annotations is None:
         raise InputError(f"{task.name} is scored against its annotations; name them (--annotations)")
     return annotations
+
+
+def same_questions(asked: Iterable[str], truth: Container[str], questions: Path, annotations: Path) -> None:
+    """Raise InputError where questions have no annotation: the two files do not belong together."""
+    asked = list(asked)
+    unknown = [name for name in asked if name not in truth]
+    if unknown:
+        raise InputError(
+            f"{annotations}: holds no answer to {len(unknown)} of the {len(asked)} questions of {questions} "
+            f"({first(unknown)}); the two files are of different versions or splits"
+        )
 
 
 def asked_part(ids: Iterable[str], asked: set[str], answered: Iterable[str], where: Path) -> tuple[list[str], str]:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from ...errors import InputError
 from .base import Score
-from .llava import SHORT_ANSWER, LlavaTask, truth_needed
+from .llava import SHORT_ANSWER, LlavaTask, same_questions, truth_needed
 from .reading import Doubts, added, first, read_records, write_whole
 
 SUBTASKS = {
@@ -63,9 +63,12 @@ class MME(LlavaTask):
         return text.strip().replace("\t", " ").replace("\r", " ").replace("\n", " ")
 
     def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
-        truth = _truth(truth_needed(self, annotations))
-        lines = _converted(answers, truth)
+        annotations = truth_needed(self, annotations)
+        truth = _truth(annotations)
         asked = read_records(questions, question_id=str, text=str)
+        if strict:
+            _match(asked, truth, questions, annotations)
+        lines = _converted(answers, truth)
         doubts = _doubts(asked, truth, lines)
         if strict:
             doubts.refuse(answers)
@@ -151,6 +154,11 @@ def _key(question_id: str, prompt: str, truth: Truth) -> tuple[str, str, str]:
         single, double = f"{question} {PLEASE}", f"{question}  {PLEASE}"
         question = single if (subtask, file, single) in truth else double
     return subtask, file, question
+
+
+def _match(asked: Sequence[Mapping[str, str]], truth: Truth, questions: Path, annotations: Path) -> None:
+    keys = {f"{line['question_id']} {line['text']!r}": _key(line["question_id"], line["text"], truth) for line in asked}
+    same_questions(keys, {name for name, key in keys.items() if key in truth}, questions, annotations)
 
 
 def _refuse_breaks(text: str, where: str) -> None:

@@ -18,6 +18,9 @@ from .reading import ID, Doubts, added, first, read_records
 
 SETTINGS = ("adversarial", "random", "popular")
 PREFIX, ENDING = "coco_pope_", ".json"
+OTHER_VERSION = (
+    "LLaVA's question file belongs to the labels of POPE's commit e3e3926, and newer ones are of other pictures"
+)
 NO_WORDS = {"No", "not", "no"}  # other spellings are yes
 
 
@@ -33,8 +36,11 @@ class POPE(LlavaTask):
     layout: ClassVar = {"test": {"questions": "llava_pope_test.jsonl", "annotations": "coco", "images": "val2014"}}
 
     def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
-        labels = _labels(truth_needed(self, annotations))
+        annotations = truth_needed(self, annotations)
+        labels = _labels(annotations)
         asked = _by_setting(read_records(questions, question_id=ID, image=str, text=str, category=str), labels)
+        if strict:
+            _match(asked, labels, questions, annotations)
         said = _answers_by_setting(read_records(answers, question_id=ID, text=str), asked, answers)
         doubts = _doubts(asked, labels, said)
         if strict:
@@ -50,8 +56,9 @@ class POPE(LlavaTask):
         # the settings stand a second time under the name of their case, as reference files have them
         kind = "with_missing_predictions" if "missing" in doubts.counts() else "complete"
         parsed = {str(line["question_id"]): yes_or_no(line["text"]) for lines in said.values() for line in lines}
-        parts = {**measured, kind: measured, "parsed": parsed, "average_f1": mean}
-        return Score(100 * mean, parts, doubts.counts(), _undefined(measured))
+        parts = {**measured, kind: measured, "settings": list(measured), "parsed": parsed, "average_f1": mean}
+        note = "; ".join(filter(None, (_unasked(measured), _undefined(measured))))
+        return Score(100 * mean, parts, doubts.counts(), note, _metric(measured))
 
 
 def yes_or_no(text: str) -> str:
@@ -61,6 +68,7 @@ def yes_or_no(text: str) -> str:
 
 
 Lines = Sequence[Mapping[str, Any]]
+Asked = Mapping[str, Mapping[str, Any]]  # question id → its line
 
 
 def _labels(place: Path) -> dict[str, list[dict[str, Any]]]:
@@ -94,6 +102,27 @@ def _answers_by_setting(
     for line in answers:
         out[home[str(line["question_id"])]].append(line)
     return out
+
+
+def _match(asked: Mapping[str, Asked], labels: Mapping[str, Lines], questions: Path, place: Path) -> None:
+    """Raise InputError where labels are not those of the questions, place by place, as they are paired."""
+    absent = [setting for setting, lines in asked.items() if lines and setting not in labels]
+    if absent:
+        raise InputError(f"{place}: holds no {PREFIX}{absent[0]}{ENDING}, and {questions} asks {', '.join(absent)}")
+    for setting, rows in labels.items():
+        where, lines = f"{place}: {PREFIX}{setting}{ENDING}", list(asked[setting].values())
+        if len(lines) > len(rows):
+            raise InputError(
+                f"{where} has {len(rows)} labels, but {questions} asks {len(lines)} questions there; {OTHER_VERSION}"
+            )
+        wrong = [n for n, (line, row) in enumerate(zip(lines, rows, strict=False)) if not _own(line, row, True)]
+        if wrong:
+            row, line = rows[wrong[0]], lines[wrong[0]]
+            raise InputError(
+                f"{where}: {len(wrong)} of {len(lines)} labels are of other questions than {questions} asks; the first, "
+                f"label {wrong[0] + 1}, is of {row['image']} {row['text']!r}, but question {line['question_id']} is "
+                f"about {line['image']}; {OTHER_VERSION}"
+            )
 
 
 def _doubts(asked: Mapping[str, Mapping[str, Any]], labels: Mapping[str, Lines], said: Mapping[str, Lines]) -> Doubts:
@@ -140,6 +169,18 @@ def _measures(texts: Sequence[str], rows: Lines, where: str) -> dict[str, float]
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+def _unasked(measured: Mapping[str, Any]) -> str:
+    absent = [setting for setting in SETTINGS if setting not in measured]
+    return f"asked: {', '.join(measured)}; not asked: {', '.join(absent)}" if absent else ""
+
+
+def _metric(measured: Mapping[str, Any]) -> str:
+    """Says which settings the mean is over, where these are not the benchmark's three."""
+    if set(measured) == set(SETTINGS):
+        return ""
+    return f"{'F1' if len(measured) == 1 else 'mean F1'} of {', '.join(measured)}, %"
 
 
 def _undefined(measured: Mapping[str, Mapping[str, float]]) -> str:

@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 
 from ...errors import InputError
 from .base import Score
-from .llava import LlavaTask, truth_needed
+from .llava import LlavaTask, same_questions, truth_needed
 from .pairing import pair, upload_path
-from .reading import ID, first, locate, read_records, read_table, write_whole
+from .reading import ID, locate, read_records, read_table, write_whole
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 KINDS = ("image", "video")
@@ -48,8 +48,8 @@ class SEED(LlavaTask):
         asked = list(dict.fromkeys(str(line["question_id"]) for line in read_records(questions, question_id=ID)))
         texts, doubts = pair(answers, asked, strict)
         without = [key for key in asked if key not in truth]
-        if strict and without:
-            raise InputError(f"{questions} asks what {annotations} does not answer: {first(without)}")
+        if strict:
+            same_questions(asked, truth, questions, annotations)
         doubts.add("without truth", without)
         counted = [key for key in asked if key in truth]
         if not counted:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from .base import Question, Score
-from .llava import LlavaTask, asked_part, truth_needed
+from .llava import LlavaTask, asked_part, same_questions, truth_needed
 from .reading import ID, Doubts, checked, last_by_id, locate, read_records, read_table, write_whole
 
 OPTIONS = ("A", "B", "C", "D", "E")
@@ -55,6 +55,7 @@ class SQA(LlavaTask):
         doubts.add("missing", [name for name in names if name not in said])
         doubts.add("foreign", [name for name in said if name not in split])
         if strict:
+            same_questions(sorted(asked), split, questions, path)
             doubts.refuse(answers)
         parts = _parts({name: split[name] for name in names}, said)
         if not parts["img_total"]:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from ...errors import InputError
 from .base import Score
-from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, truth_needed
+from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, same_questions, truth_needed
 from .reading import ID, Doubts, added, checked, first, locate, read_records, read_table
 from .vqa_text import evalai, soft_score
 
@@ -44,6 +44,8 @@ class TextVQA(LlavaTask):
     def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
         path = locate(truth_needed(self, annotations), "TextVQA_0.5.1_val.json", "annotations.json")
         truth = _truth(path)
+        if strict:
+            _match(questions, truth, path)
         said = read_records(answers, question_id=ID, prompt=str, text=str)
         keys = [_key(line["question_id"], line["prompt"]) for line in said]
         foreign = [line["question_id"] for line, key in zip(said, keys, strict=True) if key not in truth]
@@ -82,6 +84,13 @@ def _truth(path: Path) -> dict[Key, Mapping[str, Any]]:
     kinds = {"image_id": ID, "question": str, "answers": list}
     rows = [checked(row, f"{path}: data item {number}", **kinds) for number, row in enumerate(rows, 1)]
     return {(row["image_id"], row["question"].lower()): row for row in rows}
+
+
+def _match(questions: Path, truth: Mapping[Key, Mapping[str, Any]], path: Path) -> None:
+    lines = read_records(questions, question_id=ID, text=str)
+    names = {f"{line['question_id']} {question_of(line['text'])!r}": line for line in lines}
+    known = {name for name, line in names.items() if _key(line["question_id"], line["text"]) in truth}
+    same_questions(names, known, questions, path)
 
 
 def _doubts(questions: Path, keys: Sequence[Key]) -> Doubts:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from ...errors import InputError
 from .base import Question, Score
-from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, asked_part
+from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, asked_part, same_questions
 from .reading import (
     ID,
     Doubts,
@@ -86,6 +86,7 @@ class VQAv2(LlavaTask):
         asked = {str(line["question_id"]) for line in _questions(questions)}
         said = {str(row["question_id"]): row["answer"] for row in rows}
         names, note = asked_part(truth, asked, said, path)
+        same_questions(sorted(asked), truth, questions, path)
         _refuse_difference(names, said, answers)
         parts = _parts({name: truth[name] for name in names}, said)
         return Score(parts["overall"], {**parts, kind: parts}, doubts.counts(), note)

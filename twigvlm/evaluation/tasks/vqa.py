@@ -1,0 +1,182 @@
+"""Anybody's own questions, as LLaVA's `model_vqa` takes them: JSON lines {question_id, image, text}.
+
+`text` is asked as it stands. `image` is a file below the image folder; a list of files is several pictures, and a
+line without it asks about none. A line may give the truth: `answer` (a text) or `answers` (texts, or objects with
+an `answer`, as VQAv2, TextVQA and VizWiz have them); a file of annotations with a `question_id` does as well.
+
+Two figures where there is truth, both in percent:
+- exact match: the answer is one of those given, outer white space, case and a final period aside;
+- VQA accuracy: all texts normalised as TextVQA's are, then the mean over people of min(1, agreeing others / 3). Of one
+  to three answers it is the share of people who agree, since no three others can.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ...errors import InputError
+from .base import Question, Score, Task
+from .pairing import pair
+from .reading import ID, checked, first, read_json, read_records
+from .vqa_text import ENOUGH, evalai, soft_score
+
+NO_QUESTIONS = "--task vqa asks your own questions; give --question-file FILE and --image-folder DIR"
+TRUTH = ("answer", "answers")
+
+
+@dataclass(frozen=True)
+class VQA(Task):
+    """`given` sets the files: there is no folder in which they would be looked for."""
+
+    name = "vqa"
+    title = "Own questions"
+    metric = "VQA accuracy, %"
+    max_new_tokens = 1024
+    published: ClassVar[Mapping[str, float]] = {}
+    remedy = "repair the file"
+
+    question_file: Path | None = None
+    image_folder: Path | None = None
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The question file's name: it tells the folders of answers apart."""
+        stem = self.question_file.stem if self.question_file else ""
+        return (re.sub(r"[^\w.+-]+", "-", stem) or "questions",)
+
+    @property
+    def home(self) -> Path:
+        """Where the questions lie, and by default their answers."""
+        return self.files(Path(), self.splits[0])["questions"].parent
+
+    def given(self, question_file: Path | None, image_folder: Path | None) -> VQA:
+        """This task on these files. Raises InputError where they are not there."""
+        if question_file is None:
+            raise InputError(NO_QUESTIONS)
+        if not question_file.is_file():
+            raise InputError(f"--question-file {question_file}: no such file")
+        if image_folder is not None and not image_folder.is_dir():
+            raise InputError(f"--image-folder {image_folder}: no such folder")
+        return VQA(question_file, image_folder)
+
+    def files(self, root: Path, split: str) -> dict[str, Path]:
+        if self.question_file is None:
+            raise InputError(NO_QUESTIONS)
+        found = {"questions": self.question_file}
+        return found if self.image_folder is None else found | {"images": self.image_folder}
+
+    def questions(self, root: Path, split: str) -> list[Question]:
+        path = self.files(root, split)["questions"]
+        lines = read_records(path, question_id=ID, text=str)
+        return [self._question(line, f"{path}: question {line['question_id']}") for line in lines]
+
+    def _question(self, line: Mapping[str, Any], where: str) -> Question:
+        if not line["text"].strip():
+            raise InputError(f"{where}: its text is empty; ask something")
+        images = line.get("image")
+        names = [] if images is None else [images] if isinstance(images, str) else images
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise InputError(f"{where}: image is {images!r}; a file's name, a list of them, or none is needed")
+        if names and self.image_folder is None:
+            raise InputError(f"{where}: has a picture, {names[0]}; give --image-folder DIR, the folder that holds it")
+        pictures = tuple(self.image_folder / name for name in names) if self.image_folder else ()
+        return Question(str(line["question_id"]), line["text"], pictures, {"question_id": line["question_id"]})
+
+    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
+        asked = [str(line["question_id"]) for line in read_records(questions, question_id=ID)]
+        truth = _truth(annotations or questions)
+        texts, doubts = pair(answers, asked, strict)
+        counted = [name for name in asked if name in truth]
+        if annotations is not None and not counted:
+            raise InputError(
+                f"{annotations}: answers none of the questions of {questions}; do the files belong together?"
+            )
+        if not counted:
+            note = "not scored: the question file gives no answers (a field answer or answers in its lines)"
+            return Score(None, {"count": len(asked), "answered": len(texts)}, doubts.counts(), note)
+        items = [_item(name, texts.get(name, ""), truth[name]) for name in counted]
+        parts = {
+            "vqa_accuracy": _percent([item["vqa_accuracy"] for item in items]),
+            "exact_match": _percent([item["exact_match"] for item in items]),
+            "count": len(items),
+            "items": items,
+        }
+        less = len(counted) < len(asked)
+        note = f"scored on {len(counted)} of {len(asked)} questions: only these have answers" if less else ""
+        return Score(parts["vqa_accuracy"], parts, doubts.counts(), note)
+
+
+def vqa_accuracy(answer: str, given: list[str]) -> float:
+    """0 to 1; see the head of this file."""
+    answer, given = evalai(answer), [evalai(text) for text in given]
+    if len(given) <= ENOUGH:
+        return given.count(answer) / len(given)
+    return soft_score(answer, list(enumerate(given)))
+
+
+def exact_match(answer: str, given: list[str]) -> bool:
+    return _plain(answer) in map(_plain, given)
+
+
+def _plain(text: str) -> str:
+    return text.strip().removesuffix(".").rstrip().lower()
+
+
+def _item(name: str, answer: str, given: list[str]) -> dict[str, Any]:
+    return {
+        "question_id": name,
+        "answer": answer,
+        "given": given,
+        "vqa_accuracy": vqa_accuracy(answer, given),
+        "exact_match": exact_match(answer, given),
+    }
+
+
+def _truth(path: Path) -> dict[str, list[str]]:
+    """Question id → the answers given to it, for those that have any."""
+    truth, twice = {}, []
+    for line in _rows(path):
+        given = [text for field in TRUTH for text in _texts(line.get(field), f"{path}: question {line['question_id']}")]
+        name = str(line["question_id"])
+        if name in truth:
+            twice.append(name)
+        if given:
+            truth[name] = given
+    if twice:
+        raise InputError(f"{path}: answers twice to {first(twice)}; give each question_id once")
+    return truth
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """JSON lines, a JSON list, or VQAv2's object with `annotations`."""
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; give the file of annotations")
+    if path.suffix == ".json":
+        try:
+            value = read_json(path)
+        except InputError:  # lines under that name
+            value = None
+        if isinstance(value, dict) and isinstance(value.get("annotations"), list):
+            return [
+                checked(row, f"{path}: annotation {n}", question_id=ID) for n, row in enumerate(value["annotations"], 1)
+            ]
+    return read_records(path, question_id=ID)
+
+
+def _texts(value: Any, where: str) -> list[str]:
+    """The answers in a field: a text, a number, or a list of texts or of objects with one."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [text for one in value for text in _texts(one.get("answer") if isinstance(one, dict) else one, where)]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise InputError(f"{where}: an answer is {value!r}; a text is needed")
+    return [str(value)]
+
+
+def _percent(values: list[float]) -> float:
+    return 100 * sum(values) / len(values)

@@ -1,0 +1,71 @@
+"""What is wrong with a wish, said before any weight is read: a 7B model takes minutes to load.
+
+Everything here comes from the descriptions beside the weights (config.json, twig_config.json, the head of a weight
+file). What only the weights can tell, loading finds out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
+from .model.load import (
+    EMBEDDED_TWIG,
+    HUB_DESCRIPTION,
+    check_attention,
+    pick_device,
+    pick_dtype,
+    read_config,
+    read_twig_letters,
+)
+from .model.random import random_config
+from .pruning import plan_for
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The model that flags name; `shape` is one with random weights (`model.random`) instead."""
+
+    base: str | Path | None = None
+    twig: str | Path | None = None
+    K: int | None = None
+    T: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    attention: str = "sdpa"
+    shape: str | None = None
+
+    @property
+    def has_twig(self) -> bool:
+        return self.twig is not None or self.base is None
+
+    def letters(self) -> tuple[int, TwigConfig]:
+        """(V, L with the twig's letters), those of the paper's default twig where there is none.
+
+        Raises InputError for a K or T that the twig's files or the base contradict.
+        """
+        config = read_config(self.base)[1] if self.shape is None else random_config(self.shape)
+        text, vision = config.text_config, config.vision_config
+        L, facts = text.num_hidden_layers, {}
+        if self.shape is None and self.has_twig:
+            twig = EMBEDDED_TWIG if self.twig is None else self.twig
+            facts = read_twig_letters(twig, L, text.hidden_size, self.K, self.T, HUB_DESCRIPTION)
+        K = facts.get("K", DEFAULT_K if self.K is None else self.K)
+        T = facts.get("T", DEFAULT_T if self.T is None else self.T)
+        return (vision.image_size // vision.patch_size) ** 2, TwigConfig(L, K, T, facts.get("F", 0))
+
+
+def check(wish: Wish, *generations: Mapping[str, Any]) -> None:
+    """Raise InputError for a model or for arguments of `TwigVLM.generate` that cannot be."""
+    pick_dtype(wish.dtype, pick_device(wish.device))
+    check_attention(wish.attention)
+    known = {field.name for field in fields(GenerationSettings)}
+    for options in generations:
+        GenerationSettings(**{name: value for name, value in options.items() if name in known})
+        plan_for(options["pruning"], None, 1, TwigConfig(L=10**6))  # the name alone needs no file
+    V, twig = wish.letters()
+    for options in generations:
+        plan_for(options["pruning"], options["retained_tokens"], V, twig)
