@@ -23,9 +23,6 @@ USE_LLAVA = (
     "Embedded model. For LLaVA-1.5-7B: python cli_demo.py --base-model liuhaotian/llava-v1.5-7b "
     "--twig-block FOLDER --image-file PICTURE"
 )
-NO_ENVIRONMENT = (
-    "error: {}: no environment here yet; run `make demo`, or: pip install -r requirements.txt && pip install -e ."
-)
 GREEN, RESET = "\033[32m", "\033[0m"
 
 
@@ -254,20 +251,9 @@ def converse(vlm, image, options: dict, args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        from twigvlm.program import run_program
+    from twigvlm.program import run_program
 
-        import_torch()
-    except ImportError as fault:
-        print(NO_ENVIRONMENT.format(fault), file=sys.stderr)
-        return 2
     return run_program(lambda: run(args))
-
-
-def import_torch() -> None:
-    """What a fresh clone has not got yet; `twigvlm` comes first, since it says how torch's threads wait."""
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
 
 
 if __name__ == "__main__":

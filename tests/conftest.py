@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads slow a loaded machine down
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 from collections.abc import Sequence

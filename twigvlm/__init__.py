@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from . import threads
+
 __version__ = "0.1.0"
 __all__ = ["InputError", "Output", "RunError", "Stats", "Step", "TwigConfig", "TwigVLM", "load"]
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from .decoding.loop import Step
     from .errors import InputError, RunError
     from .vlm import Output, Stats, TwigVLM, load
+
+
+threads.settle()  # before anything here loads torch
 
 
 def __getattr__(name: str):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from transformers import LlavaConfig
+
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
 from .model.load import (
     EMBEDDED_TWIG,
@@ -47,15 +49,21 @@ class Wish:
 
         Raises InputError for a K or T that the twig's files or the base contradict.
         """
-        config = read_config(self.base)[1] if self.shape is None else random_config(self.shape)
-        text, vision = config.text_config, config.vision_config
-        L, facts = text.num_hidden_layers, {}
+        config, facts = self._config(), {}
+        text, vision, L = config.text_config, config.vision_config, config.text_config.num_hidden_layers
         if self.shape is None and self.has_twig:
             twig = EMBEDDED_TWIG if self.twig is None else self.twig
             facts = read_twig_letters(twig, L, text.hidden_size, self.K, self.T, HUB_DESCRIPTION)
         K = facts.get("K", DEFAULT_K if self.K is None else self.K)
         T = facts.get("T", DEFAULT_T if self.T is None else self.T)
         return (vision.image_size // vision.patch_size) ** 2, TwigConfig(L, K, T, facts.get("F", 0))
+
+    def base_letters(self, K: int, T: int, F: int) -> TwigConfig:
+        """L with the letters of a twig that is to be grown. Raises InputError where the base has too few layers."""
+        return TwigConfig(self._config().text_config.num_hidden_layers, K, T, F)
+
+    def _config(self) -> LlavaConfig:
+        return read_config(self.base)[1] if self.shape is None else random_config(self.shape)
 
 
 def check(wish: Wish, *generations: Mapping[str, Any]) -> None:

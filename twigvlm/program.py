@@ -9,6 +9,10 @@ from collections.abc import Callable
 
 from .errors import InputError, RunError
 
+INSTALL = (
+    "install what this project needs: `make demo` sets up .venv, or pip install -r requirements.txt && pip install -e ."
+)
+
 
 def run_program(body: Callable[[], int | None]) -> int:
     """Run `body`; its exit status (None is 0), 2 for what cannot be asked, 1 for what went wrong, 130 for Ctrl-C."""
@@ -21,6 +25,8 @@ def run_program(body: Callable[[], int | None]) -> int:
         return code
     except InputError as fault:
         return _fail(fault, 2)
+    except ModuleNotFoundError as fault:
+        return _fail(InputError(f"{fault}; {INSTALL}"), 2)
     except BrokenPipeError:  # the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

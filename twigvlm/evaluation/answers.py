@@ -182,7 +182,7 @@ class Folder:
             raise InputError(
                 f"{self.path}: answers cannot be written here ({fault.strerror}); choose another --out"
             ) from fault
-        self._compare(identity)
+        self.compare(identity)
 
     def record(self, identity: Mapping[str, Any]) -> None:
         """Note how the answers are made, or check that it was so noted."""
@@ -195,9 +195,10 @@ class Folder:
             part.unlink()
         except OSError:  # a file system without links
             os.replace(part, self.path / SETTINGS)
-        self._compare(identity)
+        self.compare(identity)
 
-    def _compare(self, identity: Mapping[str, Any]) -> None:
+    def compare(self, identity: Mapping[str, Any]) -> None:
+        """Raise InputError for answers here that were made another way."""
         file = self.path / SETTINGS
         if not file.exists():
             if found := self.shard_files():

@@ -121,6 +121,8 @@ class Job:
 
     def done(self) -> bool:
         """Whether nothing is left to ask; raises InputError for answers that cannot be used."""
+        self.check()
+        self.folder.compare(self.identity)
         return self.complete(self.folder.answers(self.questions))
 
     def missing(self, found: Collection[str] | None = None) -> list[str]:

@@ -3,14 +3,15 @@
 The physics. At batch 1 every decoded token reads all the decoder's weights once, so memory
 bandwidth / weight bytes bounds plain decoding. Speculation reads them once per verified block,
 pruning shortens prefill and the cache. On a small model the bound is not bandwidth but the fixed
-cost of a layer call; both are printed. Every method runs on the same trunk in the same process,
+cost of a layer call; both are printed. What other programs take of the CPU meanwhile is noted, and said where it is much.
+stdout ends with one JSON line where it is no terminal, or with --json. Every method runs on the same trunk in the same process,
 interleaved, after a warm-up; figures are medians.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import random
 import statistics
 import sys
@@ -27,16 +28,19 @@ import twigvlm
 from ..config import DEFAULT_K, DEFAULT_T, TwigConfig
 from ..decoding.choose import Chooser
 from ..errors import InputError
+from ..foresight import Wish, check
 from ..model.cache import Cache
 from ..model.load import Loaded, pick_device, pick_dtype
 from ..model.random import random_base
 from ..model.trunk import Trunk
 from ..model.twig import grow
-from ..program import run_program
+from ..program import print_json, run_program
+from ..threads import Clock
 from ..vlm import TwigVLM
 from .record import provenance, table, write_json
 
 MIN_TOKENS = 64  # of a description, as it would be written without a limit
+LOADED = 0.25  # cores that may be wanted beyond those there are
 QUESTION = "Describe the image in detail."
 
 
@@ -282,29 +286,54 @@ def open_model(args: argparse.Namespace) -> TwigVLM:
     if args.random is None:
         return twigvlm.load(args.base_model, args.twig_block, args.twig_K, args.twig_T, device=args.device, dtype=args.dtype,
                             attn_implementation=args.attn_implementation)  # fmt: skip
-    if args.base_model or args.twig_block:
-        raise InputError("--random builds its own base and twig; leave --base-model and --twig-block away")
     device = pick_device(args.device)
     trunk = Trunk(random_base(args.random, device, pick_dtype(args.dtype, device), args.attn_implementation))
     twig = grow(trunk, TwigConfig(trunk.L, DEFAULT_K if args.twig_K is None else args.twig_K, args.twig_T or DEFAULT_T))
     return TwigVLM(Loaded(trunk, Path(), f"random {args.random}", True), twig)
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """All figures of one run."""
-    vlm = open_model(args)
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise InputError for flags that cannot be, before a model is opened."""
+    for name, least in (("prompts", 1), ("repeats", 1), ("tokens", 1), ("threads", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} is {value}; {least} or more is needed")
     if args.assume_acceptance is not None and not 0 <= args.assume_acceptance <= 1:
         raise InputError(f"--assume-acceptance is {args.assume_acceptance:g}; 0 to 1 is needed")
+    if args.random is not None and (args.base_model or args.twig_block):
+        raise InputError("--random builds its own base and twig; leave --base-model and --twig-block away")
+    if args.out is not None and (args.out.is_dir() or not os.access(_existing(args.out.parent), os.W_OK)):
+        raise InputError(f"--out {args.out}: no file can be written there; name a file in a folder that may be written")
+    wish = Wish(
+        args.base_model, args.twig_block, args.twig_K, args.twig_T, args.device, args.dtype, args.attn_implementation,
+        args.random,
+    )  # fmt: skip
+    check(wish, {"pruning": "twig", "retained_tokens": args.retained_tokens if wish.has_twig else None})
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    return next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """All figures of one run."""
+    check_flags(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    vlm = open_model(args)
+    before = Clock.now()
     endless = args.random is not None
     tokens = args.tokens or (MIN_TOKENS if endless else 160)
     bench = Bench(vlm, args.retained_tokens, tokens, args.prompts, endless, args.assume_acceptance)
     rows = bench.run(args.repeats)
+    taken = Clock.now().cores_taken(before)
     speed, needed = bandwidth(vlm.device), weight_bytes(vlm.trunk)
     plain = next(r for r in rows if r["method"] == "plain")
     facts = {
         "model": vlm.base_name, "letters": vars(vlm.config), "R": args.retained_tokens, "dtype": str(vlm.dtype).removeprefix("torch."),
         "attention": args.attn_implementation, "prompts": args.prompts, "repeats": args.repeats,
-        "simulated_acceptance": args.assume_acceptance,
+        "simulated_acceptance": args.assume_acceptance, "cores_taken_by_others": None if taken is None else round(taken, 2),
     }  # fmt: skip
     limit = speed / needed
     facts["bandwidth"] = {
@@ -337,18 +366,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype")
     parser.add_argument("--attn-implementation", default="sdpa")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--json", action="store_true", help="end with the JSON line on a terminal too")
     args = parser.parse_args(argv)
     return run_program(lambda: _print_speed(args))
 
 
 def _print_speed(args: argparse.Namespace) -> None:
-    if args.threads:
-        torch.set_num_threads(args.threads)
     facts = measure(args)
     show(facts)
     if args.out:
         write_json(facts, args.out)
-    print(json.dumps(facts), flush=True)
+        print(f"result: {args.out}")
+    print_json(facts, args.json)
+    if warning := loaded(facts):
+        print(warning, file=sys.stderr, flush=True)
+
+
+def loaded(facts: dict) -> str:
+    """What to say where others took of the CPU what was needed here; "" on a machine that is quiet enough."""
+    taken, have = facts["cores_taken_by_others"], os.cpu_count() or 1
+    if taken is None or taken + facts["threads"] < have + LOADED:
+        return ""
+    return (
+        f"warning: other programs kept {taken:.1f} of {have} cores busy while {facts['threads']} threads were measured "
+        "here; these figures are too low, measure again on a quiet machine"
+    )
 
 
 def show(facts: dict) -> None:

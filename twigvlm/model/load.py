@@ -172,12 +172,17 @@ def read_twig_letters(
     if facts:
         _check_description(folder / CONFIG, facts, stored.get("T", facts.get("T")), L, hidden_size)
     facts |= stored
-    for letter, asked in (("K", K), ("T", T)):
-        if asked is not None and asked != facts.get(letter, asked):
-            raise InputError(
-                f"{file}: {letter} = {asked} was asked for, but the twig was grown with {letter} = {facts[letter]}"
-            )
+    check_letters(file, {"K": K, "T": T}, facts)
     return facts
+
+
+def check_letters(file: Path, asked: dict[str, int | None], stored: dict) -> None:
+    """Raises InputError where a letter that was asked for is another one in the twig's files."""
+    for letter, value in asked.items():
+        if value is not None and value != stored.get(letter, value):
+            raise InputError(
+                f"{file}: {letter} = {value} was asked for, but the twig was grown with {letter} = {stored[letter]}"
+            )
 
 
 def _twig_files(source: Path) -> tuple[Path, Path]:

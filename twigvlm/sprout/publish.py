@@ -1,12 +1,14 @@
 """Put a trained base and twig into checkpoints/, each with its model card, and the measured figures into the README.
 
-`python -m twigvlm.sprout.publish` does all of it; `--readme-only` after a new measurement of the same weights.
+`python -m twigvlm.sprout.publish` does all of it; `--readme-only` after a new measurement of the same weights. The only
+program that writes into checkpoints/ and benchmarks/results/ unasked: what others measure goes under runs/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +19,9 @@ from ..model.load import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..program import run_program
 from .questions import KINDS
 
+RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- figures -->", "<!-- end of figures -->"  # marks in the README
+PLACES = ("--out", "--plots", "--work")  # flags that say where something goes
 LIMIT = 30 * 2**20  # bytes of base and twig together, so that a clone stays small
 
 HEADS = {
@@ -50,7 +54,7 @@ Three decoder layers, a norm and a head on layer 2 of sprout, trained by next-to
 }
 
 
-def card(kind: str, run: Path, report: dict | None) -> str:
+def card(kind: str, run: Path, report: dict) -> str:
     """The model card: what it is, data, recipe with the steps really done, figures with their command."""
     settings = json.loads((run / "settings.json").read_text())
     settings = {k: v for k, v in settings.items() if k not in ("out", "start")}  # names of somebody's folders
@@ -63,13 +67,10 @@ def card(kind: str, run: Path, report: dict | None) -> str:
     notes = run / "notes.md"
     if notes.exists():
         lines.append(f"\n{notes.read_text(encoding='utf-8').strip()}")
-    if report:
-        lines.append("\n## Figures\n")
-        lines.append(
-            f"`{report['command']}` on the test split, {report['rows'][0]['questions']} questions (percent):\n"
-        )
-        hidden = ("pruning", "R", "questions", "descriptions")
-        lines.append(table([{k: v for k, v in row.items() if k not in hidden} for row in report["rows"]]))
+    lines.append("\n## Figures\n")
+    lines.append(f"`{_command(report)}` on the test split, {report['rows'][0]['questions']} questions (percent):\n")
+    hidden = ("pruning", "R", "questions", "descriptions")
+    lines.append(table([{k: v for k, v in row.items() if k not in hidden} for row in report["rows"]]))
     return "\n".join(lines) + "\n"
 
 
@@ -95,12 +96,15 @@ def _stage(log: Path) -> dict:
 
 
 def publish(run: Path, report: Path) -> None:
-    """Copy `run`/base and `run`/twig. Raises InputError when one is missing or both are too large."""
-    found = json.loads(report.read_text()) if report.exists() else None
+    """Copy `run`/base, `run`/twig and the report. Raises InputError when one is missing or both are too large."""
     sources = {"base": (run / "base", EMBEDDED_BASE), "twig": (run / "twig", EMBEDDED_TWIG)}
     for source, _ in sources.values():
         if not source.is_dir():
             raise InputError(f"{source}: no such folder; train first: python -m twigvlm.sprout.train --out {run}")
+    if not report.is_file():
+        measure = f"python -m twigvlm.sprout.report --base {run}/base --twig {run}/twig --out {report.parent}"
+        raise InputError(f"{report}: no such file; the cards need figures of what is published: {measure}")
+    found = json.loads(report.read_text())
     size = sum(f.stat().st_size for source, _ in sources.values() for f in source.rglob("*") if f.is_file())
     if size > LIMIT:
         raise InputError(
@@ -109,6 +113,9 @@ def publish(run: Path, report: Path) -> None:
     for kind, (source, target) in sources.items():
         shutil.copytree(source, target, dirs_exist_ok=True)
         (target / "README.md").write_text(card(kind, run, found), encoding="utf-8")
+    for file in (report, report.with_suffix(".png")):
+        if file.exists() and file.parent.resolve() != RESULTS.resolve():
+            shutil.copyfile(file, RESULTS / f"sprout_report{file.suffix}")
 
 
 def refresh_readme(readme: Path, results: Path) -> None:
@@ -117,6 +124,13 @@ def refresh_readme(readme: Path, results: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     start, end = text.index(START) + len(START), text.index(END)
     readme.write_text(text[:start] + "\n" + "\n\n".join(filter(None, parts)) + "\n" + text[end:], encoding="utf-8")
+
+
+def _command(facts: dict) -> str:
+    """How it was measured, without where it went: who repeats it shall not overwrite what is published."""
+    words = shlex.split(facts["command"])
+    places = [i for i, word in enumerate(words) if word in PLACES]
+    return shlex.join(word for i, word in enumerate(words) if i not in places and i - 1 not in places)
 
 
 def _quality(results: Path) -> str:
@@ -134,7 +148,7 @@ def _quality(results: Path) -> str:
     ]
     kinds = ", ".join(f"{kind} {base[kind]:.0f}" for kind in KINDS)
     return (
-        f"Quality of the embedded model on its test split: `{report['command']}`\n({base['questions']} questions, "
+        f"Quality of the embedded model on its test split: `{_command(report)}`\n({base['questions']} questions, "
         f"{base['descriptions']} descriptions, [JSON](benchmarks/results/sprout_report.json)):\n\n{table(rows)}\n\n"
         f"![Accuracy against R](benchmarks/results/sprout_report.png)\n\nThe base by kind of question (%): {kinds}."
     )
@@ -145,7 +159,7 @@ def _speed(results: Path) -> str:
     rows = [{k: v for k, v in row.items() if k != "tokens"} for row in speed["rows"]]
     return (
         "Speed at batch 1 on two CPU cores, descriptions of 64 tokens and more, medians: "
-        f"`{speed['command']}`\n([JSON](benchmarks/results/speed_sprout_cpu.json); {speed['device']}, torch "
+        f"`{_command(speed)}`\n([JSON](benchmarks/results/speed_sprout_cpu.json); {speed['device']}, torch "
         f"{speed['torch']}):\n\n{table(rows, digits=2)}"
     )
 
@@ -162,15 +176,15 @@ def main(argv: list[str] | None = None) -> int:
         "--run", type=Path, default=Path("runs/sprout"), help="folder of the training run (default %(default)s)"
     )
     parser.add_argument(
-        "--report", type=Path, default=Path("benchmarks/results/sprout_report.json"), help="figures for the cards"
+        "--report", type=Path, metavar="FILE", help="figures of this base and twig (default RUN/sprout_report.json)"
     )
     parser.add_argument("--readme-only", action="store_true", help="leave checkpoints/ as they are")
     args = parser.parse_args(argv)
 
     def body() -> None:
         if not args.readme_only:
-            publish(args.run, args.report)
-        refresh_readme(ROOT / "README.md", args.report.parent)
+            publish(args.run, args.report or args.run / "sprout_report.json")
+        refresh_readme(ROOT / "README.md", RESULTS)
 
     return run_program(body)
 

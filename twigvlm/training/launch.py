@@ -8,6 +8,7 @@ NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,8 @@ import time
 from pathlib import Path
 
 from ..errors import InputError
+from ..model.load import check_attention, check_letters, pick_device, read_json
+from ..model.twig import CONFIG
 from ..program import run_program
 from .agreement import FILE as ANSWERS
 from .material import complete
@@ -44,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def start(settings: Settings, argv: list[str]) -> int:
     """Replaces this process by the training where it is one process; else gives its exit code."""
+    foresee(settings)
     env = os.environ
     rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
     if rank == 0 and int(env.get("NODE_RANK", "0")) == 0:
@@ -60,6 +64,31 @@ def start(settings: Settings, argv: list[str]) -> int:
         return _torchrun(settings, processes, nodes, argv)
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *command])
+
+
+def foresee(settings: Settings) -> None:
+    """Raise InputError for what cannot be, before data are drawn and the base is asked: both take minutes."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError("training needs the package accelerate, which is not installed: pip install -e '.[train]'")
+    from ..foresight import Wish
+    from .model import INITS, Seed
+    from .settings import ROWS_PER_DEVICE, split_batch
+    from .train import check_export
+
+    Seed(settings.K, settings.T, settings.F, settings.init)
+    if settings.data is None and not settings.embedded:
+        raise InputError("no data: give --data FILE (LLaVA's instruction JSON) and --images FOLDER")
+    check_attention(settings.attention)
+    check_export(settings.export_release)
+    device = pick_device(settings.device)
+    Wish(settings.base, shape=settings.random).base_letters(settings.K, settings.T, settings.F)
+    if settings.init not in INITS:
+        stored = read_json(Path(settings.init) / CONFIG)
+        check_letters(Path(settings.init) / CONFIG, {"K": settings.K, "T": settings.T}, stored)
+    if int(os.environ.get("NNODES", "1")) == 1 and "HOSTFILE" not in os.environ:
+        world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", _processes(settings))))
+        split_batch(settings.batch_size, world, settings.per_device_batch, ROWS_PER_DEVICE[device.type])
+        settings.zero_config(device.type, world)
 
 
 def _processes(settings: Settings) -> int:

@@ -129,7 +129,7 @@ def run(settings: Settings) -> int:
     signals = _signals()
     one.settings = ranks.on_first(lambda: complete(settings))
     one.out = Path(one.settings.out)
-    _check_export(settings.export_release)
+    check_export(settings.export_release)
     locks: list = []
     try:
         ranks.on_first(lambda: locks.append(checkpoints.occupy(one.out)))
@@ -225,7 +225,8 @@ def _signals():
     return Signals()
 
 
-def _check_export(file: str | None) -> None:
+def check_export(file: str | None) -> None:
+    """Raises InputError for a name that loading would not know."""
     if file is not None and not file.endswith(".safetensors"):
         raise InputError(f"export_release is {file}; a name that ends in .safetensors is needed")
 

@@ -1,0 +1,65 @@
+"""How torch's CPU threads wait for one another; and who else is at work. Standard library only.
+
+OpenMP's threads meet after every operation, some thousand times a second while a small model decodes. By default they
+spin until the others arrive, so that one busy core makes everything wait for a thread that is not running. Torch's
+wheels for Linux bring GNU's libgomp, whose GOMP_SPINCOUNT says after how many turns a thread goes to sleep; other
+libraries know the standard's OMP_WAIT_POLICY. Both are read when torch is loaded, never again. Figures: docs/LOG.md.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them is somebody's decision
+SPINS = "1000"
+STAT = Path("/proc/stat")
+IDLE = (3, 4)  # places of "idle" and "iowait" in its first line
+GUESTS = 8  # from here on its figures are counted already
+
+
+def settle(env: MutableMapping[str, str] = os.environ) -> None:
+    """Say how threads wait, unless somebody has said it or torch, which would not hear it, is loaded."""
+    if "torch" in sys.modules or any(name in env for name in WAITING):
+        return
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        return
+    libraries = Path(found.submodule_search_locations[0]) / "lib"
+    if any(libraries.glob("libgomp*")):
+        env["GOMP_SPINCOUNT"] = SPINS
+    else:
+        env["OMP_WAIT_POLICY"] = "passive"
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds of CPU time since the machine and this process with its children began; None where it is not told."""
+
+    busy: float | None
+    own: float
+    wall: float
+
+    @staticmethod
+    def now() -> Clock:
+        times = os.times()
+        return Clock(_busy(), sum(times[:4]), times.elapsed)
+
+    def cores_taken(self, before: Clock) -> float | None:
+        """Cores that others kept busy since `before`, averaged."""
+        if self.busy is None or before.busy is None or self.wall <= before.wall:
+            return None
+        others = (self.busy - before.busy) - (self.own - before.own)
+        return max(0.0, others / (self.wall - before.wall))
+
+
+def _busy() -> float | None:
+    try:
+        ticks = [int(word) for word in STAT.read_text().split("\n", 1)[0].split()[1 : GUESTS + 1]]
+    except (OSError, ValueError):
+        return None
+    return sum(n for place, n in enumerate(ticks) if place not in IDLE) / os.sysconf("SC_CLK_TCK")
