@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -227,3 +230,56 @@ def test_every_flag_has_help():
         "--show-kept",
     ]:
         assert re.search(rf"{flag}\b.*?\n?\s+\S+", out.stdout), flag
+
+
+def interrupted(*flags: str, keys: tuple[str, ...], after: str) -> str:
+    """What a terminal shows when the first answer is stopped by Ctrl-C as soon as `after` is seen."""
+    leader, follower = pty.openpty()
+    command = [sys.executable, str(ROOT / "cli_demo.py"), *flags]
+    process = subprocess.Popen(
+        command, stdin=follower, stdout=follower, stderr=follower, cwd=ROOT, env={**os.environ, "NO_COLOR": "1"},
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(follower)
+    shown, end, waiting = b"", time.monotonic() + 120, list(keys)
+    os.write(leader, waiting.pop(0).encode())
+    while time.monotonic() < end:
+        ready, _, _ = select.select([leader], [], [], 0.2)
+        try:
+            shown += os.read(leader, 4096) if ready else b""
+        except OSError:
+            break
+        if after and after in shown.decode(errors="replace"):
+            os.write(leader, b"\x03")
+            after = ""
+        if not after and waiting and FIGURES.search(shown.decode(errors="replace")):
+            os.write(leader, waiting.pop(0).encode())
+        if not ready and process.poll() is not None:
+            break
+    process.wait(timeout=10)
+    os.close(leader)
+    assert process.returncode == 0, shown.decode()
+    return shown.decode()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_answer_and_keeps_the_conversation():
+    keys = ("Describe the image in detail.\n", "Is there a circle?\n\n")
+    shown = interrupted("--stream", "--no-speculation", keys=keys, after="There are ")
+    first, _ = FIGURES.findall(shown)
+    assert int(first[0]) < 60, "the whole description is longer"
+    assert (
+        "stopped by Ctrl-C" in shown and "Traceback" not in shown and shown.index("stopped") < shown.rindex("tokens/s")
+    )
+
+
+def test_an_interrupted_answer_ends_after_the_token_in_work(monkeypatch):
+    """The criterion that Ctrl-C meets; a second Ctrl-C is Python's own."""
+    with cli_demo.Interrupt() as interrupt:
+        assert not interrupt(None, None)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt(None, None) and interrupt.came
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

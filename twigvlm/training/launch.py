@@ -76,7 +76,7 @@ def foresee(settings: Settings) -> None:
     from .train import check_export
 
     Seed(settings.K, settings.T, settings.F, settings.init)
-    if settings.data is None and not settings.embedded:
+    if settings.data is None and settings.base is not None:
         raise InputError("no data: give --data FILE (LLaVA's instruction JSON) and --images FOLDER")
     check_attention(settings.attention)
     check_export(settings.export_release)

@@ -1,0 +1,187 @@
+"""What flags ask for is checked before a model is loaded, by every program; scripts without an environment say so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, speaking, write_base
+
+import cli_demo
+import twigvlm
+from twigvlm.errors import InputError
+from twigvlm.evaluation import run, speed, suite
+from twigvlm.foresight import Wish, check
+from twigvlm.model import load
+from twigvlm.model.twig import CONFIG, WEIGHTS, save_twig
+from twigvlm.sprout import report
+from twigvlm.sprout import train as recipe
+from twigvlm.training import launch
+from twigvlm.training.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def unloaded(monkeypatch):
+    """No weight may be read."""
+    for place in (load, twigvlm.vlm):
+        monkeypatch.setattr(place, "load_base", lambda *_, **__: pytest.fail("loaded a model"))
+
+
+TWIG = [
+    (["-R", "500"], ["500", "36 to 432"]),
+    (["-R", "20"], ["20", "36 to 432"]),
+    (["--twig-K", "3"], ["K = 3", "K = 2"]),
+    (["--twig-T", "4"], ["T = 4", "T = 3"]),
+    (["--device", "toaster"], ["toaster"]),
+    (["--dtype", "int3"], ["int3"]),
+    (["--attn-implementation", "magic"], ["magic", "sdpa"]),
+]
+ANSWER = [
+    (["--pruning", "magic"], ["magic", "layer-attention"]),
+    (["--top-p", "0.9"], ["--top-p", "--temperature"]),
+    (["--top-p", "1.5", "--temperature", "1"], ["top_p", "1.5"]),
+    (["--max-new-tokens", "0"], ["0", "1 or more"]),
+    (["--temperature", "-1"], ["-1"]),
+    (["--temperature", "nan"], ["nan"]),
+]
+PROGRAMS = {
+    "demo": (cli_demo.main, ["--question", "Is there a circle?"], TWIG + ANSWER),
+    "run": (run.main, ["--task", "gqa", "--limit", "2"], TWIG + ANSWER),
+    "suite": (suite.main, ["--tasks", "gqa", "--limit", "2"], [*TWIG[2:], *ANSWER, (["-R", "192,500"], ["500"])]),
+    "speed": (
+        speed.main,
+        [],
+        [*TWIG, (["--prompts", "0"], ["--prompts"]), (["--repeats", "0"], ["--repeats"]), (["--threads", "0"], ["--threads"])],
+    ),
+    "report": (
+        report.main,
+        [],
+        [
+            (["--budgets", "64,500"], ["500", "36 to 432"]),
+            (["--budgets", "many"], ["--budgets", "many"]),
+            (["--methods", "twig,magic"], ["magic", "random"]),
+            (["--scenes", "0"], ["--scenes"]),
+            (["--device", "toaster"], ["toaster"]),
+            (["--ablate", "colours"], ["colours", "signal"]),
+            (["--ablate", "T", "--steps", "0"], ["--steps"]),
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("program", "flags", "words"),
+    [(name, flags, words) for name, (_, _, cases) in PROGRAMS.items() for flags, words in cases],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else value,
+)
+def test_flags_are_checked_before_a_model_is_loaded(program, flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main, usual, _ = PROGRAMS[program]
+    out = ["--out", str(tmp_path / "out")] if program != "demo" else []
+    assert main([*usual, *out, *flags]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ") and all(word in message for word in words), message
+    assert not [place for place in tmp_path.rglob("*") if place.is_file()]
+
+
+def test_methods_have_their_own_conditions(tmp_path):
+    """layer-attention reads base layer K - 1, and a twig on the embeddings has none below it."""
+    vlm = speaking(K=0)
+    save_twig(vlm.twig, vlm.trunk, tmp_path / "twig", "tiny")
+    base = write_base(tmp_path / "base", vlm.model)
+    wish = Wish(base, tmp_path / "twig", device="cpu")
+    check(wish, {"pruning": "twig", "retained_tokens": 2})
+    with pytest.raises(InputError, match="layer-attention"):
+        check(wish, {"pruning": "layer-attention", "retained_tokens": 2})
+
+
+def test_a_twig_says_before_loading_that_it_grew_elsewhere(tmp_path):
+    vlm = speaking()
+    base = write_base(tmp_path / "base", vlm.model)
+    save_twig(vlm.twig, vlm.trunk, tmp_path / "twig", "tiny")
+    assert Wish(base, tmp_path / "twig").letters() == (vlm.config.V, vlm.twig.config)
+    with pytest.raises(InputError, match="this twig grew on 'tiny' with L = 6, but the base has L = 32"):
+        Wish(None, tmp_path / "twig").letters()
+    released = tmp_path / "released"
+    released.mkdir()
+    shutil.copy(tmp_path / "twig" / WEIGHTS, released)
+    with pytest.raises(InputError, match="T = 3 was asked for, but the twig was grown with T = 2"):
+        Wish(base, released, T=3).letters()
+    (released / WEIGHTS).unlink()
+    with pytest.raises(InputError, match="no such file"):
+        Wish(base, released).letters()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"K": 30}, ["K + T", "L = 32"]),
+        ({"F": 1}, ["wipe layer F"]),
+        ({"init": "nowhere"}, ["init", "nowhere"]),
+        ({"init": str(load.EMBEDDED_TWIG), "K": 1}, ["K = 1", "K = 2"]),
+        ({"zero": "9"}, ["zero", "9"]),
+        ({"batch_size": 12, "per_device_batch": 5}, ["12", "5"]),
+        ({"export_release": "twig.bin"}, ["twig.bin", ".safetensors"]),
+        ({"random": "huge"}, ["huge", "WIDTHxLAYERS"]),
+        ({"base": "./nowhere", "data": "x.json"}, ["nowhere"]),
+        ({"base": str(load.EMBEDDED_BASE)}, ["--data"]),
+    ],
+)
+def test_a_training_is_checked_before_data_are_drawn_and_the_base_is_asked(settings, words, monkeypatch):
+    monkeypatch.setattr(launch, "complete", lambda *_: pytest.fail("drew data"))
+    with pytest.raises(InputError) as fault:
+        launch.start(Settings(**{"device": "cpu"} | settings), [])
+    assert all(word in str(fault.value) for word in words), fault.value
+
+
+@pytest.mark.parametrize(
+    "flags", [["--scale", "0"], ["--hidden", "50"], ["--workers", "-1"], ["--steps", "x"], ["--stages", "flower"]]
+)
+def test_the_recipe_checks_its_flags(flags, capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        recipe.main(["--out", str(tmp_path / "out"), *flags])
+    assert end.value.code == 2 and flags[0] in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_descriptions_of_a_twig_are_read_as_loading_reads_them(tmp_path):
+    folder = tmp_path / "twig"
+    shutil.copytree(load.EMBEDDED_TWIG, folder)
+    facts = json.loads((folder / CONFIG).read_text()) | {"format_version": 99}
+    (folder / CONFIG).write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="format version is 99"):
+        Wish(None, folder).letters()
+
+
+# ---------------------------------------------------------------------- where nothing is installed
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A fresh clone, and a python that has nothing installed."""
+    home = tmp_path / "clone"
+    home.mkdir()
+    for name in ("cli_demo.py", "twigvlm", "scripts", "Makefile"):
+        (home / name).symlink_to(ROOT / name) if name != "scripts" else shutil.copytree(ROOT / name, home / name)
+    (tmp_path / "bin").mkdir()
+    for name in ("python3", "python"):
+        file = tmp_path / "bin" / name
+        file.write_text(f'#!/bin/sh\nexec "{os.path.realpath(shutil.which("python3"))}" -S "$@"\n')
+        file.chmod(0o755)
+    return home
+
+
+def alone(clone: Path, *command: str) -> subprocess.CompletedProcess:
+    env = {"PATH": f"{clone.parent / 'bin'}:/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=clone, env=env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", [("bash", "scripts/v1_5/eval/gqa.sh"), ("bash", "scripts/v1_5/eval/all.sh"), ("python3", "cli_demo.py", "--question", "x")])  # fmt: skip
+def test_a_fresh_clone_says_what_to_run(clone, command):
+    done = alone(clone, *command)
+    assert done.returncode == 2 and not done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and ("torch" in line or "transformers" in line) and "make" in line, line

@@ -1,0 +1,97 @@
+"""How threads wait is settled once, before torch; and a loaded machine is noticed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from twigvlm import threads
+from twigvlm.evaluation import speed
+from twigvlm.threads import SPINS, WAITING, Clock
+
+SAY = "import os, json; print(json.dumps({n: os.environ.get(n) for n in ('OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')}))"
+
+
+def said(code: str, **env: str) -> dict:
+    """The two variables in a process, and in a child of it, after `code`."""
+    import json
+
+    clean = {name: value for name, value in os.environ.items() if name not in WAITING}
+    child = f"import subprocess, sys; print(subprocess.run([sys.executable, '-c', {SAY!r}], capture_output=True, text=True).stdout)"
+    out = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{SAY}\n{child}"], cwd=ROOT, env=clean | env, capture_output=True, text=True
+    )
+    own, inherited = (json.loads(line) for line in out.stdout.splitlines() if line.startswith("{"))
+    assert own == inherited, "children inherit it"
+    return own
+
+
+def test_it_is_said_before_torch_is_loaded():
+    found = said("import sys, twigvlm; assert 'torch' not in sys.modules")
+    assert found == {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": SPINS} or found["OMP_WAIT_POLICY"] == "passive"
+    assert said("import cli_demo; cli_demo.main(['--question', ' '])") == found
+    assert said("import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_module('twigvlm.evaluation.speed', run_name='__main__')\nexcept SystemExit: pass") == found  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_what_the_user_set_stays(name):
+    asked = {name: "7"}
+    threads.settle(asked)
+    assert asked == {name: "7"}
+
+
+def test_nothing_is_said_to_a_torch_that_would_not_hear_it():
+    assert said("import torch, twigvlm") == {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": None}
+
+
+def test_the_library_decides_which_variable(tmp_path, monkeypatch):
+    """libgomp knows a number of turns; others the standard's word."""
+    monkeypatch.setattr(threads.sys, "modules", {})
+    (tmp_path / "torch" / "lib").mkdir(parents=True)
+    (tmp_path / "torch" / "__init__.py").write_text("")
+    monkeypatch.setattr(threads.sys, "path", [str(tmp_path)])
+    monkeypatch.setattr(threads.importlib.util, "find_spec", lambda name: type("Spec", (), {"submodule_search_locations": [tmp_path / name]}))  # fmt: skip
+    other: dict[str, str] = {}
+    threads.settle(other)
+    assert other == {"OMP_WAIT_POLICY": "passive"}
+    (tmp_path / "torch" / "lib" / "libgomp-a34b3233.so.1").write_bytes(b"")
+    gnu: dict[str, str] = {}
+    threads.settle(gnu)
+    assert gnu == {"GOMP_SPINCOUNT": SPINS}
+
+
+def test_others_are_what_the_machine_did_and_this_process_did_not():
+    assert Clock(130.0, 20.0, 10.0).cores_taken(Clock(100.0, 10.0, 0.0)) == pytest.approx(2.0)
+    assert Clock(105.0, 20.0, 10.0).cores_taken(Clock(100.0, 10.0, 0.0)) == 0.0
+    assert Clock(None, 20.0, 10.0).cores_taken(Clock(None, 10.0, 0.0)) is None
+
+
+def test_the_machines_time_is_read_as_the_kernel_writes_it(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  100 20 30 4000 500 6 7 8 90 10\ncpu0 1 2 3\n")
+    monkeypatch.setattr(threads, "STAT", stat)
+    assert Clock.now().busy == pytest.approx((100 + 20 + 30 + 6 + 7 + 8) / os.sysconf("SC_CLK_TCK"))
+    monkeypatch.setattr(threads, "STAT", tmp_path / "absent")
+    assert Clock.now().busy is None
+
+
+@pytest.mark.parametrize(
+    ("taken", "own", "warned"), [(None, 2, False), (0.1, 2, False), (1.0, 2, True), (6.0, 2, False), (7.0, 2, True)]
+)
+def test_a_loaded_machine_is_said(taken, own, warned, monkeypatch):
+    monkeypatch.setattr(speed.os, "cpu_count", lambda: 8 if (taken or 0) > 2 else 2)
+    said = speed.loaded({"cores_taken_by_others": taken, "threads": own})
+    assert bool(said) is warned
+    assert not warned or (f"{taken:.1f} of" in said and "too low" in said)
+
+
+def test_the_speed_command_warns(capsys, monkeypatch, tmp_path):
+    flags = ["--random", "64x8", "--tokens", "4", "-R", "200", "--repeats", "1", "--prompts", "1", "--device", "cpu"]
+    monkeypatch.setattr(Clock, "cores_taken", lambda *_: float(os.cpu_count()))
+    assert speed.main([*flags, "--out", str(tmp_path / "speed.json")]) == 0
+    out, err = capsys.readouterr()
+    assert f"warning: other programs kept {os.cpu_count():.1f} of" in err and '"cores_taken_by_others"' in out
