@@ -1,7 +1,6 @@
 # Every target sets up what it needs: a .venv with the pinned requirements and this package, editable.
 PYTHON ?= python3
 PY := .venv/bin/python
-export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test test-all lint clean

@@ -1,6 +1,6 @@
 """Would it pay to store what leaves the trunk, since that does not depend on what learns?
 
-    python benchmarks/feature_cache.py [--out benchmarks/results/feature_cache.json]
+    python benchmarks/feature_cache.py [--out runs/feature_cache.json]
 
 A pass over the data costs trunk + twig for each sample. With stored states the first pass costs
 writing as well, every later one reading + twig. So storing can pay from the second pass on, and at
@@ -93,7 +93,7 @@ def speedups(trunk: float, twig: float, write: float, read: float) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/feature_cache.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/feature_cache.json"))
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:

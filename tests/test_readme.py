@@ -91,3 +91,9 @@ def test_named_files_exist():
     tree = re.findall(r"^(\S+)  ", blocks("text")[1], re.M)
     for name in [*links, *(n for n in tree if "/" in n or "." in n)]:
         assert (ROOT / name).exists(), name
+
+
+def test_no_command_overwrites_published_figures():
+    """Whoever repeats a command of the README measures into a place of their own."""
+    written = re.findall(r"--(?:out|plots|work)[ =](\S+)", README)
+    assert not [place for place in written if place.startswith(("benchmarks", "checkpoints", "assets", "docs"))]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twigvlm.model.prompt import encode
-from twigvlm.sprout import ablate, looking, packing, report
+from twigvlm.sprout import ablate, looking, packing, publish, report
 from twigvlm.sprout.base import CORE_PLACES, base_config, build, deepen, shorten
 from twigvlm.sprout.draw import IMAGE_SIZE, centre_patches, draw, patch_labels
 from twigvlm.sprout.questions import KINDS, ask, describe
@@ -330,6 +333,20 @@ def test_a_killed_recipe_ends_with_the_same_weights(tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_ends_the_recipe_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "twigvlm.sprout.train", "--hidden", "32", "--stages", "cells", "--no-compile"]
+    command += ["--device", "cpu", "--save-seconds", "0.1", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "run" / "cells.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the processes that draw as well
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert "the same command goes on" in said.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
 def test_ablations(tmp_path, capsys):
     """Twigs are grown, trained, kept and measured; every row of the tables asked for is there, with its comment."""
     flags = ["--ablate", "initialisation,signal", "--steps", "1", "--scenes", "1", "--work", str(tmp_path / "work")]
@@ -348,3 +365,26 @@ def test_ablations(tmp_path, capsys):
     assert made == {place: place.stat().st_mtime_ns for place in made}, "trained again"
     assert report.main([*flags, "--ablate", "colours"]) == 2
     assert "colours" in capsys.readouterr().err
+
+
+def test_reports_go_under_runs_unless_said_otherwise(tmp_path, monkeypatch):
+    """The published figures are replaced by `publish` alone."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(report, "print_report", lambda args, _: asked.append(args.out))
+    monkeypatch.setattr(report, "print_ablations", lambda args, _: asked.append(args.out))
+    assert report.main([]) == report.main(["--ablate"]) == 0
+    assert asked == [Path("runs/report")] * 2
+
+
+def test_commands_are_shown_without_where_their_results_went():
+    command = "python -m twigvlm.evaluation.speed --prompts 2 --out benchmarks/results/speed.json --repeats 3"
+    assert publish._command({"command": command}) == "python -m twigvlm.evaluation.speed --prompts 2 --repeats 3"
+
+
+def test_nothing_is_published_without_figures_of_it(tmp_path, capsys):
+    for name in ("base", "twig"):
+        (tmp_path / name).mkdir()
+    assert publish.main(["--run", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert f"--base {tmp_path}/base --twig {tmp_path}/twig --out {tmp_path}" in message
