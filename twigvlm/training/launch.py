@@ -54,7 +54,7 @@ def start(settings: Settings, argv: list[str]) -> int:
         settings = complete(settings)
         _ask_base(settings, argv)
     processes, nodes = _processes(settings), int(env.get("NNODES", "1"))
-    launched = "RANK" in env or (int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env)
+    launched = _launched() is not None
     command = ["-m", TRAIN, *argv]
     if "HOSTFILE" in env and not launched:
         if settings.device == "cpu":
@@ -86,9 +86,18 @@ def foresee(settings: Settings) -> None:
         stored = read_json(Path(settings.init) / CONFIG)
         check_letters(Path(settings.init) / CONFIG, {"K": settings.K, "T": settings.T}, stored)
     if int(os.environ.get("NNODES", "1")) == 1 and "HOSTFILE" not in os.environ:
-        world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", _processes(settings))))
+        world = _launched() or _processes(settings)
         split_batch(settings.batch_size, world, settings.per_device_batch, ROWS_PER_DEVICE[device.type])
         settings.zero_config(device.type, world)
+
+
+def _launched() -> int | None:
+    """Processes of this run, where somebody else started them (torchrun, srun)."""
+    env = os.environ
+    if "RANK" in env:
+        return int(env.get("WORLD_SIZE", "1"))
+    tasks = int(env.get("SLURM_NTASKS", "1"))
+    return tasks if tasks > 1 and "SLURM_STEP_ID" in env else None
 
 
 def _processes(settings: Settings) -> int:

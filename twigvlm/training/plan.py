@@ -7,7 +7,6 @@ Legend: D width, H feed-forward width, S tokens of a sample, V vocabulary, n dev
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..config import TwigConfig
 from ..errors import InputError
 from ..model.load import KNOWN_TOWERS, find_base, original_config, read_json
 from ..model.random import random_config
+from ..program import print_json
 from ..sprout.conversations import SAMPLES as DRAWN_SAMPLES
 from .data import Records
 from .model import Seed, layers_needed, take_twig, trim_tower
@@ -275,11 +275,11 @@ def _stage(settings: Settings, zero: Path | None) -> str:
 
 
 def print_plan(settings: Settings, devices: int | None, samples: int | None) -> int:
-    """The plan for people, and as JSON in the last line."""
+    """The plan for people, and, where no terminal reads it, as JSON in the last line."""
     plan = make_plan(settings, devices, samples)
     for line in _lines(plan):
         print(line)
-    print(json.dumps(plan))
+    print_json(plan, False)
     return 0
 
 
