@@ -53,9 +53,25 @@ def _arguments() -> argparse.ArgumentParser:
     )
     say = parser.add_argument
     say("--task", required=True, metavar="T", help=f"benchmark: {', '.join((*TASKS, *OWN, *ALIASES))}")
-    say("--questions", required=True, type=Path, metavar="Q", help="the question file")
+    say(
+        "--questions",
+        "--question-file",
+        dest="questions",
+        required=True,
+        type=Path,
+        metavar="Q",
+        help="the question file",
+    )
     say("--annotations", type=Path, metavar="A", help="file or folder with the truth; not where it is on a server")
-    say("--answers", required=True, type=Path, metavar="P", help="the answers: JSON lines as LLaVA writes them")
+    say(
+        "--answers",
+        "--answers-file",
+        dest="answers",
+        required=True,
+        type=Path,
+        metavar="P",
+        help="the answers: JSON lines as LLaVA writes them",
+    )
     say("--split", metavar="S", help="split of the benchmark that the files belong to; default: whichever they fit")
     say("--strict", action="store_true", help="refuse missing, duplicate, foreign, shifted answers instead of counting")
     say("--json", action="store_true", help="print one JSON object: score, parts, doubts, note")
