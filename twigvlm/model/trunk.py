@@ -6,13 +6,15 @@ image, H heads, d head width.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from ..errors import InputError
+from ..errors import InputError, RunError
 from .cache import Cache
 from .stream import Stream
 
@@ -20,6 +22,28 @@ from .stream import Stream
 def slots(layers: Sequence[nn.Module]) -> list[int]:
     """The cache slots that these decoder layers write."""
     return [layer.self_attn.layer_idx for layer in layers]
+
+
+@functools.cache
+def cache_argument(kind: type[nn.Module]) -> str:
+    """What decoder layers of this class call their cache: `cache` from transformers 5.24 on, `past_key_values` before.
+
+    Layers take any other name without a word and would then remember nothing: RunError.
+    """
+    taken = inspect.signature(kind.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in taken:
+            return name
+    raise RunError(
+        f"{kind.__name__}.forward takes a cache neither as `cache` nor as `past_key_values`; "
+        "a release of transformers that this package was tested with is needed: see requirements.txt"
+    )
+
+
+def through(layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, rotary, cache: Cache | None):
+    """[B, S, D] through one decoder layer of any supported transformers."""
+    memory = {cache_argument(type(layer)): cache}
+    return layer(hidden, attention_mask=mask, position_embeddings=rotary, **memory)
 
 
 class Trunk:
@@ -103,7 +127,7 @@ class Trunk:
         rotary = self._rotary_at(stream.positions)
         hidden = stream.hidden
         for layer in layers:
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+            hidden = through(layer, hidden, mask, rotary, cache)
         if cache is not None:
             cache.advance(slots(layers), stream.lengths)
         return Stream(hidden, stream.positions, stream.visual, stream.lengths)
