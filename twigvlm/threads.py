@@ -3,7 +3,8 @@
 OpenMP's threads meet after every operation, some thousand times a second while a small model decodes. By default they
 spin until the others arrive, so that one busy core makes everything wait for a thread that is not running. Torch's
 wheels for Linux bring GNU's libgomp, whose GOMP_SPINCOUNT says after how many turns a thread goes to sleep; other
-libraries know the standard's OMP_WAIT_POLICY. Both are read when torch is loaded, never again. Figures: docs/LOG.md.
+libraries know the standard's OMP_WAIT_POLICY. Both are read when torch is loaded, never again. benchmarks/threads.py measures
+it, docs/LOG.md has figures.
 """
 
 from __future__ import annotations
