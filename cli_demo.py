@@ -109,7 +109,9 @@ def printer() -> Callable[[str, bool], None]:
 def questions(args: argparse.Namespace) -> Iterator[str]:
     """The one question, or one a line until an empty line or the end."""
     if args.question is not None:
-        yield args.question
+        from twigvlm.text import whole
+
+        yield whole(args.question)
         return
     if sys.stdin is None or not sys.stdin.isatty():
         lines = [line.strip() for line in sys.stdin or []]
@@ -182,17 +184,18 @@ class Interrupt:
 def answer(vlm, image, question: str, history: list, options: dict, args: argparse.Namespace) -> str:
     """Ask one question, print the answer and its figures; the answer's text."""
     from twigvlm.decoding import DraftStreamer
+    from twigvlm.model.prompt import decode
 
     streamer = DraftStreamer(vlm.tokenizer, printer()) if args.stream and not args.json else None
     with Interrupt() as interrupt:
         out = vlm.generate(
             **vlm.prepare(image, question, history), streamer=streamer, stopping_criteria=interrupt, **options
         )
-    text = vlm.tokenizer.decode(out.tokens[0], skip_special_tokens=True).strip()
+    text = decode(vlm.tokenizer, out.tokens[0]).strip()
     if args.show_kept:
         from twigvlm.pruning.show import save_kept
 
-        save_kept(image, out.kept[0] if out.kept else None, vlm.config.V, Path(args.show_kept))
+        save_kept(image, out.kept[0] if out.kept else None, vlm.config.V, Path(args.show_kept), vlm.pads)
     if args.json:
         facts = {"question": question, "text": text, "model": vlm.base_name, **asdict(vlm.config), **asdict(out.stats)}
         kept = {"kept": out.kept[0].tolist() if out.kept else None, "steps": [asdict(s) for s in out.steps[0]]}

@@ -118,6 +118,23 @@ def test_questions_by_pipe_are_answered_in_turn_with_their_history():
     assert second["prompt_tokens"] > first["prompt_tokens"]
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_bytes_that_are_no_text_do_not_end_a_conversation(locale):
+    """Nor does a mark for pictures that is typed later on."""
+    command = [sys.executable, ROOT / "cli_demo.py", "--json", "--max-new-tokens", "2"]
+    asked = b"How many \xff\xe9 objects?\nO\xc3\xb9 est <image>?\nHow many?\n"
+    env = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    out = subprocess.run(command, input=asked, capture_output=True, cwd=ROOT, env=env, timeout=300)
+    assert out.returncode == 0, out.stderr.decode()
+    questions = [json.loads(line)["question"] for line in out.stdout.decode().splitlines()]
+    assert questions == ["How many \ufffd\ufffd objects?", "Où est <image>?", "How many?"]
+
+
+def test_a_question_that_is_no_text(capsys):
+    assert cli_demo.main(["--json", "--question", "How \udcff many?", "--max-new-tokens", "2"]) == 0
+    assert json.loads(capsys.readouterr().out)["question"] == "How \ufffd many?"
+
+
 def test_without_speculation_the_text_is_the_same(described):
     out = json.loads(call("--json", "--no-speculation", *DESCRIBE).stdout)
     assert out["text"] == described["text"] and out["drafted"] == 0

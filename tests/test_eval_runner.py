@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, speaking, write_base
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from twigvlm.errors import InputError
 from twigvlm.evaluation import run, shards, suite
@@ -170,6 +172,35 @@ def test_answers_are_those_of_asking_one_by_one(runner, tmp_path, model, data):
     for row in map(json.loads, merged(tmp_path / "out").splitlines()):
         image = data / "gqa" / "data" / "images" / f"{int(row['question_id']) % 4}.jpg"
         assert row["text"] == vlm.answer(image, row["prompt"], retained_tokens=2, max_new_tokens=6)
+
+
+def test_half_a_character_in_a_question(runner, tmp_path, data):
+    """JSON can write it; it is asked as U+FFFD, and written as it was read."""
+    file = data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
+    rows = [json.loads(row) for row in file.read_text().splitlines()]
+    rows[3]["text"] = f"q \ud83d <im{SUFFIX}"
+    lines(file, rows)
+    result = runner.done("--out", str(tmp_path / "out"))
+    written = [json.loads(row) for row in merged(tmp_path / "out").splitlines()]
+    assert result["questions_timed"] == QUESTIONS and written[3]["prompt"] == rows[3]["text"]
+
+
+@pytest.mark.parametrize("part", ["base", "twig"])
+def test_weights_that_are_no_numbers_end_the_run(runner, tmp_path, model, part):
+    """No score is made of them, and nothing is taken for an answer."""
+    folder = shutil.copytree(model[part == "twig"], tmp_path / part)
+    state = load_file(folder / "model.safetensors")
+    (name,) = (k for k in state if k.endswith("layers.1.mlp.down_proj.weight") and "vision" not in k)
+    state[name][0, 0] = float("nan")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    flag = "--base-model" if part == "base" else "--twig-block"
+    words = (f"layer 1 of the {part}", "not finite")
+    runner.refused("--out", str(tmp_path / "out"), flag, str(folder), words=words, code=1)
+
+
+def test_a_base_without_a_tokenizer_asks_nothing(runner, tmp_path, model):
+    folder = shutil.copytree(model[0], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    runner.refused("--out", str(tmp_path / "out"), "--base-model", str(folder), words=("no tokenizer",))
 
 
 @pytest.mark.parametrize("flags", [("--batch-size", "1"), ("--batch-size", "7"), ("--workers", "2")])

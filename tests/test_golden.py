@@ -187,3 +187,16 @@ def test_numbers_of_the_configuration():
         vlm = load(layout, "twig", 2, 6)
         assert (vlm.config.L, vlm.config.V, vlm.config.K, vlm.config.T, vlm.config.F) == (8, V, 2, 3, 6)
         assert vlm.image_token_id == 512
+
+
+def test_the_prefix_space_behind_an_end_token():
+    """docs/differences.md: LLaVA's own tokenizer writes none there, the released code's (and ours) does."""
+    from transformers import LlamaTokenizer
+
+    text = "USER: Hi ASSISTANT: Yes</s>USER: Why? ASSISTANT:"
+    own = LlamaTokenizer.from_pretrained(GOLDEN / "A" / "base", legacy=False)
+    theirs = own.tokenize(text)
+    vlm = load("base", "twig", 2, 6)
+    ours = vlm.tokenizer.convert_ids_to_tokens(encode(vlm.tokenizer, text, vlm.image_token_id, V, bos=False))
+    end = theirs.index("</s>")
+    assert ours[: end + 1] == theirs[: end + 1] and ours[end + 1 :] == ["▁", *theirs[end + 1 :]]

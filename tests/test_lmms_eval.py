@@ -25,7 +25,7 @@ from PIL import Image
 
 import twigvlm
 from twigvlm.decoding.force import Forced
-from twigvlm.errors import InputError
+from twigvlm.errors import InputError, RunError
 from twigvlm.evaluation import lmms
 from twigvlm.evaluation.lmms import Adapter, Manner, StopStrings
 from twigvlm.evaluation.lmms_task import main as write_task
@@ -255,6 +255,30 @@ def test_what_cannot_be_seen_is_said_with_its_document(adapted, visual, words):
     with pytest.raises(InputError, match=words) as caught:
         adapted().generate_until([request])
     assert "document 3 of task colours" in str(caught.value)
+
+
+def test_half_a_character_in_a_context(adapted):
+    adapter = adapted()
+    contexts = ["is \ud83d it?", "is \ufffd it?"]
+    request = asked(0, max_new_tokens=4).args
+    answers = adapter.generate_until([Request((context, *request[1:])) for context in contexts])
+    assert answers[0] == answers[1]
+    loss = weighed(0, "\udc80").args
+    assert adapter.loglikelihood([Request((contexts[0], *loss[1:]))])[0][0] > 0
+
+
+def test_weights_that_are_no_numbers(adapted):
+    adapter = adapted()
+    weight = adapter.vlm.trunk.layers[3].mlp.down_proj.weight
+    before = weight[0, 0].item()
+    try:
+        weight[0, 0] = float("nan")
+        for call in (adapter.generate_until, adapter.loglikelihood):
+            request = asked(0, max_new_tokens=4) if call == adapter.generate_until else weighed(0, "red")
+            with pytest.raises(RunError, match="layer 3 of the base"):
+                call([request])
+    finally:
+        weight[0, 0] = before
 
 
 def test_an_overlong_prompt_is_said_with_its_document(adapted):

@@ -14,15 +14,8 @@ from typing import Any
 from transformers import LlavaConfig
 
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
-from .model.load import (
-    EMBEDDED_TWIG,
-    HUB_DESCRIPTION,
-    check_attention,
-    pick_device,
-    pick_dtype,
-    read_config,
-    read_twig_letters,
-)
+from .model.describe import EMBEDDED_TWIG, HUB_DESCRIPTION, read_config, visual_tokens
+from .model.load import check_attention, pick_device, pick_dtype, read_twig_letters
 from .model.random import random_config
 from .pruning import plan_for
 
@@ -50,13 +43,13 @@ class Wish:
         Raises InputError for a K or T that the twig's files or the base contradict.
         """
         config, facts = self._config(), {}
-        text, vision, L = config.text_config, config.vision_config, config.text_config.num_hidden_layers
+        text, L = config.text_config, config.text_config.num_hidden_layers
         if self.shape is None and self.has_twig:
             twig = EMBEDDED_TWIG if self.twig is None else self.twig
             facts = read_twig_letters(twig, L, text.hidden_size, self.K, self.T, HUB_DESCRIPTION)
         K = facts.get("K", DEFAULT_K if self.K is None else self.K)
         T = facts.get("T", DEFAULT_T if self.T is None else self.T)
-        return (vision.image_size // vision.patch_size) ** 2, TwigConfig(L, K, T, facts.get("F", 0))
+        return visual_tokens(config), TwigConfig(L, K, T, facts.get("F", 0))
 
     def base_letters(self, K: int, T: int, F: int) -> TwigConfig:
         """L with the letters of a twig that is to be grown. Raises InputError where the base has too few layers."""

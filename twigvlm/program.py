@@ -16,7 +16,7 @@ INSTALL = (
 
 def run_program(body: Callable[[], int | None]) -> int:
     """Run `body`; its exit status (None is 0), 2 for what cannot be asked, 1 for what went wrong, 130 for Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):  # answers and file names hold any letter, whatever the locale says
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # text holds any letter, or no letter, whatever the locale says
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:

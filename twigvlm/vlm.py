@@ -14,11 +14,13 @@ from PIL import Image
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
 from .decoding import Decoder, Step
 from .decoding.choose import Chooser
+from .decoding.finite import NotFinite, trace
 from .errors import InputError
+from .model.describe import EMBEDDED_TWIG
 from .model.images import open_image
-from .model.load import EMBEDDED_TWIG, Loaded, load_base, load_twig, pick_device, pick_dtype
-from .model.processor import build_processor
-from .model.prompt import IMAGE, VICUNA_V1, encode
+from .model.load import Loaded, load_base, load_twig, pick_device, pick_dtype
+from .model.processor import build_processor, make_prompts, pads
+from .model.prompt import converse, decode
 from .model.twig import Twig
 from .pruning import Plan, plan_for
 
@@ -84,8 +86,16 @@ class TwigVLM:
 
     @cached_property
     def processor(self):
-        """A Hugging Face LlavaProcessor: pads pictures to a square, writes V image tokens per picture."""
+        """A Hugging Face LlavaProcessor: pads pictures to a square, writes V image tokens per picture.
+
+        Its `apply_chat_template` is the checkpoint's, or vicuna_v1 where LLaVA-1.5 brings none.
+        """
         return build_processor(self._loaded)
+
+    @cached_property
+    def prompts(self):
+        """How this model is asked: `ids` of a `model.prompt.Talk`, and of the `continuation` of an answer."""
+        return make_prompts(self.processor, self.model.config)
 
     @property
     def tokenizer(self):
@@ -94,6 +104,11 @@ class TwigVLM:
     @property
     def image_token_id(self) -> int:
         return self.trunk.image_token_id
+
+    @property
+    def pads(self) -> bool:
+        """Pictures are padded to a square; otherwise their middle is cut out."""
+        return pads(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +152,8 @@ class TwigVLM:
 
         `chooser` replaces twigvlm.decoding.choose.Chooser, which accepts and samples tokens.
 
-        Raises InputError for impossible arguments, before anything is computed.
+        Raises InputError for impossible arguments, before anything is computed, and RunError where
+        logits are not finite, naming the layer that they come from.
         """
         settings = GenerationSettings(
             draft_length, draft_confidence, max_new_tokens, do_sample, temperature, top_k, top_p, seed
@@ -160,38 +176,33 @@ class TwigVLM:
         with torch.inference_mode():
             return self._run(decoder, ids, lengths, padded, pixel_values, streamer, retained_tokens)
 
-    def answer(self, image, question: str, history: Sequence[tuple[str, str]] = (), **settings) -> str:
+    def answer(self, image, question: str, history: Sequence = (), **settings) -> str:
         """The answer to a question about a picture (PIL image, path, URL, a list of them, or None).
 
-        `history` are earlier (question, answer) turns about the same picture. `settings` are those of
-        `generate`. Raises InputError for an empty question or a picture that cannot be read.
+        `history` are earlier turns about the same picture: (question, answer) pairs, or chat messages
+        as Hugging Face has them. `settings` are those of `generate`. Raises InputError for an empty
+        question or a picture that cannot be read.
         """
         inputs = self.prepare(image, question, history)
         out = self.generate(**inputs, **settings)
-        return self.tokenizer.decode(out.tokens[0], skip_special_tokens=True).strip()
+        return decode(self.tokenizer, out.tokens[0]).strip()
 
-    def prepare(self, image, question: str, history: Sequence[tuple[str, str]] = ()) -> dict[str, torch.Tensor]:
-        """`input_ids` [1, S] and `pixel_values` for `generate`: the template around a question."""
-        if not question.strip():
+    def prepare(self, image, question: str, history: Sequence = ()) -> dict[str, torch.Tensor]:
+        """`input_ids` [1, S] and `pixel_values` for `generate`: the template around a question.
+
+        The pictures stand where the first question has `<image>` (or messages have image parts),
+        else before it; in later turns `<image>` is a word.
+        """
+        if isinstance(question, str) and not question.strip():
             raise InputError("the question is empty; ask something")
         images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-        turns = [*history, (question, None)]
-        first, reply = turns[0]
-        marks = first.count(IMAGE)
-        if marks not in (0, len(images)):
-            raise InputError(
-                f"the question has {marks} {IMAGE} marks for {len(images)} images; write none or one per image"
-            )
-        if not marks and images:
-            turns[0] = (f"{IMAGE}\n" * len(images) + first, reply)
-        ids = encode(self.tokenizer, VICUNA_V1.render(turns), self.image_token_id, self.config.V)
-        inputs = {"input_ids": torch.tensor([ids])}
+        inputs = {"input_ids": torch.tensor([self.prompts.ids(converse(history, question, len(images)))])}
         if images:
             inputs["pixel_values"] = self.pixels(images)
         return inputs
 
     def pixels(self, images: Sequence[str | Path | Image.Image]) -> torch.Tensor:
-        """Pictures → [images, 3, h, w], padded to squares with the mean colour."""
+        """Pictures → [images, 3, h, w], padded to squares with the mean colour, or cut, as the model wants."""
         opened = [open_image(i) for i in images]
         return self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
 
@@ -211,6 +222,9 @@ class TwigVLM:
                     rows[row].append(step)
                     if streamer is not None:
                         _feed(streamer, step)
+        except NotFinite as fault:
+            histories = [[*ids[b], *(t for step in steps for t in step.tokens)] for b, steps in enumerate(rows)]
+            raise trace(self.trunk, self.twig, histories, pixel_values) from fault
         finally:  # also after an exception: who waits for the streamer's end would wait for ever
             end = self._now()
             if streamer is not None:

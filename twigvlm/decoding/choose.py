@@ -7,6 +7,7 @@ own. Temperature, top-k, top-p and every logits processor are Hugging Face's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,9 @@ from transformers import LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..config import GenerationSettings
+from .finite import NotFinite, finite
+
+NO_TOKEN = -1  # read instead of a token where logits are not finite
 
 
 @dataclass
@@ -54,6 +58,8 @@ class Chooser:
             best, tokens = logits.softmax(-1).max(-1)
             for draft, token, p, go in zip(drafts, tokens.tolist(), best.tolist(), going, strict=True):
                 if go:
+                    if math.isnan(p):
+                        raise NotFinite("the twig's logits are not finite")
                     draft.tokens.append(token)
                     draft.probabilities.append(p)
             return
@@ -70,7 +76,9 @@ class Chooser:
     ) -> list[tuple[int, int]]:
         """(accepted drafts, the base's next token) for each row; `logits` [B, n+1, vocabulary] are the base's."""
         if self.simple:
-            choices = logits.argmax(-1).tolist()
+            choices = logits.argmax(-1).where(finite(logits), NO_TOKEN).tolist()
+            if any(NO_TOKEN in c[: len(d.tokens) + 1] for d, c in zip(drafts, choices, strict=True)):
+                raise NotFinite("the base's logits are not finite")
             return [_longest_prefix(d.tokens, c) for d, c in zip(drafts, choices, strict=True)]
         return [self._judge_row(logits[b], drafts[b], histories[b], generators[b]) for b in range(len(drafts))]
 
@@ -91,7 +99,11 @@ class Chooser:
     def _distribution(self, logits: torch.Tensor, history: list[int]) -> torch.Tensor:
         """fp32 probabilities on the CPU after all processors. Image placeholders beyond the head are not history."""
         ids = torch.tensor([[t for t in history if t < len(logits)]], device=logits.device)
-        return self.processors(ids, logits[None].clone())[0].float().softmax(-1).cpu()
+        probabilities = self.processors(ids, logits[None].clone())[0].float().softmax(-1)
+        probabilities = probabilities.where(finite(logits), torch.nan).cpu()
+        if probabilities[0].isnan():  # then all of them are
+            raise NotFinite("the logits are not finite")
+        return probabilities
 
     @staticmethod
     def _sample(weights: torch.Tensor, generator) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from .choose import Proposal
+from .finite import NotFinite, finite
 
 
 class Forced:
@@ -52,7 +53,10 @@ class Forced:
         count = len(drafts[0].tokens) + 1
         wanted = self._targets[:, self._done : self._done + count]
         here = wanted.to(logits.device)
-        self._log_probabilities.append(logits.log_softmax(-1).gather(-1, here[..., None])[..., 0].cpu())
+        found = logits.log_softmax(-1).gather(-1, here[..., None])[..., 0].where(finite(logits), torch.nan).cpu()
+        if found.isnan().any():
+            raise NotFinite("the base's logits are not finite")
+        self._log_probabilities.append(found)
         self._greedy.append((logits.argmax(-1) == here).cpu())
         self._done += count
         return [(count - 1, int(row[-1])) for row in wanted]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..model.prompt import decode
 from .loop import Step
 
 REPLACEMENT = "\ufffd"  # what an unfinished utf-8 sequence decodes to
@@ -60,4 +61,4 @@ class DraftStreamer:
         self._context, self._shown = self._shown, len(self._tokens)
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+        return decode(self.tokenizer, tokens) if tokens else ""

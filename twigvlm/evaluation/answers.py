@@ -17,6 +17,7 @@ from typing import Any
 import shortuuid
 
 from ..errors import InputError, RunError
+from ..text import whole
 from .record import write_json
 from .setting import LATE
 from .tasks.base import Question
@@ -39,7 +40,7 @@ def answer_line(question: Question, text: str, model: str, setting: str, metadat
         "question_id": question.id,
         "prompt": question.prompt,
         "text": text,
-        "answer_id": shortuuid.uuid(name=identity),
+        "answer_id": shortuuid.uuid(name=whole(identity)),
         "model_id": model,
         "metadata": dict(metadata or {}),
     } | dict(question.line)

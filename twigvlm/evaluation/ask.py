@@ -25,7 +25,7 @@ from .. import load
 from ..errors import InputError
 from ..model.images import open_image
 from ..model.load import load_base, pick_device, pick_dtype
-from ..model.prompt import IMAGE, VICUNA_V1, encode
+from ..model.prompt import converse, decode
 from ..vlm import Output, TwigVLM
 from .answers import Appender, answer_line, close_inherited
 from .record import provenance
@@ -83,8 +83,7 @@ class Prepared(Dataset):
 
     def __init__(self, batches: Sequence[Sequence[Question]], vlm: TwigVLM):
         self.batches = batches
-        self.tokenizer, self.pictures = vlm.tokenizer, vlm.processor.image_processor
-        self.image_token_id, self.V, self.context = vlm.image_token_id, vlm.config.V, vlm.trunk.context
+        self.prompts, self.pictures, self.context = vlm.prompts, vlm.processor.image_processor, vlm.trunk.context
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -104,11 +103,7 @@ class Prepared(Dataset):
         return Ready(ready.questions, ready.ids, np.concatenate(pixels) if pixels else None, ready.broken)
 
     def _ids(self, question: Question) -> list[int]:
-        marks = question.prompt.count(IMAGE)
-        if marks not in (0, len(question.images)):
-            raise InputError(f"its prompt has {marks} {IMAGE} marks for {len(question.images)} pictures")
-        text = question.prompt if marks else f"{IMAGE}\n" * len(question.images) + question.prompt
-        ids = encode(self.tokenizer, VICUNA_V1.render([(text, None)]), self.image_token_id, self.V)
+        ids = self.prompts.ids(converse((), question.prompt, len(question.images)))
         if len(ids) >= self.context:
             raise InputError(f"its prompt of {len(ids)} tokens leaves no room in the context of {self.context}")
         return ids
@@ -235,13 +230,12 @@ class Asker:
         if options["do_sample"]:  # one by one then: each question has its own seed, whatever came before it
             options["seed"] = question_seed(self.setting.seed, ready.questions[0].id)
         out = self.vlm.generate(ids, pixels, mask, **options)
-        decode = self.vlm.tokenizer.decode
-        return out, [self.clean(decode(tokens, skip_special_tokens=True)) for tokens in out.tokens]
+        return out, [self.clean(decode(self.vlm.tokenizer, tokens)) for tokens in out.tokens]
 
 
 def question_seed(seed: int, name: str) -> int:
     """Of one question when sampling: it does not depend on what is asked before or beside it."""
-    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode()).digest()[:6], "big")
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest()[:6], "big")
 
 
 def _figures(ready: Ready, out: Output, wall: float, device: torch.device) -> dict[str, Any]:

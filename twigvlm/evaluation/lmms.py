@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from ..decoding.force import Forced
 from ..errors import InputError
-from ..model.prompt import IMAGE, VICUNA_V1, encode
+from ..model.prompt import IMAGE, Talk, decode
 from ..vlm import Stats, TwigVLM, load
 
 MODEL_ID = "twigvlm"
@@ -245,7 +245,7 @@ class StopStrings:
     def __call__(self, input_ids: torch.Tensor, scores=None) -> bool:
         row = input_ids[0].tolist()
         start = max(len(prompt) for prompt in self.prompts if row[: len(prompt)] == prompt)
-        text = self.tokenizer.decode(row[start:], skip_special_tokens=True)
+        text = decode(self.tokenizer, row[start:])
         return any(word in text for word in self.words)
 
 
@@ -400,7 +400,7 @@ class Adapter:
         settings = {**self.options.writing, **manner.settings(), "seed": self._seed(manner, done)}
         with _blamed_on(requests):
             out = self.vlm.generate(**_together(prompts), stopping_criteria=stop, **settings)
-        decoded = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in out.tokens]
+        decoded = [decode(self.tokenizer, tokens) for tokens in out.tokens]
         return [cut(text, manner.until) for text in decoded], out.stats
 
     def _seed(self, manner: Manner, done: int) -> int | None:
@@ -437,11 +437,7 @@ class Adapter:
         """Token ids of an answer as they follow the template's last word."""
         if not text.strip():
             return []
-        before = f"{VICUNA_V1.assistant}:"
-        return self._encode(f"{before} {text.lstrip()}")[len(self._encode(before)) :]
-
-    def _encode(self, text: str) -> list[int]:
-        return encode(self.tokenizer, text, self.vlm.image_token_id, self.vlm.config.V)
+        return self.vlm.prompts.continuation(text)
 
     def _prompt(self, request) -> dict[str, torch.Tensor]:
         """Arguments of generate [1, S]: the template around the context, the pictures of its document."""
@@ -457,7 +453,7 @@ class Adapter:
             if context:
                 return self.vlm.prepare(images, context)
         # Nothing to ask, nothing to see: what an unconditional likelihood is measured on.
-        return {"input_ids": torch.tensor([self._encode(VICUNA_V1.render([("", None)]))])}
+        return {"input_ids": torch.tensor([self.vlm.prompts.ids(Talk([("", None)]))])}
 
     def _images(self, source: Sequence) -> list:
         """The pictures of a request's document: PIL images, files or URLs."""

@@ -152,7 +152,7 @@ def digest(questions: Sequence[Question]) -> str:
     """Of ids and prompts in their order."""
     text = hashlib.sha256()
     for question in questions:
-        text.update(f"{question.id}\0{question.prompt}\0".encode())
+        text.update(f"{question.id}\0{question.prompt}\0".encode("utf-8", "surrogatepass"))
     return text.hexdigest()[:16]
 
 

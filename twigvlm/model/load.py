@@ -1,9 +1,8 @@
-"""From a name to a model: hub id, Hugging Face folder, original LLaVA folder, or the embedded model."""
+"""From a description to a model: weights in every published layout, a twig, a device and a dtype for them."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,37 +10,32 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import (
-    AttentionInterface,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import AttentionInterface, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..config import DEFAULT_K, FORMAT_VERSION, TwigConfig
-from ..errors import InputError, RunError
+from ..errors import InputError
+from .describe import (
+    HUB_FILES,
+    check_ends,
+    fetch_weights,
+    find_base,
+    find_tower,
+    original_config,
+    projector_only,
+    read_json,
+    resolve,
+    stock_config,
+)
 from .trunk import Trunk
 from .twig import CONFIG, WEIGHTS, Twig, signature, twig_skeleton
 from .weights import Filling, materialise, read_tensors, weight_files
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "checkpoints"
-EMBEDDED_BASE, EMBEDDED_TWIG = EMBEDDED / "sprout-base", EMBEDDED / "sprout-twig-K2-T3"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BACKENDS = ("sdpa", "eager", "flash_attention_2")
-HUB_DESCRIPTION = ("*.json", "tokenizer.model", "*.txt")
-HUB_FILES = (*HUB_DESCRIPTION, "*.safetensors", "*.bin")
 MAX_PADDED_ROWS = 64  # Hugging Face conversions round LLaVA's vocabulary up by as much
-
-# The tower that original LLaVA-1.5 checkpoints name, for those that carry its weights themselves.
-KNOWN_TOWERS = {
-    "openai/clip-vit-large-patch14-336": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "image_size": 336, "patch_size": 14, "projection_dim": 768, "hidden_act": "quick_gelu",
-    }
-}  # fmt: skip
+HEAD, EMBEDDINGS = "lm_head.weight", "language_model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -63,52 +57,87 @@ def load_base(
 ) -> Loaded:
     """Read a LLaVA model. Raises InputError for anything but a complete, consistent checkpoint.
 
-    `keep` names, for a decoder of L layers, those that are wanted, in their order: the others are
-    neither made nor read from the disk.
+    What its description says is judged before any weight is fetched, and the names and shapes of
+    all weights before any is read. `keep` names, for a decoder of L layers, those that are wanted,
+    in their order: the others are neither made nor read from the disk.
     """
     name, folder, facts, original = find_base(base)
-    if original:
-        model = _load_original(folder, facts, device, dtype, keep)
-    else:
-        config = LlavaConfig.from_dict(facts)
-        select, config.text_config.num_hidden_layers = _choose_layers(config.text_config.num_hidden_layers, keep)
+    tower, tower_facts = find_tower(folder, facts) if original else (None, {})
+    config = original_config(folder, facts, tower_facts) if original else stock_config(folder, facts)
+    ends = _generation_config(folder, config)
+    select, count = _choose_layers(config.text_config.num_hidden_layers, keep)
+    config.text_config.num_hidden_layers = count
+    check_attention(attention)
+    folder = fetch_weights(base, folder, "base model")
+    files = _weight_files(folder, _needs(select))
+    try:
         model = skeleton(config, device, dtype)
-        filling = Filling(model, canonical, select)
-        for file in weight_files(folder, _needs(select)):
-            filling.read(file, device)
-        filling.finish(folder)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as fault:
+        raise InputError(
+            f"{folder / 'config.json'}: no model can be made of this ({fault!r}); fetch it again"
+        ) from fault
+    filling = Filling(model, canonical, select)
+    if original:
+        # The image token gets an embedding row behind the vocabulary; the head stays as it was trained.
+        filling.open[EMBEDDINGS] = _lengthen_embeddings(model)
+        if not any("vision_tower" in stored.name for f in files for stored in read_tensors(f, torch.device("cpu"))):
+            filling.leave("vision_tower.")
+            _fill_tower(model, folder, facts["mm_vision_tower"], tower, device)
+    tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    filling.fill(files, device, folder, padded_rows=(EMBEDDINGS,) * original, optional=(HEAD,) * tied)
+    if HEAD in filling.open:  # the same numbers as the embeddings', stored once
+        model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight[: model.lm_head.out_features])
     set_attention(model, attention)
+    model.generation_config = ends
     return Loaded(Trunk(model.eval()), folder, name, original)
 
 
-def read_config(base: str | Path | None) -> tuple[Path, LlavaConfig, bool]:
-    """(folder, configuration, whether it has LLaVA's original layout) of a base, whose weights need not be there."""
-    _, folder, facts, original = find_base(base, HUB_DESCRIPTION)
-    if not original:
-        return folder, LlavaConfig.from_dict(facts), False
-    _, tower = _find_tower(folder, facts, carried=True)
-    return folder, original_config(facts, tower, facts["vocab_size"]), True
+def _lengthen_embeddings(model: LlavaForConditionalGeneration) -> nn.Parameter:
+    """One row more than the vocabulary has."""
+    old = model.model.language_model.embed_tokens.weight
+    rows, width = old.shape[0] + 1, old.shape[1]
+    table = nn.Embedding(rows, width, device=old.device, dtype=old.dtype).requires_grad_(False)
+    model.model.language_model.embed_tokens = table
+    return table.weight
 
 
-def find_base(base: str | Path | None, files: Sequence[str] = HUB_FILES) -> tuple[str, Path, dict, bool]:
-    """(the user's name for it, its folder, its config.json, whether it has LLaVA's original layout).
+def _weight_files(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
+    try:
+        return weight_files(folder, wanted)
+    except InputError as fault:
+        projector = folder / "mm_projector.bin"
+        if projector.exists():
+            raise InputError(f"{folder}: {projector_only(projector)}") from fault
+        raise
 
-    `files` are fetched if the base is on the hub.
-    """
-    name = str(base) if base is not None else "sprout"
-    folder = resolve(base, "base model", files) if base is not None else EMBEDDED_BASE
-    if base is not None and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; give the folder that holds config.json and the weights")
-    if not folder.is_dir():
-        raise InputError(f"{folder}: the embedded model is not here; give base=, or run from a clone of the project")
-    facts = read_json(folder / "config.json")
-    original = "text_config" not in facts and ("mm_vision_tower" in facts or "mm_projector_type" in facts)
-    if not original and (facts.get("model_type") != "llava" or "vision_config" not in facts):
-        raise InputError(
-            f"{folder / 'config.json'}: model type is {facts.get('model_type')!r}; a LLaVA-1.5 model is needed "
-            "(llava-hf/llava-1.5-7b-hf or liuhaotian/llava-v1.5-7b, say)"
+
+def _fill_tower(
+    model: LlavaForConditionalGeneration, base: Path, name: str, folder: Path | None, device: torch.device
+) -> None:
+    """The vision tower from its own checkpoint, where the model's does not carry it."""
+    if folder is None:
+        folder = resolve(name, "vision tower")
+    elif not (base / name).exists():
+        folder = fetch_weights(name, folder, "vision tower")
+    towers = Filling(model.model.vision_tower, _tower_name)
+    towers.fill(weight_files(folder), device, folder)
+
+
+def _generation_config(folder: Path, config: LlavaConfig) -> GenerationConfig:
+    """What ends an answer: the folder's generation_config.json, else what config.json says."""
+    file, text = folder / "generation_config.json", config.text_config
+    if not file.exists():
+        return GenerationConfig(
+            bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
         )
-    return name, folder, facts, original
+    facts = read_json(file)
+    ends = facts.get("eos_token_id", text.eos_token_id)
+    ends = ends if isinstance(ends, list) else [ends]
+    check_ends(file, [end for end in ends if end is not None], text.vocab_size)
+    try:
+        return GenerationConfig.from_dict(facts | {"eos_token_id": ends if ends != [None] else text.eos_token_id})
+    except Exception as fault:  # transformers raises what it likes
+        raise InputError(f"{file}: not a generation configuration ({fault}); fetch it again") from fault
 
 
 def _choose_layers(L: int, keep: Callable[[int], Sequence[int]] | None) -> tuple[Callable[[str], str | None], int]:
@@ -139,15 +168,14 @@ def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: i
     """
     folder, file = _twig_files(resolve(twig, "twig"))
     facts = read_twig_letters(twig, trunk.L, trunk.model.config.text_config.hidden_size, K, T)
-    shapes = {name: shape for name, _, shape in read_tensors(file, torch.device("cpu"))}
+    shapes = {stored.name: stored.shape for stored in read_tensors(file, torch.device("cpu"))}
     K = facts.get("K", DEFAULT_K if K is None else K)
     config = TwigConfig(trunk.L, K, facts["T"], F if F is not None else facts.get("F", 0))
     vocabulary = _check_head(file, shapes, trunk)
     module = twig_skeleton(trunk, config, vocabulary)
     materialise(module, trunk.device, trunk.dtype)
     filling = Filling(module, lambda key: key)
-    filling.read(file, trunk.device)
-    filling.finish(file)
+    filling.fill([file], trunk.device, file, cut_rows=(HEAD,))
     if "base_signature" in facts:
         _check_signature(folder / CONFIG, facts, trunk)
     return module.eval()
@@ -168,7 +196,7 @@ def read_twig_letters(
             raise InputError(f"{file}: no such file; a twig is a folder with {WEIGHTS}")
         stored = {"T": facts["T"]} if "T" in facts else {}  # the weights are not fetched yet
     else:
-        stored = {"T": _count_layers(file, {name: s for name, _, s in read_tensors(file, torch.device("cpu"))})}
+        stored = {"T": _count_layers(file, {s.name: s.shape for s in read_tensors(file, torch.device("cpu"))})}
     if facts:
         _check_description(folder / CONFIG, facts, stored.get("T", facts.get("T")), L, hidden_size)
     facts |= stored
@@ -195,29 +223,6 @@ def _twig_files(source: Path) -> tuple[Path, Path]:
     return file.parent, file
 
 
-def resolve(name: str | Path, what: str, files: Sequence[str] = HUB_FILES) -> Path:
-    """A folder or file on this disk for a path or hub id (of which `files` are fetched into the hub's cache)."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    text = str(name)
-    if path.is_absolute() or text.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-        raise InputError(f"{what} {text}: no such folder, and not a hub id of the form owner/name; check the path")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return Path(snapshot_download(text, allow_patterns=list(files)))
-    except RepositoryNotFoundError as fault:
-        raise InputError(f"{what} {text}: neither a folder here nor a repository on the hub; check the name") from fault
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
-        reason = str(fault).strip().splitlines()[0]
-        raise RunError(
-            f"{what} {text}: no such folder here, and the hub cannot be reached ({reason}); "
-            "check the network, or give a folder"
-        ) from fault
-
-
 def canonical(name: str) -> str | None:
     """One name for a tensor of a LLaVA model under every published naming of it.
 
@@ -232,18 +237,6 @@ def canonical(name: str) -> str | None:
     name = re.sub(r"^model\.", "", name)
     name = re.sub(r"^language_model\.model\.", "language_model.", name)
     return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
-
-
-def read_json(file: Path) -> dict:
-    if not file.exists():
-        raise InputError(f"{file}: no such file; is {file.parent} a model folder?")
-    try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as fault:
-        raise InputError(f"{file}: not readable JSON ({fault}); fetch it again") from fault
-    if not isinstance(facts, dict):
-        raise InputError(f"{file}: a JSON object is expected, found {type(facts).__name__}; fetch it again")
-    return facts
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -280,93 +273,6 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     return chosen
 
 
-def _load_original(
-    folder: Path,
-    facts: dict,
-    device: torch.device,
-    dtype: torch.dtype,
-    keep: Callable[[int], Sequence[int]] | None = None,
-) -> LlavaForConditionalGeneration:
-    """LLaVA's own layout: flat configuration, `mm_*` fields, the tower often elsewhere."""
-    select, count = _choose_layers(facts["num_hidden_layers"], keep)
-    files = weight_files(folder, _needs(select))
-    carried = any("vision_tower" in name for f in files for name, _, _ in read_tensors(f, torch.device("cpu")))
-    tower, tower_facts = _find_tower(folder, facts, carried)
-    kind = facts.get("mm_projector_type", "linear")
-    if kind != "mlp2x_gelu":
-        raise InputError(
-            f"{folder / 'config.json'}: mm_projector_type is {kind!r}; only LLaVA-1.5's mlp2x_gelu is supported"
-        )
-    vocabulary = facts["vocab_size"]
-    config = original_config(facts, tower_facts, vocabulary)
-    config.text_config.num_hidden_layers = count
-    model = skeleton(config, device, dtype)
-    # The image token gets an embedding row behind the vocabulary; the head stays as it was trained.
-    table = nn.Embedding(vocabulary + 1, facts["hidden_size"], device=device, dtype=dtype).requires_grad_(False)
-    model.model.language_model.embed_tokens = table
-    filling = Filling(model, canonical, select)
-    for file in files:
-        filling.read(file, device, padded_rows=("language_model.embed_tokens.weight",))
-    if not carried:
-        towers = Filling(model.model.vision_tower, _tower_name)
-        for file in weight_files(tower):
-            towers.read(file, device)
-        towers.finish(tower)
-        for name in list(filling.open):
-            if name.startswith("vision_tower."):
-                del filling.open[name]
-    filling.finish(folder)
-    return model
-
-
-def original_config(facts: dict, tower_facts: dict, vocabulary: int) -> LlavaConfig:
-    """The Hugging Face configuration of an original checkpoint."""
-    text_keys = (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "max_position_embeddings", "rms_norm_eps", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id",
-    )  # fmt: skip
-    text = {k: facts[k] for k in text_keys if facts.get(k) is not None}
-    if facts.get("rope_theta"):
-        text["rope_theta"] = facts["rope_theta"]
-    if facts.get("rope_scaling"):
-        text["rope_scaling"] = facts["rope_scaling"]
-    vision_keys = CLIPVisionConfig().to_dict().keys() - {"model_type", "transformers_version", "torch_dtype", "dtype"}
-    return LlavaConfig(
-        text_config=LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=False, **text),
-        vision_config=CLIPVisionConfig(**{k: v for k, v in tower_facts.items() if k in vision_keys}),
-        image_token_index=vocabulary,
-        vision_feature_layer=facts.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy={"patch": "default", "cls_patch": "full"}[
-            facts.get("mm_vision_select_feature", "patch")
-        ],
-        projector_hidden_act="gelu",
-        tie_word_embeddings=False,
-    )
-
-
-def _find_tower(folder: Path, facts: dict, carried: bool) -> tuple[Path | None, dict]:
-    """(folder or None, configuration) of the vision tower that `mm_vision_tower` names."""
-    name = facts.get("mm_vision_tower")
-    if not name:
-        raise InputError(
-            f"{folder / 'config.json'}: no mm_vision_tower; it names the CLIP model that sees for this one"
-        )
-    for place in (folder / name, Path(name).expanduser()):
-        if (place / "config.json").exists():
-            found = place
-            break
-    else:
-        if carried and name in KNOWN_TOWERS:
-            return None, KNOWN_TOWERS[name]
-        if name.startswith((".", "/", "~")):
-            raise InputError(
-                f"{folder / 'config.json'}: mm_vision_tower is {name!r}, but {folder / name} is no model folder"
-            )
-        found = resolve(name, "vision tower")
-    tower = read_json(found / "config.json")
-    return found, tower.get("vision_config", tower)
-
-
 def _tower_name(name: str) -> str | None:
     """Names inside a CLIP checkpoint; the text half of a whole CLIP model is not wanted."""
     if name.startswith(("text_model.", "text_projection.", "visual_projection.")) or name == "logit_scale":
@@ -375,6 +281,7 @@ def _tower_name(name: str) -> str | None:
 
 
 def skeleton(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    """A model of this configuration whose weights are still to come."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     materialise(model, device, dtype)
@@ -382,7 +289,7 @@ def skeleton(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> L
 
 
 def check_attention(attention: str) -> None:
-    """Raises InputError for a backend that is not known or not installed."""
+    """Raises InputError for a backend that is unknown or not installed."""
     if attention not in BACKENDS:
         raise InputError(f"attn_implementation is {attention!r}; one of {', '.join(BACKENDS)} is needed")
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
@@ -393,6 +300,7 @@ def check_attention(attention: str) -> None:
 
 
 def set_attention(model: LlavaForConditionalGeneration, attention: str) -> None:
+    """The backend of every layer. Raises InputError as `check_attention` does."""
     check_attention(attention)
     tower = "sdpa" if attention == "flash_attention_2" else attention
     model.model.vision_tower.config._attn_implementation = tower
@@ -438,15 +346,18 @@ def _check_description(file: Path, facts: dict, stored_T: int, L: int, hidden_si
 
 
 def _check_head(file: Path, shapes: dict[str, tuple[int, ...]], trunk: Trunk) -> int:
-    """Rows of the twig's head: the base's vocabulary, or what it was before padding."""
+    """Rows of the twig's head: at most the base's.
+
+    A twig of the same base with a padded vocabulary has more, which no word belongs to: they are cut.
+    """
     shape, base = shapes.get("lm_head.weight"), tuple(trunk.model.lm_head.weight.shape)
     if shape is None:
         raise InputError(f"{file}: missing key lm_head.weight, expected with shape {list(base)}")
-    if len(shape) != 2 or shape[1] != base[1] or not base[0] - MAX_PADDED_ROWS <= shape[0] <= base[0]:
+    if len(shape) != 2 or shape[1] != base[1] or abs(shape[0] - base[0]) > MAX_PADDED_ROWS:
         raise InputError(
             f"{file}: key lm_head.weight has shape {list(shape)}, expected {list(base)}: a twig of another base?"
         )
-    return shape[0]
+    return min(shape[0], base[0])
 
 
 def _check_signature(file: Path, facts: dict, trunk: Trunk) -> None:

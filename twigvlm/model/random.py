@@ -8,7 +8,8 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ..errors import InputError
-from .load import KNOWN_TOWERS, set_attention, skeleton
+from .describe import KNOWN_TOWERS
+from .load import set_attention, skeleton
 
 STD = 0.02
 SHAPES = {  # width, feed-forward width, layers, heads: the Vicuna of each LLaVA-1.5

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from transformers import LlavaForConditionalGeneration
 
 from ..errors import InputError, RunError
 from .cache import Cache
+from .describe import visual_tokens
 from .stream import Stream
 
 
@@ -54,7 +56,9 @@ class Trunk:
         self.decoder = model.model.language_model
         self.layers = self.decoder.layers
         self.image_token_id = model.config.image_token_id
-        self.context = model.config.text_config.max_position_embeddings
+        text = model.config.text_config
+        # Within a decoder's sliding window it attends to all; beyond it nothing is written.
+        self.context = min(text.max_position_embeddings, getattr(text, "sliding_window", None) or sys.maxsize)
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -72,8 +76,7 @@ class Trunk:
     @property
     def V(self) -> int:
         """Visual tokens per image."""
-        vision = self.model.config.vision_config
-        return (vision.image_size // vision.patch_size) ** 2
+        return visual_tokens(self.model.config)
 
     def embed(self, input_ids: torch.Tensor, lengths: Sequence[int], pixel_values: torch.Tensor | None) -> Stream:
         """Prompts [B, S], right-padded, and images [images, 3, h, w] in the order of their tokens → Stream.

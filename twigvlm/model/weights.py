@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,20 @@ from torch import nn
 from ..errors import InputError
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
+NESTS = ("state_dict", "model_state_dict", "module")  # where training frameworks put the tensors
+FLOATS = {"F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16"}
+QUANTISED = (
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".absmax",
+    ".quant_map",
+    ".SCB",
+    "_scale",
+    "_scale_inv",
+    "_packed",
+    "_zero_point",
+)
 IGNORED = (".rotary_emb.inv_freq", ".embeddings.position_ids")  # buffers that old versions stored
 
 
@@ -41,20 +55,52 @@ def weight_files(folder: Path, wanted: Callable[[str], bool] = lambda name: True
     raise InputError(f"{folder}: no weights; expected {' or '.join(SINGLE)} or their .index.json")
 
 
-def read_tensors(file: Path, device: torch.device) -> Iterator[tuple[str, Callable[[], torch.Tensor], tuple[int, ...]]]:
-    """(name, reader, shape) of every tensor; nothing is read before the reader is called."""
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file; nothing is read before `read` is called."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors says it for its files, as torch says it for others
+    read: Callable[[], torch.Tensor]
+
+
+def read_tensors(file: Path, device: torch.device) -> Iterator[Stored]:
+    """Every tensor of a weight file. Raises InputError for a damaged file, or one that holds something else."""
+    if file.suffix == ".bin":
+        for name, tensor in _read_bin(file).items():
+            yield Stored(name, tuple(tensor.shape), str(tensor.dtype), lambda tensor=tensor: tensor)
+        return
     try:
-        if file.suffix == ".bin":
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            for name, tensor in state.items():
-                yield name, lambda tensor=tensor: tensor, tuple(tensor.shape)
-            return
         with safe_open(file, framework="pt", device=str(device)) as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
-                shape = tuple(opened.get_slice(name).get_shape())
-                yield name, lambda name=name: opened.get_tensor(name), shape
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as fault:
-        raise InputError(f"{file}: damaged or not a weight file ({fault}); fetch it again") from fault
+                part = opened.get_slice(name)
+                yield Stored(name, tuple(part.get_shape()), part.get_dtype(), lambda name=name: opened.get_tensor(name))
+    except (SafetensorError, EOFError, RuntimeError, OSError) as fault:
+        raise InputError(f"{file}: damaged or not a weight file ({_brief(fault)}); fetch it again") from fault
+
+
+def _read_bin(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file by torch, which may nest them as a trainer's checkpoint does."""
+    try:
+        with open(file, "rb") as opened:
+            zipped = opened.read(4) == b"PK\x03\x04"  # torch's older format cannot be mapped into memory
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as fault:  # unpickling a damaged file can raise anything
+        raise InputError(f"{file}: damaged or not a weight file ({_brief(fault)}); fetch it again") from fault
+    for key in NESTS:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: holds a {type(found).__name__}; a table of tensors by their names is needed")
+    if strange := [name for name, value in found.items() if not (isinstance(name, str) and torch.is_tensor(value))]:
+        what = type(found[strange[0]]).__name__
+        raise InputError(f"{file}: key {strange[0]} holds a {what}; a table of tensors by their names is needed")
+    return found
+
+
+def _brief(fault: Exception) -> str:
+    return " ".join(str(fault).split())[:200] or type(fault).__name__
 
 
 def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -91,41 +137,74 @@ class Filling:
         self.open = {rename(name): parameter for name, parameter in module.named_parameters()}
         self.filled: dict[str, Path] = {}
 
-    def read(self, file: Path, device: torch.device, only: str = "", padded_rows: tuple[str, ...] = ()) -> None:
-        """Fill from one file what its names match; `only` restricts to a canonical prefix.
+    def leave(self, prefix: str) -> None:
+        """What has such a canonical name is filled from elsewhere."""
+        self.open = {name: parameter for name, parameter in self.open.items() if not name.startswith(prefix)}
 
-        Tensors named in `padded_rows` may have fewer rows than the parameter; the rest becomes zero.
-        Raises InputError for unexpected names and wrong shapes.
+    def fill(
+        self,
+        files: Sequence[Path],
+        device: torch.device,
+        where: Path,
+        padded_rows: Sequence[str] = (),
+        cut_rows: Sequence[str] = (),
+        optional: Sequence[str] = (),
+    ) -> None:
+        """Fill from these files. Names, shapes and types of all are checked before anything is read.
+
+        Tensors named in `padded_rows` may have fewer rows than the parameter, the rest becomes zero;
+        of those in `cut_rows` the first rows are taken; those in `optional` may be missing, and stay
+        in `open`. Raises InputError for unexpected names, wrong shapes, quantised weights, and,
+        naming `where`, for what no file fills.
         """
-        for stored, reader, shape in read_tensors(file, device):
-            name = self.rename(stored)
+        plans = [(file, self._plan(file, device, padded_rows, cut_rows)) for file in files]
+        missing = [name for name in self.open if name not in optional]
+        if missing:
+            first = min(missing)
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise InputError(f"{where}: missing key {first}, expected with shape {list(self.open[first].shape)}{more}")
+        for file, plan in plans:
+            for stored in read_tensors(file, device):
+                if stored.name in plan:
+                    _copy(stored, plan[stored.name])
+
+    def _plan(
+        self, file: Path, device: torch.device, padded_rows: Sequence[str], cut_rows: Sequence[str]
+    ) -> dict[str, nn.Parameter]:
+        """Stored name → the parameter that it fills, ticked off."""
+        plan = {}
+        for stored in read_tensors(file, device):
+            name = self.rename(stored.name)
             name = None if name is None else self.select(name)
-            if name is None or stored.endswith(IGNORED) or not name.startswith(only):
+            if name is None or stored.name.endswith(IGNORED):
                 continue
             parameter = self.open.get(name)
+            if stored.name.endswith(QUANTISED) or (parameter is not None and stored.dtype not in FLOATS):
+                raise InputError(
+                    f"{file}: key {stored.name} ({stored.dtype}) belongs to quantised weights; only float32, float16 and "
+                    "bfloat16 weights are read: give the checkpoint that this one was made from"
+                )
             if parameter is None:
                 if name in self.filled:
                     raise InputError(
-                        f"{file}: key {stored} appears again; it was already read from {self.filled[name].name}"
+                        f"{file}: key {stored.name} appears again; it is in {self.filled[name].name} already"
                     )
-                raise InputError(f"{file}: unexpected key {stored}; the configuration has no such tensor")
-            expected = tuple(parameter.shape)
-            short = name in padded_rows and shape[1:] == expected[1:] and shape[0] <= expected[0]
-            if shape != expected and not short:
-                raise InputError(f"{file}: key {stored} has shape {list(shape)}, expected {list(expected)}")
-            with torch.no_grad():
-                parameter[: shape[0]].copy_(reader()) if shape else parameter.copy_(reader())
-                if shape != expected:
-                    parameter[shape[0] :].zero_()
+                raise InputError(f"{file}: unexpected key {stored.name}; the configuration has no such tensor")
+            expected, shape = tuple(parameter.shape), stored.shape
+            rows = shape[:1] < expected[:1] if name in padded_rows else shape[:1] > expected[:1] and name in cut_rows
+            if shape != expected and not (rows and shape[1:] == expected[1:]):
+                raise InputError(f"{file}: key {stored.name} has shape {list(shape)}, expected {list(expected)}")
+            plan[stored.name] = parameter
             self.filled[name] = file
             del self.open[name]
+        return plan
 
-    def finish(self, where: Path) -> None:
-        """Raises InputError naming what no file filled."""
-        if self.open:
-            first = sorted(self.open)[0]
-            shape = list(self.open[first].shape)
-            raise InputError(
-                f"{where}: missing key {first}, expected with shape {shape}"
-                + (f" (and {len(self.open) - 1} more)" if len(self.open) > 1 else "")
-            )
+
+def _copy(stored: Stored, parameter: nn.Parameter) -> None:
+    with torch.no_grad():
+        if not stored.shape:
+            parameter.copy_(stored.read())
+            return
+        rows = min(stored.shape[0], parameter.shape[0])
+        parameter[:rows].copy_(stored.read()[:rows])
+        parameter[rows:].zero_()

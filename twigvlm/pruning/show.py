@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +15,23 @@ from ..errors import InputError, RunError
 DIM = 0.25  # brightness of a dropped patch
 
 
-def kept_picture(image: Image.Image, kept: torch.Tensor | None, visual: int) -> Image.Image:
-    """The picture with the dropped ones of its `visual` (a square number) patches dimmed.
+def kept_picture(image: Image.Image, kept: torch.Tensor | None, visual: int, padded: bool = True) -> Image.Image:
+    """The picture with the dropped ones of its `visual` patches dimmed.
 
-    `kept` are indices in raster order over the padded square, as the model saw it; None keeps all.
+    `kept` are indices in raster order over the square that the model saw, behind the tower's class
+    token where that counts among the `visual`; None keeps all. The square holds the whole picture
+    (`padded`), or its middle: what was cut off is dimmed.
     """
-    side = round(visual**0.5)
+    side = isqrt(visual)
+    class_token = visual - side**2  # 0 or 1
     light = np.full(visual, DIM if kept is not None else 1.0, np.float32)
     if kept is not None:
         light[kept.cpu().numpy()] = 1.0
-    longer = max(image.size)
-    mask = Image.fromarray((light * 255).astype(np.uint8).reshape(side, side)).resize(
-        (longer, longer), Image.Resampling.NEAREST
-    )
-    left, top = (longer - image.width) // 2, (longer - image.height) // 2
-    mask = mask.crop((left, top, left + image.width, top + image.height))
+    seen = max(image.size) if padded else min(image.size)
+    patches = Image.fromarray((light[class_token:] * 255).astype(np.uint8).reshape(side, side))
+    mask = Image.new("L", image.size, round(DIM * 255))
+    place = ((image.width - seen) // 2, (image.height - seen) // 2)
+    mask.paste(patches.resize((seen, seen), Image.Resampling.NEAREST), place)
     return Image.composite(image, Image.new("RGB", image.size), mask)
 
 
@@ -44,11 +47,11 @@ def check_target(path: Path) -> None:
         raise InputError(f"{path}: folder {path.parent} may not be written; choose another")
 
 
-def save_kept(image: Image.Image, kept: torch.Tensor | None, visual: int, path: Path) -> None:
+def save_kept(image: Image.Image, kept: torch.Tensor | None, visual: int, path: Path, padded: bool = True) -> None:
     """Write `kept_picture` as PNG, whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     try:
-        kept_picture(image, kept, visual).save(part, format="PNG")
+        kept_picture(image, kept, visual, padded).save(part, format="PNG")
         part.replace(path)
     except OSError as fault:
         part.unlink(missing_ok=True)

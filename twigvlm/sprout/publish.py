@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..evaluation.record import ROOT, provenance, table
-from ..model.load import EMBEDDED_BASE, EMBEDDED_TWIG
+from ..model.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..program import run_program
 from .questions import KINDS
 

@@ -24,7 +24,7 @@ import twigvlm
 from ..errors import InputError
 from ..evaluation.record import provenance, table, write_json
 from ..foresight import Wish, check
-from ..model.load import EMBEDDED_BASE, EMBEDDED_TWIG
+from ..model.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..program import run_program
 from .draw import draw
 from .questions import KINDS, Question, ask, describe

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from ..evaluation.record import provenance
-from ..model.load import read_json
+from ..model.describe import read_json
 from ..model.twig import CONFIG, WEIGHTS, Twig, write_twig
 from . import checkpoints
 from .lora import has_adapters, merged

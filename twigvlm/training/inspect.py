@@ -91,30 +91,29 @@ def open_dataset(args: argparse.Namespace) -> tuple[TwigDataset, object]:
     if args.workers < 0:
         raise InputError(f"--workers is {args.workers}; 0 (none) or more are needed")
     records = Records(args.data)
+    from ..model.describe import visual_tokens
     from ..model.processor import make_processor
 
     folder, config, original = _base(args.base)
     tokenizer = make_processor(config, folder, original).tokenizer
-    vision = config.vision_config
-    visual_tokens = (vision.image_size // vision.patch_size) ** 2
-    dataset = TwigDataset(records, args.images, tokenizer, None, args.max_length, visual_tokens)
+    dataset = TwigDataset(records, args.images, tokenizer, None, args.max_length, visual_tokens(config))
     dataset.drop(_indices(args.drop_indices))
     return dataset, tokenizer
 
 
 def _base(base: str | None) -> tuple:
     """(folder, configuration, original layout) of a base of which even the vision tower may be missing."""
-    from ..model.load import HUB_DESCRIPTION, KNOWN_TOWERS, find_base, original_config, read_config
+    from ..model.describe import KNOWN_TOWERS, find_base, original_config, read_config
 
     try:
         return read_config(base)
     except (InputError, RunError) as fault:
-        _, folder, facts, original = find_base(base, HUB_DESCRIPTION)
-        if not original or "vocab_size" not in facts:
+        _, folder, facts, original = find_base(base)
+        if not original:
             raise
         (name, tower), *_ = KNOWN_TOWERS.items()
         print(f"note: {fault}; an image's tokens are counted as with {name}", file=sys.stderr)
-        return folder, original_config(facts, tower, facts["vocab_size"]), True
+        return folder, original_config(folder, facts, tower), True
 
 
 def _indices(text: str) -> list[int]:

@@ -13,7 +13,8 @@ from transformers import LlavaProcessor
 
 from ..errors import InputError
 from ..model.load import Loaded
-from ..model.processor import build_processor
+from ..model.processor import build_processor, make_prompts
+from ..model.prompt import VicunaPrompts
 from ..sprout.conversations import CONVERSATIONS, DRAWN, IMAGES, ensure_drawn
 from .data import Collator, Records, TwigDataset
 from .ranks import Ranks
@@ -66,6 +67,11 @@ def gather(
     that are not there or hold nothing usable.
     """
     processor = build_processor(loaded)
+    if not isinstance(make_prompts(processor, loaded.trunk.model.config), VicunaPrompts):
+        raise InputError(
+            f"{loaded.folder}: this model is asked in its own chat template, but a twig is trained on conversations in "
+            "vicuna_v1; give a LLaVA-1.5 model"
+        )
     images = settings.held_out_images or settings.images
     dataset = ranks.everywhere(lambda: open_data(settings, settings.data, settings.images, processor, loaded))
     aside = dataset

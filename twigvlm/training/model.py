@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import TwigConfig
 from ..errors import InputError
-from ..model.load import EMBEDDED_BASE, Loaded, load_base, read_json
+from ..model.describe import EMBEDDED_BASE, read_json
+from ..model.load import HEAD, Loaded, load_base
 from ..model.random import random_base, random_config
 from ..model.stream import Stream
 from ..model.trunk import Trunk
@@ -126,8 +127,7 @@ def _copy_twig(seed: Seed, known_by: list[float], twig: Twig) -> None:
     if not torch.allclose(stored, torch.tensor(known_by), rtol=0.02, atol=1e-4):
         raise InputError(f"{folder / CONFIG}: this twig grew on other weights ({facts.get('base')!r}) than this base's")
     filling = Filling(twig, lambda name: name)
-    filling.read(folder / WEIGHTS, torch.device("cpu"))
-    filling.finish(folder / WEIGHTS)
+    filling.fill([folder / WEIGHTS], torch.device("cpu"), folder / WEIGHTS, cut_rows=(HEAD,))
 
 
 def trim_tower(trunk: Trunk) -> None:

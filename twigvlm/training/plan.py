@@ -15,8 +15,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ..config import TwigConfig
-from ..errors import InputError
-from ..model.load import KNOWN_TOWERS, find_base, original_config, read_json
+from ..model.describe import read_config, read_json
 from ..model.random import random_config
 from ..program import print_json
 from ..sprout.conversations import SAMPLES as DRAWN_SAMPLES
@@ -79,21 +78,7 @@ def find_config(settings: Settings) -> LlavaConfig:
         if not known[2]:  # the original's vocabulary is not padded
             config.text_config.vocab_size = 32000
         return config
-    _, folder, facts, original = find_base(name)
-    if not original:
-        return LlavaConfig.from_dict(facts)
-    return original_config(facts, _tower_facts(folder, facts), facts["vocab_size"])
-
-
-def _tower_facts(folder: Path, facts: dict) -> dict:
-    name = facts.get("mm_vision_tower") or ""
-    if name in KNOWN_TOWERS:
-        return KNOWN_TOWERS[name]
-    for place in (folder / name, Path(name).expanduser()):
-        if name and (place / "config.json").exists():
-            found = read_json(place / "config.json")
-            return found.get("vision_config", found)
-    raise InputError(f"{folder / 'config.json'}: mm_vision_tower is {name!r}, whose shape is not known here")
+    return read_config(name)[1]
 
 
 def build_meta(config: LlavaConfig, twig: TwigConfig, init: str) -> tuple:
@@ -133,7 +118,7 @@ def count(settings: Settings) -> Counts:
         H=text.intermediate_size,
         V=twig.lm_head.out_features,
         tower_D=vision.hidden_size,
-        tower_tokens=trunk.V + 1,
+        tower_tokens=trunk.V + (config.vision_feature_select_strategy == "default"),
         tower_layers=len(tower.encoder.layers),
         visual=trunk.V,
     )

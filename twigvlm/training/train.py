@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError, RunError
-from ..model.load import pick_device, read_json
+from ..model.describe import read_json
+from ..model.load import pick_device
 from ..model.twig import CONFIG, WEIGHTS, describe
 from . import checkpoints
 from .agreement import FILE as ANSWERS

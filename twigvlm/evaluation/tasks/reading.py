@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
+from ...text import whole
 
 ID = (str, int)  # ids are numbers in some benchmarks' files and text in others
 SHOWN = 5  # offenders that a message names
@@ -72,16 +73,14 @@ def locate(path: Path, *names: str) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees half of it."""
+    """Write a file so that nobody ever sees half of it; half a character in an answer is written as U+FFFD."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8", newline="")
+        part.write_text(whole(text), encoding="utf-8", newline="")
         os.replace(part, path)
     except OSError as fault:
         raise InputError(f"{path}: cannot be written ({fault.strerror}); name a place that can") from None
-    except UnicodeEncodeError as fault:
-        raise InputError(f"{path}: half a character ({fault.object[fault.start]!r}) cannot be written") from None
 
 
 class Doubts:

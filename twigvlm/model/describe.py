@@ -1,0 +1,443 @@
+"""What a base is, judged from its description before any weight is fetched or opened.
+
+A checkpoint is read only where every field that changes its answers is understood: decoder, tower,
+projector, the features that are taken, how pictures are laid out, quantisation, activations, ids.
+All else is refused with what it is and what would work. Two layouts: Hugging Face's, and LLaVA's own
+("original": a flat configuration with `mm_*` fields, the tower often elsewhere).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig
+from transformers.activations import ACT2FN
+
+from ..errors import InputError, RunError
+
+EMBEDDED = Path(__file__).resolve().parents[2] / "checkpoints"
+EMBEDDED_BASE, EMBEDDED_TWIG = EMBEDDED / "sprout-base", EMBEDDED / "sprout-twig-K2-T3"
+HUB_DESCRIPTION = ("*.json", "tokenizer.model", "*.txt", "*.jinja")
+HUB_FILES = (*HUB_DESCRIPTION, "*.safetensors", "*.bin")
+
+# The tower that original LLaVA-1.5 checkpoints name, for those that carry its weights themselves.
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14-336": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 336, "patch_size": 14, "projection_dim": 768, "hidden_act": "quick_gelu",
+    }
+}  # fmt: skip
+
+NEEDED = (
+    "a LLaVA-1.5 model is needed: CLIP tower, two-layer projector, Llama or Mistral decoder "
+    "(llava-hf/llava-1.5-7b-hf or liuhaotian/llava-v1.5-7b, say)"
+)
+DECODERS = {"llama": LlamaConfig, "mistral": MistralConfig}
+ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+ORIGINAL_CLASSES = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
+STOCK_CLASS = "LlavaForConditionalGeneration"
+TOWERS = ("clip_vision_model", "clip")
+FEATURES = {"patch": "default", "cls_patch": "full"}  # LLaVA's name for them → Hugging Face's
+ASPECTS = ("pad", "square")  # square: CLIP's own resizing and cutting
+ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the sequence is
+
+
+# ---------------------------------------------------------------------- finding it
+
+
+def find_base(base: str | Path | None) -> tuple[str, Path, dict, bool]:
+    """(the user's name for it, its folder, its config.json, whether it has LLaVA's original layout).
+
+    Of a base on the hub only the description is fetched. Raises InputError for what is not
+    understood, as far as it can be told without the tower's own description.
+    """
+    name = str(base) if base is not None else "sprout"
+    folder = resolve(base, "base model", HUB_DESCRIPTION) if base is not None else EMBEDDED_BASE
+    if base is not None and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; give the folder that holds config.json and the weights")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: the embedded model is not here; give base=, or run from a clone of the project")
+    _check_folder(folder)
+    file = folder / "config.json"
+    facts = read_json(file)
+    original = "text_config" not in facts and ("mm_vision_tower" in facts or "mm_projector_type" in facts)
+    kind = facts.get("model_type")
+    if not original and kind != "llava":
+        known = {"llava_next": ", LLaVA-1.6 (pictures in tiles)"}.get(kind, "")
+        raise InputError(f"{file}: model type is {kind!r}{known}; {NEEDED}")
+    _check_quantisation(file, facts)
+    _check_pictures(file, facts, original)
+    if original:
+        _check_original(file, facts)
+    else:
+        _check_stock(file, facts)
+    return name, folder, facts, original
+
+
+def resolve(name: str | Path, what: str, files: Sequence[str] = HUB_FILES) -> Path:
+    """A folder or file on this disk for a path or hub id (of which `files` are fetched into the hub's cache)."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    text = str(name)
+    if path.is_absolute() or text.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise InputError(f"{what} {text}: no such folder, and not a hub id of the form owner/name; check the path")
+    return _fetch(text, what, files)
+
+
+def fetch_weights(name: str | Path | None, folder: Path, what: str) -> Path:
+    """The folder with its weights in it: those of a hub id, whose description is in `folder`, are fetched now.
+
+    Where an index says in which format they are stored, the other format stays on the hub.
+    """
+    if name is None or Path(name).expanduser().exists():
+        return folder
+    patterns = ["*.safetensors", "*.bin"]
+    for pattern, index in zip(patterns, ("model.safetensors.index.json", "pytorch_model.bin.index.json"), strict=True):
+        if (folder / index).exists():
+            patterns = [pattern]
+            break
+    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None  # what was judged is what is fetched
+    return _fetch(str(name), what, patterns, commit)
+
+
+def _fetch(name: str, what: str, files: Sequence[str], commit: str | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(files), revision=commit))
+    except RepositoryNotFoundError as fault:
+        raise InputError(f"{what} {name}: neither a folder here nor a repository on the hub; check the name") from fault
+    except HFValidationError as fault:
+        raise InputError(f"{what} {name}: no such folder, and no possible hub id; check the path") from fault
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
+        reason = str(fault).strip().splitlines()[0]
+        raise RunError(
+            f"{what} {name}: no such folder here, and the hub cannot be reached ({reason}); "
+            "check the network, or give a folder"
+        ) from fault
+
+
+def read_json(file: Path) -> dict:
+    if not file.exists():
+        raise InputError(f"{file}: no such file; is {file.parent} a model folder?")
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as fault:
+        raise InputError(f"{file}: not readable JSON ({fault}); fetch it again") from fault
+    if not isinstance(facts, dict):
+        raise InputError(f"{file}: a JSON object is expected, found {type(facts).__name__}; fetch it again")
+    return facts
+
+
+# ---------------------------------------------------------------------- configurations
+
+
+def read_config(base: str | Path | None) -> tuple[Path, LlavaConfig, bool]:
+    """(folder, configuration, whether it has LLaVA's original layout) of a base, whose weights need not be there."""
+    _, folder, facts, original = find_base(base)
+    if not original:
+        return folder, stock_config(folder, facts), False
+    return folder, original_config(folder, facts, find_tower(folder, facts)[1]), True
+
+
+def stock_config(folder: Path, facts: dict) -> LlavaConfig:
+    """The configuration of a checkpoint in the Hugging Face layout, judged."""
+    file = folder / "config.json"
+    try:
+        config = LlavaConfig.from_dict(facts)
+    except Exception as fault:  # transformers raises what it likes, a KeyError for a missing field among others
+        raise InputError(f"{file}: not a configuration of LLaVA ({_first_line(fault)}); {NEEDED}") from fault
+    config.image_aspect_ratio = facts.get("image_aspect_ratio") or "pad"  # docs/differences.md
+    config.mm_use_im_start_end = bool(facts.get("mm_use_im_start_end"))
+    _check_config(file, config)
+    return config
+
+
+def original_config(folder: Path, facts: dict, tower_facts: dict) -> LlavaConfig:
+    """The Hugging Face configuration of an original checkpoint, judged. The image token stands behind the vocabulary."""
+    file = folder / "config.json"
+    text_keys = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "max_position_embeddings", "rms_norm_eps", "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id",
+        "vocab_size", "attention_bias", "mlp_bias", "head_dim", "rope_theta", "rope_scaling", "rope_parameters",
+    )  # fmt: skip
+    text = {k: facts[k] for k in text_keys if facts.get(k) is not None}
+    kind = _original_decoder(file, facts)
+    if kind == "mistral":
+        text["sliding_window"] = facts.get("sliding_window")
+    vision_keys = CLIPVisionConfig().to_dict().keys() - {"model_type", "transformers_version", "torch_dtype", "dtype"}
+    tied = bool(facts.get("tie_word_embeddings"))
+    try:
+        config = LlavaConfig(
+            text_config=DECODERS[kind](tie_word_embeddings=tied, **text),
+            vision_config=CLIPVisionConfig(**{k: v for k, v in tower_facts.items() if k in vision_keys}),
+            image_token_index=facts["vocab_size"],
+            vision_feature_layer=facts["mm_vision_select_layer"],
+            vision_feature_select_strategy=FEATURES[facts.get("mm_vision_select_feature") or "patch"],
+            projector_hidden_act="gelu",
+            tie_word_embeddings=tied,
+        )
+    except Exception as fault:
+        raise InputError(f"{file}: not a configuration of LLaVA ({_first_line(fault)}); {NEEDED}") from fault
+    config.image_aspect_ratio = facts.get("image_aspect_ratio") or "square"  # without the field LLaVA pads nothing
+    config.mm_use_im_start_end = bool(facts.get("mm_use_im_start_end"))
+    _check_config(file, config)
+    width = facts.get("mm_hidden_size")
+    if width is not None and width != config.vision_config.hidden_size:
+        raise InputError(
+            f"{file}: mm_hidden_size is {width}, but the tower {facts.get('mm_vision_tower')!r} has a width of "
+            f"{config.vision_config.hidden_size}; give the tower that this model was trained with"
+        )
+    return config
+
+
+def visual_tokens(config: LlavaConfig) -> int:
+    """V: visual tokens of an image, the tower's class token among them where it is taken."""
+    vision = config.vision_config
+    return (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
+
+
+def find_tower(folder: Path, facts: dict) -> tuple[Path | None, dict]:
+    """(folder, description) of the vision tower that `mm_vision_tower` names.
+
+    Without a folder it is LLaVA-1.5's own tower on the hub, whose description is known: perhaps the
+    checkpoint carries its weights.
+    """
+    name, file = facts["mm_vision_tower"], folder / "config.json"
+    for place in (folder / name, Path(name).expanduser()):
+        if (place / "config.json").exists():
+            found = place
+            break
+    else:
+        if name in KNOWN_TOWERS:
+            return None, KNOWN_TOWERS[name]
+        if name.startswith((".", "/", "~")):
+            raise InputError(f"{file}: mm_vision_tower is {name!r}, but {folder / name} is no model folder")
+        found = resolve(name, "vision tower", HUB_DESCRIPTION)
+    whole = read_json(found / "config.json")
+    tower = whole.get("vision_config", whole) if whole.get("model_type") == "clip" else whole
+    kind = whole.get("model_type", "clip_vision_model")
+    if kind not in TOWERS or not isinstance(tower, dict):
+        raise InputError(
+            f"{found / 'config.json'}: the vision tower's model type is {kind!r}; a CLIP vision model is needed "
+            "(openai/clip-vit-large-patch14-336, say)"
+        )
+    return found, tower
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def _check_folder(folder: Path) -> None:
+    """Folders that hold a part of a model."""
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        on = read_json(adapter).get("base_model_name_or_path")
+        raise InputError(
+            f"{folder}: a LoRA adapter, which is trained on {on!r} and means nothing without it; "
+            "merge it into that model (peft's merge_and_unload), save the result, and give its folder"
+        )
+    projector = folder / "mm_projector.bin"
+    if projector.exists() and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*")):
+        raise InputError(f"{folder}: {projector_only(projector)}")
+
+
+def projector_only(file: Path) -> str:
+    return (
+        f"holds a projector only ({file.name}: LLaVA's first stage of training); "
+        "the decoder's weights are missing: give the folder of a finished model"
+    )
+
+
+def _check_quantisation(file: Path, facts: dict) -> None:
+    for part in (facts, facts.get("text_config"), facts.get("vision_config")):
+        part = part if isinstance(part, dict) else {}
+        for key in ("quantization_config", "compression_config", "quantization"):
+            found = part.get(key)
+            if not found:
+                continue
+            found = found if isinstance(found, dict) else {"quant_method": found}
+            bits = 4 if found.get("load_in_4bit") else 8 if found.get("load_in_8bit") else found.get("bits")
+            method = found.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in found else "unknown method")
+            raise InputError(
+                f"{file}: its weights are quantised ({method}{f', {bits} bits' if bits else ''}); only float32, float16 and "
+                "bfloat16 weights are read: give the checkpoint that this one was made from"
+            )
+
+
+def _check_pictures(file: Path, facts: dict, original: bool) -> None:
+    """How pictures are cut up and marked, which both layouts may say."""
+    aspect = facts.get("image_aspect_ratio")
+    if aspect is not None and aspect not in ASPECTS:
+        what = ", pictures in tiles as in LLaVA-1.6" if str(aspect).startswith("anyres") else ""
+        raise InputError(f"{file}: image_aspect_ratio is {aspect!r}{what}; 'pad' or 'square' is understood, {NEEDED}")
+    fields = {
+        "mm_patch_merge_type": ("flat", "flat"),
+        "mm_resampler_type": (None, "none"),
+        "s2": (False, "one scale"),
+    }
+    for key, (legal, word) in fields.items():
+        if facts.get(key) not in (None, legal):
+            raise InputError(f"{file}: {key} is {facts[key]!r}; only {word} is understood, {NEEDED}")
+    frame = facts.get("mm_use_im_start_end")
+    if frame not in (None, True, False):
+        raise InputError(f"{file}: mm_use_im_start_end is {frame!r}; true or false is needed")
+
+
+def _check_stock(file: Path, facts: dict) -> None:
+    """The parts of a configuration in the Hugging Face layout, by their names."""
+    classes = facts.get("architectures")
+    if classes and STOCK_CLASS not in classes:
+        raise InputError(f"{file}: architectures are {classes}; {STOCK_CLASS} is understood, {NEEDED}")
+    text, vision = facts.get("text_config"), facts.get("vision_config")
+    for key, part in (("text_config", text), ("vision_config", vision)):
+        if not isinstance(part, dict):
+            raise InputError(f"{file}: {key} is {part!r}; an object is expected there, fetch the file again")
+    strategy = facts.get("vision_feature_select_strategy", "default")
+    if strategy not in FEATURES.values():
+        raise InputError(
+            f"{file}: vision_feature_select_strategy is {strategy!r}; {' or '.join(FEATURES.values())} is understood"
+        )
+    decoder, tower = text.get("model_type", "llama"), vision.get("model_type", TOWERS[0])
+    if decoder not in DECODERS:
+        raise InputError(f"{file}: the decoder's model type is {decoder!r}; {NEEDED}")
+    if tower != TOWERS[0]:
+        raise InputError(f"{file}: the vision tower's model type is {tower!r}; {NEEDED}")
+
+
+def _original_decoder(file: Path, facts: dict) -> str:
+    """ "llama" or "mistral", as model type and class agree."""
+    kind, classes = facts.get("model_type"), facts.get("architectures") or []
+    found = {ORIGINAL_TYPES.get(kind)} if kind is not None else set()
+    found |= {ORIGINAL_CLASSES.get(name) for name in classes}
+    if found == {"llama", "mistral"} and kind == "llava":  # LLaVA's older name for all of its models
+        found = {"mistral"}
+    if len(found) != 1 or None in found:
+        raise InputError(f"{file}: model type is {kind!r}, architectures are {classes}; {NEEDED}")
+    return found.pop()
+
+
+def _check_original(file: Path, facts: dict) -> None:
+    """LLaVA's own fields."""
+    _original_decoder(file, facts)
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
+        _check_count(file, key, facts.get(key))
+    kind = facts.get("mm_projector_type", "linear")
+    if kind != "mlp2x_gelu":
+        raise InputError(f"{file}: mm_projector_type is {kind!r}; only LLaVA-1.5's mlp2x_gelu is supported")
+    tower = facts.get("mm_vision_tower")
+    if not isinstance(tower, str) or not tower:
+        raise InputError(
+            f"{file}: mm_vision_tower is {tower!r}; it names the CLIP model that sees for this one, a folder or hub id"
+        )
+    feature = facts.get("mm_vision_select_feature")
+    if feature is not None and feature not in FEATURES:
+        raise InputError(f"{file}: mm_vision_select_feature is {feature!r}; {' or '.join(FEATURES)} is understood")
+    layer = facts.get("mm_vision_select_layer")
+    if not _whole(layer):
+        raise InputError(f"{file}: mm_vision_select_layer is {layer!r}; a layer's number is needed (LLaVA-1.5: -2)")
+
+
+def _check_config(file: Path, config: LlavaConfig) -> None:
+    """What stock code would stumble over, or take for something else."""
+    text, vision = config.text_config, config.vision_config
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "vocab_size", "max_position_embeddings"):  # fmt: skip
+        _check_count(file, key, getattr(text, key, None))
+    for key in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+    ):
+        _check_count(file, f"the vision tower's {key}", getattr(vision, key, None))
+    if vision.hidden_size % vision.num_attention_heads:
+        raise InputError(
+            f"{file}: the vision tower's width of {vision.hidden_size} cannot be shared by {vision.num_attention_heads} "
+            "attention heads; fetch the file again"
+        )
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise InputError(
+            f"{file}: {text.num_attention_heads} attention heads cannot share num_key_value_heads = "
+            f"{text.num_key_value_heads}; fetch the file again"
+        )
+    acts = (("hidden_act", text.hidden_act), ("the vision tower's hidden_act", vision.hidden_act))
+    for key, name in (*acts, ("projector_hidden_act", config.projector_hidden_act)):
+        if name not in ACT2FN:
+            raise InputError(f"{file}: {key} is {name!r}, an unknown activation; {NEEDED}")
+    _check_features(file, config)
+    _check_positions(file, text)
+    _check_ids(file, config)
+
+
+def _check_features(file: Path, config: LlavaConfig) -> None:
+    vision = config.vision_config
+    layers, chosen = vision.num_hidden_layers, config.vision_feature_layer
+    for layer in chosen if isinstance(chosen, (list, tuple)) and chosen else [chosen]:
+        if not _whole(layer) or not -layers - 1 <= layer <= layers:
+            raise InputError(
+                f"{file}: the vision feature layer is {chosen!r}, but the tower has {layers} layers; "
+                f"{-layers - 1} to {layers} is possible (LLaVA-1.5: -2)"
+            )
+    if vision.num_channels != 3 or vision.image_size < vision.patch_size:
+        raise InputError(
+            f"{file}: the vision tower takes pictures of {vision.num_channels} channels and {vision.image_size} pixels in patches "
+            f"of {vision.patch_size}; three channels and one patch at least are needed"
+        )
+
+
+def _check_positions(file: Path, text: LlamaConfig) -> None:
+    rope = getattr(text, "rope_parameters", None) or {}
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPES:
+        raise InputError(f"{file}: rope scaling is {kind!r}; one of {', '.join(ROPES)} is understood")
+    if rope.get("partial_rotary_factor", getattr(text, "partial_rotary_factor", None)) not in (None, 1, 1.0):
+        raise InputError(f"{file}: partial_rotary_factor is below 1; only whole heads can be turned, {NEEDED}")
+    window = getattr(text, "sliding_window", None)
+    if window is not None:
+        _check_count(file, "sliding_window", window)
+
+
+def _check_ids(file: Path, config: LlavaConfig) -> None:
+    text, image = config.text_config, config.image_token_id
+    if not _whole(image) or image < 0:
+        raise InputError(f"{file}: the image token's id is {image!r}; a token id is needed (LLaVA-1.5: 32000)")
+    ends = text.eos_token_id if isinstance(text.eos_token_id, (list, tuple)) else [text.eos_token_id]
+    check_ends(file, [e for e in ends if e is not None], text.vocab_size)
+    if image in (text.bos_token_id, *ends):
+        raise InputError(
+            f"{file}: the image token's id {image} is an end or begin token's as well; fetch the file again"
+        )
+
+
+def check_ends(file: Path, ends: Sequence, vocabulary: int) -> None:
+    """Raises InputError for an end token that no answer can contain."""
+    for end in ends:
+        if not _whole(end) or not 0 <= end < vocabulary:
+            raise InputError(f"{file}: eos_token_id is {end!r}; a token id from 0 to {vocabulary - 1} is needed")
+
+
+def _check_count(file: Path, key: str, value: Any) -> None:
+    if not _whole(value) or value < 1:
+        raise InputError(f"{file}: {key} is {value!r}; a positive whole number is needed, fetch the file again")
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _first_line(fault: Exception) -> str:
+    return " ".join(str(fault).split())[:200] or type(fault).__name__
