@@ -16,7 +16,7 @@ import twigvlm
 from twigvlm.errors import InputError
 from twigvlm.evaluation import run, speed, suite
 from twigvlm.foresight import Wish, check
-from twigvlm.model import load
+from twigvlm.model import describe
 from twigvlm.model.twig import CONFIG, WEIGHTS, save_twig
 from twigvlm.sprout import report
 from twigvlm.sprout import train as recipe
@@ -122,13 +122,13 @@ def test_a_twig_says_before_loading_that_it_grew_elsewhere(tmp_path):
         ({"K": 30}, ["K + T", "L = 32"]),
         ({"F": 1}, ["wipe layer F"]),
         ({"init": "nowhere"}, ["init", "nowhere"]),
-        ({"init": str(load.EMBEDDED_TWIG), "K": 1}, ["K = 1", "K = 2"]),
+        ({"init": str(describe.EMBEDDED_TWIG), "K": 1}, ["K = 1", "K = 2"]),
         ({"zero": "9"}, ["zero", "9"]),
         ({"batch_size": 12, "per_device_batch": 5}, ["12", "5"]),
         ({"export_release": "twig.bin"}, ["twig.bin", ".safetensors"]),
         ({"random": "huge"}, ["huge", "WIDTHxLAYERS"]),
         ({"base": "./nowhere", "data": "x.json"}, ["nowhere"]),
-        ({"base": str(load.EMBEDDED_BASE)}, ["--data"]),
+        ({"base": str(describe.EMBEDDED_BASE)}, ["--data"]),
     ],
 )
 def test_a_training_is_checked_before_data_are_drawn_and_the_base_is_asked(settings, words, monkeypatch):
@@ -149,7 +149,7 @@ def test_the_recipe_checks_its_flags(flags, capsys, tmp_path):
 
 def test_descriptions_of_a_twig_are_read_as_loading_reads_them(tmp_path):
     folder = tmp_path / "twig"
-    shutil.copytree(load.EMBEDDED_TWIG, folder)
+    shutil.copytree(describe.EMBEDDED_TWIG, folder)
     facts = json.loads((folder / CONFIG).read_text()) | {"format_version": 99}
     (folder / CONFIG).write_text(json.dumps(facts))
     with pytest.raises(InputError, match="format version is 99"):

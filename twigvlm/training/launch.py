@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 from ..errors import InputError
-from ..model.load import check_attention, check_letters, pick_device, read_json
+from ..model.describe import read_json
+from ..model.load import check_attention, check_letters, pick_device
 from ..model.twig import CONFIG
 from ..program import run_program
 from .agreement import FILE as ANSWERS
