@@ -25,6 +25,7 @@ from ..errors import InputError
 from ..evaluation.record import provenance, table, write_json
 from ..foresight import Wish, check
 from ..model.describe import EMBEDDED_BASE, EMBEDDED_TWIG
+from ..model.prompt import decode
 from ..program import run_program
 from .draw import draw
 from .questions import KINDS, Question, ask, describe
@@ -88,9 +89,7 @@ def short_answers(
             seed=scene.seed,
         )
         for question, tokens in zip(questions, out.tokens, strict=True):
-            right[question.kind].append(
-                vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip() == question.answer
-            )
+            right[question.kind].append(decode(vlm.tokenizer, tokens).strip() == question.answer)
     return right
 
 
@@ -106,7 +105,7 @@ def descriptions(vlm: twigvlm.TwigVLM, scenes: list[Scene], setting: Setting) ->
             draft_length=setting.draft_length,
             max_new_tokens=160,
         )
-        text = vlm.tokenizer.decode(out.tokens[0], skip_special_tokens=True).strip()
+        text = decode(vlm.tokenizer, out.tokens[0]).strip()
         truth = describe(scene)
         objects += sorted(SENTENCE.findall(text)) == sorted(SENTENCE.findall(truth))
         exact += text == truth
