@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from twigvlm.config import TwigConfig
 from twigvlm.errors import InputError
-from twigvlm.pruning import METHODS, average_tokens, kept_tokens, legal_range, plan_for
+from twigvlm.pruning import METHODS, Shape, average_tokens, kept_tokens, legal_range, plan_for
+from twigvlm.pruning.methods.twig import Twig
 
 SEVEN_B = {"L": 32, "V": 576, "K": 2, "F": 24}
 
@@ -66,7 +67,10 @@ def test_every_legal_budget(budget):
     assert -1e-9 <= excess < (F - K) / L + 1e-9
 
 
-@given(budgets(), st.sampled_from(sorted(METHODS)))
+TWIGS = sorted(name for name, method in METHODS.items() if issubclass(method, Twig))  # that share the twig's budget
+
+
+@given(budgets(), st.sampled_from(TWIGS))
 def test_a_plan_spends_what_the_formula_says(budget, method):
     L, V, K, F, exact = budget
     r = kept_tokens(float(exact), L, V, K, F)
@@ -75,7 +79,33 @@ def test_a_plan_spends_what_the_formula_says(budget, method):
     assert sum(counts) / L == pytest.approx(average_tokens(r, L, V, K, F))
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@given(st.sampled_from(sorted(METHODS)), st.integers(4, 80), st.integers(1, 3000), st.fractions(0, 1))
+def test_every_method_spends_its_own_budget(method, L, V, share):
+    """Within one token a layer of what was asked, over each method's legal range; outside it is refused."""
+    twig = TwigConfig(L, 2 if L > 4 else 1, 1)
+    found, shape = METHODS[method](), Shape(L, V, twig.K, twig.F)
+    low, high = found.legal(shape)
+    R = float(low + (share * (high - low)).limit_denominator(1000))
+    counts = plan_for(method, R, V, twig).tokens_per_layer(L, V)
+    assert max(counts) <= V and min(counts) >= 0
+    assert abs(sum(counts) / L - R) <= 1 + 1e-9
+    for wrong in (float(low) * 0.9 - 0.1, float(high) * 1.1 + 0.1):
+        with pytest.raises(InputError, match="legal is"):
+            plan_for(method, wrong, V, twig)
+
+
+@pytest.mark.parametrize(
+    ("method", "R", "counts"),
+    [("fastv", 192, [166]), ("fastv", 128, [98]), ("fastv", 64, [30]), ("pdrop", 192, [312, 156, 78]),
+     ("pdrop", 128, [184, 92, 46]), ("pdrop", 64, [56, 28, 14])],
+)  # fmt: skip
+def test_counts_of_other_methods_on_llava(method, R, counts):
+    plan = plan_for(method, R, 576, TwigConfig(32, 2, 3))
+    assert [rule.most(576) for _, rule in plan.stages] == counts
+    assert [before for before, _ in plan.stages] == ([2] if method == "fastv" else [2, 10, 20])
+
+
+@pytest.mark.parametrize("method", TWIGS)
 @pytest.mark.parametrize(("K", "F", "R"), [(1, 2, 3), (2, 4, 7.5), (2, 6, 8), (3, 5, 9.1), (2, 6, 16), (2, 4, 16 / 3)])
 def test_measured_is_asked(K, F, R, method):
     """What `stats` counted while the tokens passed, for one and for several pictures."""

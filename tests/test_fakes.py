@@ -12,7 +12,7 @@ from transformers import StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
 from twigvlm.config import GenerationSettings, TwigConfig
-from twigvlm.decoding import Decoder
+from twigvlm.decoding import Decoder, embed
 from twigvlm.model.stream import Stream
 from twigvlm.pruning import Plan
 
@@ -36,25 +36,33 @@ class FakeTrunk:
     """Writes `text` after any prompt, as long as it reads its own words.
 
     Hidden states are (token, position). Every layer run checks that each token lands in the cache at
-    its own position, so a wrong rollback cannot pass.
+    its own position, so a wrong commit cannot pass.
     """
 
-    V, L, context, device = 1, L, 1000, torch.device("cpu")
+    V, L, device, vocabulary, image_token_id = 1, L, torch.device("cpu"), VOCABULARY, -1
 
     def __init__(self, text: list[int], context: int = 1000):
         self.text, self.context = text, context
         self.layers = _layers(0, L)
 
-    def tokens(self, ids, positions, lengths) -> Stream:
-        hidden = torch.tensor([ids, positions]).T[:, None].double()
-        return Stream(hidden, hidden[..., 1].long(), torch.zeros_like(hidden[..., 0], dtype=torch.bool), tuple(lengths))
+    def embed(self, ids, lengths, pixel_values=None, tap=None) -> Stream:
+        return self.tokens(ids, torch.arange(ids.shape[1]).expand_as(ids), True)
 
-    def run(self, layers, stream: Stream, cache) -> Stream:
-        for layer in layers:
-            slot = layer.self_attn.layer_idx
-            for b, (start, count) in enumerate(zip(cache.lengths(slot), stream.lengths, strict=True)):
-                assert stream.positions[b, :count].tolist() == list(range(start, start + count)), f"slot {slot}"
-            cache.advance([slot], stream.lengths)
+    def tokens(self, ids, place, full=False) -> Stream:
+        hidden = torch.stack([ids, place], -1).double()
+        return Stream(hidden, place.clamp(min=0)[None], place, torch.full_like(place, -1), full)
+
+    def attend(self, stream: Stream, cache, sight=None):
+        start = cache.used + cache.ahead
+        for b, count in enumerate(stream.count().tolist()):
+            expected = list(range(int(start[b]), int(start[b]) + count))
+            assert stream.place[b, :count].tolist() == expected, f"layers {cache.layers}"
+            assert stream.positions[0, b, :count].tolist() == expected
+        cache.begin(stream.width, sight)
+        return cache
+
+    def run(self, layers, stream: Stream, attention, taps=()) -> Stream:
+        assert tuple(layer.self_attn.layer_idx for layer in layers) == attention.layers
         return stream
 
     def word(self, hidden: torch.Tensor) -> tuple[int, bool]:
@@ -113,12 +121,10 @@ def write(guess=always, rows: int = 1, eos=(), stopping=None, context: int = 100
     """Run the loop; `guess` None is no twig."""
     trunk = FakeTrunk(TEXT, context)
     twig = FakeTwig(trunk, guess) if guess else None
-    ids = [[1, 1, 1]] * rows
-    hidden = torch.stack([torch.ones(rows, PROMPT), torch.arange(PROMPT).expand(rows, -1)], -1).double()
-    prompt = Stream(hidden, hidden[..., 1].long(), torch.zeros(rows, PROMPT, dtype=torch.bool), (PROMPT,) * rows)
+    prompts = embed(trunk, Plan(), [[1] * PROMPT] * rows)
     decoder = Decoder(trunk, twig, Plan(), GenerationSettings(**settings), eos, stopping=stopping)
     answers = [Answer([], [], []) for _ in range(rows)]
-    for round_ in decoder.steps(prompt, ids):
+    for round_ in decoder.steps(prompts):
         for b, step in round_:
             answers[b].tokens += step.tokens
             answers[b].steps.append((len(step.drafted), step.accepted))

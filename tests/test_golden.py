@@ -13,6 +13,7 @@ from conftest import GOLDEN
 
 import twigvlm
 from twigvlm.model.prompt import VICUNA_V1, encode
+from twigvlm.model.tap import Tap
 from twigvlm.pruning import kept_tokens
 
 IMAGE_ID, V = -200, 576  # as the golden files write them
@@ -72,26 +73,27 @@ def record(monkeypatch):
     """Call it with a trunk to listen to it."""
 
     def listen(trunk) -> Record:
-        seen, caches = Record(), []
-        run, logits, attention = trunk.run, trunk.logits, trunk.attention
+        seen, caches = Record(), {}
+        run, logits, weights = trunk.run, trunk.logits, Tap.weights
 
-        def spy_run(layers, stream, cache):
-            caches[:] = [cache]
+        def spy_run(layers, stream, attention=None, taps=()):
             if len(layers):
-                seen.positions.setdefault(layers[0].self_attn.layer_idx, stream.positions[0].tolist())
-            return run(layers, stream, cache)
+                caches.update(dict.fromkeys(attention.cache.layers, attention.cache))
+                seen.positions.setdefault(layers[0].self_attn.layer_idx, stream.positions[0, 0].tolist())
+            return run(layers, stream, attention, taps)
 
         def spy_logits(hidden):
-            seen.cache_lengths.append([caches[0].lengths(slot)[0] for slot in range(trunk.L)])
+            seen.cache_lengths.append([int(caches[slot].used[0]) + caches[slot].ahead for slot in range(trunk.L)])
             seen.logits.append(logits(hidden)[0])
             return seen.logits[-1][None]
 
-        def spy_attention(*args):
-            seen.scores.append(attention(*args)[0])
-            return seen.scores[-1][None]
+        def spy_weights(tap):
+            seen.scores.append(weights(tap)[0].mean(0).sum(0))
+            return weights(tap)
 
-        for name, spy in (("run", spy_run), ("logits", spy_logits), ("attention", spy_attention)):
-            monkeypatch.setattr(trunk, name, spy)
+        monkeypatch.setattr(trunk, "run", spy_run)
+        monkeypatch.setattr(trunk, "logits", spy_logits)
+        monkeypatch.setattr(Tap, "weights", spy_weights)
         return seen
 
     return listen

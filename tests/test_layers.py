@@ -14,7 +14,7 @@ from conftest import IMAGE, ROOT, one, tiny
 from torch import nn
 
 from twigvlm.errors import RunError
-from twigvlm.model.cache import Cache
+from twigvlm.model.cache import CacheGroup
 from twigvlm.model.trunk import cache_argument, through
 
 
@@ -47,7 +47,7 @@ class Foreign(nn.Module):
 
 @pytest.mark.parametrize("kind", [Old, New, Wrapped])
 def test_each_generation_of_layers_gets_its_cache(kind):
-    cache = Cache(1, 1, 0)
+    cache = CacheGroup([0], 1)
     assert through(kind(), torch.zeros(1, 1, 4), None, None, cache) == (cache, {})
 
 

@@ -24,7 +24,6 @@ from conftest import ROOT, batch, one, prompts, speaking, tiny, write_base
 from PIL import Image
 
 import twigvlm
-from twigvlm.decoding.force import Forced
 from twigvlm.errors import InputError, RunError
 from twigvlm.evaluation import lmms
 from twigvlm.evaluation.lmms import Adapter, Manner, StopStrings
@@ -330,40 +329,6 @@ def test_losses_are_the_stock_models(adapted, folders, batch_size, twig):
     expected = [stock_loss(adapter, d, text) for d, text in pairs]
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], abs=1e-4)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-
-
-@pytest.mark.parametrize(("twig", "pruning"), [(True, "twig"), (True, "random"), (False, "random")])
-def test_forced_tokens_score_what_writing_them_scored(twig, pruning):
-    """Under pruning the oracle is the loop itself, plain: the logits that it chose its own answer from."""
-    vlm, seen = tiny(twig=twig), []
-
-    def watch(ids, scores):
-        seen.append(scores[0].log_softmax(-1))
-        return scores
-
-    inputs = one(vlm, 3, "image", 5)
-    settings = {"retained_tokens": R, "pruning": pruning, "eos_token_id": [], "max_new_tokens": 7}
-    tokens = vlm.generate(**inputs, draft_length=0, logits_processor=[watch], **settings).tokens
-    forced = Forced(tokens)
-    out = vlm.generate(**inputs, draft_length=6, chooser=lambda *_: forced, **settings)
-    expected = torch.stack(seen)[range(7), tokens[0]]
-    assert out.tokens == tokens and forced.greedy.all()
-    assert torch.allclose(forced.log_probabilities[0], expected, atol=1e-4)
-    assert len(out.steps[0]) == (1 if twig else 7), "with a twig one verification reads all"
-
-
-def test_forced_rows_do_not_depend_on_each_other():
-    vlm = tiny()
-    layouts = [(3, "image", 5), (9,), (2, "image", 2, "image", 4)]
-    rows, pictures = prompts(vlm, layouts)
-    targets = [[5, 9, 11], [2, 2, 7], [40, 3, 3]]  # 2 ends an answer, but not here
-    settings = {"retained_tokens": R, "eos_token_id": [], "max_new_tokens": 3, "draft_length": 2}
-    together = Forced(targets)
-    vlm.generate(**batch(rows, pictures), chooser=lambda *_: together, **settings)
-    for b in range(len(rows)):
-        alone = Forced(targets[b : b + 1])
-        vlm.generate(**batch(rows[b : b + 1], pictures[b : b + 1]), chooser=lambda *_, a=alone: a, **settings)
-        assert torch.allclose(together.log_probabilities[b], alone.log_probabilities[0], atol=1e-4)
 
 
 def test_pruning_matters_to_a_likelihood(adapted):

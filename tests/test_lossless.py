@@ -24,8 +24,9 @@ from transformers.generation import (
 )
 
 from twigvlm.config import GenerationSettings
-from twigvlm.decoding.choose import Chooser, Proposal
-from twigvlm.pruning import METHODS, legal_range
+from twigvlm.decoding.choose import Chooser, Voice
+from twigvlm.decoding.draft import chain
+from twigvlm.pruning import METHODS, Shape
 
 QUERIES = ("last", "text")
 NEW = 10  # tokens an answer
@@ -57,12 +58,12 @@ class Case:
     @property
     def R(self) -> float:
         config = self.vlm.config
-        low, high = legal_range(config.L, config.V, config.K, config.F)
+        low, high = METHODS[self.method]().legal(Shape(config.L, config.V, config.K, config.F))
         return float(low + (high - low) * Fraction(self.share).limit_denominator(10))
 
     @property
     def pruned(self) -> dict:
-        return {"retained_tokens": self.R, "pruning": self.method, "query": self.query}
+        return {"retained_tokens": self.R, "pruning": self.method, "query": self.query, "seed": self.seed}
 
     @property
     def speculation(self) -> dict:
@@ -153,21 +154,24 @@ def test_speculative_equals_plain_when_pruned(case):
     fast = vlm.generate(**whole, **settings, **case.speculation)
     same(fast, plain)
     for b, pair in enumerate(zip(rows, pictures, strict=True)):
-        alone = vlm.generate(**batch(*[[p] for p in pair]), **settings, **case.speculation)
+        own = settings | {"seed": case.seed + b}  # what row b draws from
+        alone = vlm.generate(**batch(*[[p] for p in pair]), **own, **case.speculation)
         assert alone.tokens[0] == plain.tokens[b]
         assert alone.kept[0].tolist() == plain.kept[b].tolist()
         assert [(s.drafted, s.accepted, s.tokens) for s in alone.steps[0]] == [
             (s.drafted, s.accepted, s.tokens) for s in fast.steps[b]
         ]
-    if case.method != "twig":
+    if case.method != "twig":  # the others need no twig
         same(tiny(**dict(case.shape), twig=False).generate(**whole, **settings), plain)
 
 
 @settings(max_examples=15)
 @given(cases())
 def test_keeping_all_equals_not_pruning(case):
-    """With F = L and r = V nothing is dropped, whatever the method."""
+    """With F = L and R at its largest nothing is dropped; a method whose largest R is below V keeps all of its first cut."""
     vlm = tiny(**{**dict(case.shape), "F": 6})
+    if case.method == "pdrop":
+        return  # keeps a half and a quarter above its second and third cut, by definition
     rows, pictures = prompts(vlm, case.layouts, case.seed)
     arguments = {**batch(rows, pictures, case.left), "max_new_tokens": case.new, "eos_token_id": [], **case.speculation}
     whole = vlm.generate(**arguments)
@@ -452,23 +456,41 @@ def test_samples_follow_the_base(options, pruned):
     assert chi_square_p(counts, expected) > 1e-3
 
 
-def test_rejection_sampling_alone():
+def test_one_draw_a_place_follows_the_base():
     """Hand-written distributions of the drafter and the base, with words that only one of them knows."""
     q = torch.tensor([[0.7, 0.1, 0.1, 0.1, 0.0]])
     p = torch.tensor([[0.2, 0.3, 0.0, 0.2, 0.3, 0.0]])  # the base's vocabulary is padded by one
     chooser = Chooser(GenerationSettings(do_sample=True))
-    generators = [torch.Generator().manual_seed(5)]
+    voice = Voice(torch.Generator().manual_seed(5), [1])
     counts, accepted = torch.zeros(6), 0
     many = 4000
     for _ in range(many):
-        draft = Proposal()
-        chooser.propose(q.log(), [draft], [[1]], generators, [True])
-        ((taken, token),) = chooser.judge(torch.stack([p.log(), p.log()], 1), [draft], [[1]], generators)
-        counts[draft.tokens[0] if taken else token] += 1
-        accepted += taken
+        token, score = chooser.propose(q.log(), [voice], [], 6)
+        assert score == pytest.approx(q[0, token])
+        draft = chain(token[:, None], score[:, None], torch.tensor([1]))
+        word = chooser.judge(torch.stack([p.log(), p.log()], 1), draft, [voice])[0, 0]
+        counts[word] += 1
+        accepted += int(word == token)
+        voice.write(int(word))
     assert chi_square_p(counts, p[0] * many) > 1e-3
-    overlap = torch.minimum(q, p[:, :5]).sum().item()  # the share that can be accepted
-    assert accepted / many == pytest.approx(overlap, abs=0.03)
+    # Drafter and base share the noise: they agree at least as often as sharing it allows (1 - d) / (1 + d).
+    distance = 1 - torch.minimum(q, p[:, :5]).sum().item()
+    assert accepted / many > (1 - distance) / (1 + distance) - 0.03
+
+
+@pytest.mark.parametrize("pruned", [{}, {"retained_tokens": 2.0}], ids=["whole", "pruned"])
+@pytest.mark.parametrize("options", SAMPLING)
+def test_a_seed_gives_the_same_answer_with_any_draft(options, pruned):
+    """And in any batch: the noise belongs to the row's seed and the place, not to what was drafted."""
+    vlm = tiny(sharpness=1.0, F=4)
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4), (5,), (IMAGE, 3)])
+    settings = {**options, **pruned, "do_sample": True, "max_new_tokens": NEW, "eos_token_id": []}
+    plain = vlm.generate(**batch(rows, pictures), seed=4, draft_length=0, **settings)
+    for draft_length, confidence in ((1, 0.6), (4, 0.0), (6, 0.3)):
+        drafted = vlm.generate(
+            **batch(rows, pictures), seed=[4, 5, 6], draft_length=draft_length, draft_confidence=confidence, **settings
+        )
+        assert drafted.tokens == plain.tokens
 
 
 @pytest.mark.parametrize("draft_length", [0, 4])

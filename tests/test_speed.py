@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from twigvlm.config import GenerationSettings
-from twigvlm.decoding.choose import Proposal
+from twigvlm.decoding.draft import chain, walk
 from twigvlm.evaluation import speed
 from twigvlm.model.random import random_config
 
@@ -41,7 +41,8 @@ def test_random_model_is_measured_and_simulation_is_labelled(capsys, tmp_path):
 def test_the_coin_accepts_as_often_as_it_is_told(probability):
     chooser = speed.CoinChooser(GenerationSettings(), probability, seed=1)
     logits = torch.zeros(1, 2, 5)
-    accepted = sum(chooser.judge(logits, [Proposal([3])], [], [])[0][0] for _ in range(2000))
+    draft = chain(torch.tensor([[3]]), torch.ones(1, 1), torch.tensor([1]))
+    accepted = sum(int(walk(draft, chooser.judge(logits, draft, []))[0, 0]) == 0 for _ in range(2000))
     assert accepted / 2000 == pytest.approx(probability, abs=0.04)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import InputError
@@ -57,7 +58,7 @@ class GenerationSettings:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    seed: int | None = None
+    seed: int | Sequence[int] | None = None  # of the first row, or one a row
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, legal: str) -> None:
@@ -71,7 +72,8 @@ class GenerationSettings:
         check(_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", "1 or more is needed")
         good = math.isfinite(self.temperature) and self.temperature > 0
         check(good, "temperature", "a number above 0 is needed (for greedy decoding do not sample)")
-        check(self.seed is None or _whole(self.seed), "seed", "a whole number or None is needed")
+        seeds = self.seed if isinstance(self.seed, Sequence) else [self.seed]
+        check(all(s is None or _whole(s) for s in seeds), "seed", "a whole number, one a row, or None is needed")
         check(self.top_k is None or (_whole(self.top_k) and self.top_k >= 1), "top_k", "1 or more is needed")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", "above 0 and at most 1 is needed")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
-from .decoding import Decoder, Step
+from .decoding import Decoder, Likelihood, Step, embed, score
 from .decoding.choose import Chooser
 from .decoding.finite import NotFinite, trace
 from .errors import InputError
@@ -23,6 +25,10 @@ from .model.processor import build_processor, make_prompts, pads
 from .model.prompt import converse, decode
 from .model.twig import Twig
 from .pruning import Plan, plan_for
+
+
+CALL_STRIDE = 2**20  # rows that a call may have before its seeds meet the next call's
+SEED_SPACE = 2**63
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Stats:
     visual_asked: float | None  # R
     visual_measured: float  # average per base layer and image
     visual_twig_share: float  # the twig's own visual tokens, T * V / L, on top
-    cache_bytes: int
+    cache_bytes: int  # allocated for keys and values; grows in steps with what is written
+    cache_bytes_used: int  # of them filled
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class TwigVLM:
         self.model = loaded.trunk.model
         self.base_name = loaded.name
         self._loaded, self._fallback = loaded, fallback
+        self._calls = 0
         twig_config = twig.config if twig else None
         letters = (twig_config.K, twig_config.T, twig_config.F) if twig_config else (None, None, None)
         self.config = ModelConfig(self.trunk.L, self.trunk.V, *letters)
@@ -133,7 +141,7 @@ class TwigVLM:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         streamer=None,
         logits_processor: Sequence | None = None,
         stopping_criteria: Sequence | Callable | None = None,
@@ -147,7 +155,9 @@ class TwigVLM:
         when rows differ in length. `retained_tokens` is R, the average of visual tokens per base
         layer (None prunes nothing; with several images, r per image, shared between them by score);
         `pruning` a name in twigvlm.pruning.METHODS; `query` "last" or "text" (paper Eq. 3).
-        `draft_length` 0, or no twig, is plain decoding. `eos_token_id` None means the generation
+        `seed` repeats an answer: sampling and random pruning draw from it, row b from seed + b, or from the
+        b-th of a list; random pruning draws from the row's pictures too, and without a seed from the
+        number of this call. `draft_length` 0, or no twig, is plain decoding. `eos_token_id` None means the generation
         config's. The prompt and the answer share the context: an answer ends where it is full.
 
         `chooser` replaces twigvlm.decoding.choose.Chooser, which accepts and samples tokens.
@@ -158,23 +168,51 @@ class TwigVLM:
         settings = GenerationSettings(
             draft_length, draft_confidence, max_new_tokens, do_sample, temperature, top_k, top_p, seed
         )
-        ids, lengths, padded = self._rows(input_ids, attention_mask)
-        plan = self._plan(pruning, retained_tokens, query, seed or 0)
-        if plan.stages and (bare := [b for b, row in enumerate(ids) if set(row) == {self.image_token_id}]):
-            raise InputError(
-                f"row {bare[0]} of input_ids holds image tokens only; pruned, it needs a text token to go on from"
-            )
+        ids = self._rows(input_ids, attention_mask)
+        plan = self._plan(pruning, retained_tokens, query)
+        self._check_bare(plan, ids)
         if streamer is not None and len(ids) > 1:
             raise InputError(f"a streamer takes one row, but input_ids have {len(ids)}; call generate row by row")
-        rules = (
-            [stopping_criteria]
-            if callable(stopping_criteria) and not isinstance(stopping_criteria, list)
-            else stopping_criteria
-        )
+        one = callable(stopping_criteria) and not isinstance(stopping_criteria, list)
+        rules = [stopping_criteria] if one else stopping_criteria
         chosen = (chooser or Chooser)(settings, logits_processor)
         decoder = Decoder(self.trunk, self.twig, plan, settings, self._eos(eos_token_id), chosen, rules)
+        seeds = self._seeds(seed, len(ids))
+        draws = self._draws(plan, seeds, ids, pixel_values)
         with torch.inference_mode():
-            return self._run(decoder, ids, lengths, padded, pixel_values, streamer, retained_tokens)
+            return self._run(decoder, ids, pixel_values, seeds, draws, streamer, retained_tokens)
+
+    def score(
+        self,
+        input_ids: torch.Tensor,
+        targets: Sequence[Sequence[int]],
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        retained_tokens: float | None = None,
+        pruning: str = "twig",
+        seed: int | Sequence[int] | None = None,
+        query: str = "last",
+    ) -> list[Likelihood]:
+        """How likely the (pruned) base finds given answers: token ids `targets`, one list a prompt, of any lengths.
+
+        One pass reads prompt and answer. The other arguments are those of `generate`. Raises InputError
+        for impossible arguments, or where prompt and answer do not fit into the context.
+        """
+        ids = self._rows(input_ids, attention_mask)
+        plan = self._plan(pruning, retained_tokens, query)
+        self._check_bare(plan, ids)
+        if len(targets) != len(ids):
+            raise InputError(f"{len(targets)} targets for {len(ids)} prompts; one each is needed")
+        for b, (row, target) in enumerate(zip(ids, targets, strict=True)):
+            if len(row) + len(target) > self.trunk.context:
+                raise InputError(
+                    f"the continuation of row {b} has {len(target)} tokens, and the context of {self.trunk.context} has room "
+                    f"for {self.trunk.context - len(row)}; shorten it"
+                )
+        with torch.inference_mode():
+            draws = self._draws(plan, self._seeds(seed, len(ids)), ids, pixel_values)
+            prompts = embed(self.trunk, plan, ids, pixel_values, draws=draws)
+            return score(self.trunk, self.twig, plan, prompts, targets)
 
     def answer(self, image, question: str, history: Sequence = (), **settings) -> str:
         """The answer to a question about a picture (PIL image, path, URL, a list of them, or None).
@@ -208,15 +246,15 @@ class TwigVLM:
 
     # ------------------------------------------------------------------ the parts of generate
 
-    def _run(self, decoder: Decoder, ids, lengths, padded, pixel_values, streamer, asked) -> Output:
+    def _run(self, decoder: Decoder, ids, pixel_values, seeds, draws, streamer, asked) -> Output:
         rows: list[list[Step]] = [[] for _ in ids]
         start = self._now()
-        prompt = self.trunk.embed(padded, lengths, pixel_values)
+        prompts = embed(self.trunk, decoder.plan, ids, pixel_values, seeds, draws)
         first = None
         try:
             if streamer is not None:
                 streamer.put(torch.tensor([ids[0]]))
-            for round_ in decoder.steps(prompt, ids):
+            for round_ in decoder.steps(prompts):
                 first = first or self._now()
                 for row, step in round_:
                     rows[row].append(step)
@@ -230,14 +268,13 @@ class TwigVLM:
             if streamer is not None:
                 streamer.end()
         tokens = [[t for step in steps for t in step.tokens] for steps in rows]
-        return Output(
-            tokens, decoder.kept, rows, self._stats(decoder, rows, lengths, asked, first - start, end - first)
-        )
+        kept = decoder.state.kept
+        kept = None if kept is None else [row[row >= 0] for row in kept.cpu()]
+        stats = self._stats(decoder, rows, kept, [len(row) for row in ids], asked, first - start, end - first)
+        return Output(tokens, kept, rows, stats)
 
-    def _rows(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[list, list[int], torch.Tensor]:
-        """Each prompt as a list, its length, and all of them right-padded [B, S]."""
+    def _rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+        """Each prompt as a list of token ids."""
         if not torch.is_tensor(input_ids):
             raise InputError(f"input_ids are a {type(input_ids).__name__}; a tensor [rows, tokens] is needed")
         if input_ids.dim() != 2 or not input_ids.numel():
@@ -248,7 +285,7 @@ class TwigVLM:
         if mask.shape != input_ids.shape:
             raise InputError(f"attention_mask has shape {list(mask.shape)}, but input_ids have {list(input_ids.shape)}")
         ids = [row[keep.bool()].tolist() for row, keep in zip(input_ids, mask, strict=True)]
-        vocabulary = self.model.lm_head.out_features
+        vocabulary = self.trunk.vocabulary
         for b, row in enumerate(ids):
             if not row:
                 raise InputError(f"row {b} of input_ids is empty under the attention mask; every prompt needs a token")
@@ -260,13 +297,37 @@ class TwigVLM:
                 raise InputError(
                     f"token id {wrong[0]} in row {b} is outside the vocabulary of {vocabulary}; wrong tokenizer?"
                 )
-        lengths = [len(row) for row in ids]
-        padded = torch.zeros(len(ids), max(lengths), dtype=torch.long)
-        for out, row in zip(padded, ids, strict=True):
-            out[: len(row)] = torch.tensor(row)
-        return ids, lengths, padded
+        return ids
 
-    def _plan(self, pruning: str, retained: float | None, query: str, seed: int) -> Plan:
+    def _check_bare(self, plan: Plan, ids: list[list[int]]) -> None:
+        if plan and (bare := [b for b, row in enumerate(ids) if set(row) == {self.image_token_id}]):
+            raise InputError(
+                f"row {bare[0]} of input_ids holds image tokens only; pruned, it needs a text token to go on from"
+            )
+
+    def _seeds(self, seed: int | Sequence[int] | None, rows: int) -> list[int]:
+        """One seed a row; none if nobody asked for any."""
+        if seed is None:
+            return []
+        if isinstance(seed, Sequence):
+            if len(seed) != rows:
+                raise InputError(f"seed holds {len(seed)} numbers for {rows} prompts; give one each, or one number")
+            return list(seed)
+        return [seed + b for b in range(rows)]
+
+    def _draws(self, plan: Plan, seeds: list[int], ids, pixel_values: torch.Tensor | None) -> list[int]:
+        """What random pruning is drawn from: a row's seed (or this call and the row) and its pictures, so that no two share a mask."""
+        if not plan.random:
+            return []
+        if not seeds:
+            self._calls += 1
+            seeds = [self._calls * CALL_STRIDE + b for b in range(len(ids))]
+        ends = list(itertools.accumulate(row.count(self.image_token_id) // self.config.V for row in ids))
+        pixels = [] if pixel_values is None else [p.contiguous().cpu().float().numpy() for p in pixel_values]
+        marks = [zlib.crc32(b"".join(p.tobytes() for p in pixels[a:b])) for a, b in zip([0, *ends], ends, strict=False)]
+        return [(seed % SEED_SPACE << 32) + mark for seed, mark in zip(seeds, marks, strict=True)]
+
+    def _plan(self, pruning: str, retained: float | None, query: str) -> Plan:
         if retained is None:
             return plan_for(pruning, None, self.config.V, TwigConfig(L=10**6), query)  # checks the names
         if self.twig is None and pruning == "twig":
@@ -274,7 +335,7 @@ class TwigVLM:
                 "pruning 'twig' needs a twig, and none is loaded; give one, another method, or retained_tokens=None"
             )
         config = self.twig.config if self.twig else self._fallback or TwigConfig(self.config.L, DEFAULT_K, DEFAULT_T)
-        return plan_for(pruning, retained, self.config.V, config, query, seed)
+        return plan_for(pruning, retained, self.config.V, config, query)
 
     def _eos(self, asked: int | Sequence[int] | None) -> list[int]:
         if asked is None:
@@ -290,15 +351,16 @@ class TwigVLM:
             torch.mps.synchronize()
         return time.perf_counter()
 
-    def _stats(self, decoder: Decoder, rows, lengths, asked, prefill: float, decode: float) -> Stats:
+    def _stats(self, decoder: Decoder, rows, kept, lengths, asked, prefill: float, decode: float) -> Stats:
         steps = [s for row in rows for s in row]
         new = sum(len(s.tokens) for s in steps)
         late = new - sum(len(row[0].tokens) for row in rows)
         drafted, accepted = sum(len(s.drafted) for s in steps), sum(s.accepted for s in steps)
-        images = sum(decoder.images)
-        visual = images * self.config.V
-        per_layer = [sum(counts) / images if images else 0.0 for counts in decoder.visual_per_layer]
-        twig_tokens = self.config.T * self.config.V / self.config.L if decoder.twigged and images else 0.0
+        state = decoder.state
+        visual = sum(state.totals)
+        images = visual / self.config.V
+        per_layer = sum(layers * int(counts.sum()) for layers, counts in state.entered)
+        twig_tokens = self.config.T * self.config.V / self.config.L if decoder.twig is not None and images else 0.0
         return Stats(
             prompt_tokens=sum(lengths),
             new_tokens=new,
@@ -311,11 +373,12 @@ class TwigVLM:
             accepted=accepted,
             acceptance=accepted / drafted if drafted else None,
             visual_tokens=visual,
-            visual_kept=sum(len(k) for k in decoder.kept) if decoder.kept is not None else visual,
+            visual_kept=sum(map(len, kept)) if kept is not None else visual,
             visual_asked=asked,
-            visual_measured=sum(per_layer) / len(per_layer) if per_layer else 0.0,
+            visual_measured=per_layer / images / self.config.L if images else 0.0,
             visual_twig_share=twig_tokens,
-            cache_bytes=decoder.cache.bytes(),
+            cache_bytes=state.bytes,
+            cache_bytes_used=state.bytes_used,
         )
 
 

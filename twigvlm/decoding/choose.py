@@ -1,13 +1,15 @@
 """Which token: greedy or sampled, for a draft and for its verification.
 
-Lossless in both: greedy accepts the longest prefix that the base would have written; sampling
-accepts and corrects by rejection (Leviathan et al. 2023), so that the distribution is the base's
-own. Temperature, top-k, top-p and every logits processor are Hugging Face's.
+One way for both: a token is the arg max of the processed logits plus noise. Greedy, the noise is
+zero; sampled, it is Gumbel noise, and the arg max is an exact draw from the base's own distribution.
+The noise belongs to a row's seed and a place in its answer, whatever was drafted. So a seed gives the
+same answer with any draft and with none, and the drafter, who knows the noise too, guesses well. (The
+paper is greedy only; rejection sampling, Leviathan et al. 2023, has the same law and another text.)
+Temperature, top-k, top-p and every logits processor are Hugging Face's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,102 +18,111 @@ from transformers import LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..config import GenerationSettings
-from .finite import NotFinite, finite
-
-NO_TOKEN = -1  # read instead of a token where logits are not finite
+from .draft import DraftTree
 
 
 @dataclass
-class Proposal:
-    """The draft of one row: tokens, the drafter's probability of each, its distributions when sampling."""
+class Voice:
+    """What choosing must know of one row: its history, and the noise of the places to come."""
 
-    tokens: list[int] = field(default_factory=list)
-    probabilities: list[float] = field(default_factory=list)
-    distributions: list[torch.Tensor] = field(default_factory=list)
+    generator: torch.Generator
+    history: list[int]  # prompt and answer so far
+    coming: list[torch.Tensor] = field(default_factory=list)  # [vocabulary] each, for the next places
+
+    def noise(self, place: int, vocabulary: int) -> torch.Tensor:
+        """Gumbel noise for the token that is `place` places ahead."""
+        while len(self.coming) <= place:
+            drawn = torch.empty(vocabulary).exponential_(generator=self.generator)
+            self.coming.append(-drawn.log())
+        return self.coming[place]
+
+    def write(self, token: int) -> None:
+        self.history.append(token)
+        if self.coming:
+            self.coming.pop(0)
 
 
 class Chooser:
-    """Chooses for rows whose history (prompt and answer so far) is a list of token ids."""
+    """Chooses tokens for rows, each with its Voice; `vocabulary` is the base's."""
 
     def __init__(self, settings: GenerationSettings, processors: Sequence | None = None):
         self.sampling = settings.do_sample
         self.processors = LogitsProcessorList(processors or [])
-        if settings.do_sample:
-            if settings.temperature != 1.0:
-                self.processors.append(TemperatureLogitsWarper(settings.temperature))
-            if settings.top_k is not None:
-                self.processors.append(TopKLogitsWarper(settings.top_k))
-            if settings.top_p is not None and settings.top_p < 1.0:
-                self.processors.append(TopPLogitsWarper(settings.top_p))
+        self.warpers = LogitsProcessorList(_warpers(settings) if settings.do_sample else [])
         self.simple = not self.sampling and not self.processors
 
     def propose(
-        self,
-        logits: torch.Tensor,
-        drafts: list[Proposal],
-        histories: list[list[int]],
-        generators: list,
-        going: list[bool],
-    ) -> None:
-        """Append one token to the draft of every going row; `logits` [B, vocabulary] are the twig's."""
+        self, logits: torch.Tensor, voices: Sequence[Voice], drafted: Sequence[torch.Tensor], vocabulary: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(token [B], its probability fp32 [B]) of the twig's `logits` [B, twig's vocabulary].
+
+        `drafted` are the tokens [B] of the places before it that are not written yet.
+        """
         if self.simple:
-            best, tokens = logits.softmax(-1).max(-1)
-            for draft, token, p, go in zip(drafts, tokens.tolist(), best.tolist(), going, strict=True):
-                if go:
-                    if math.isnan(p):
-                        raise NotFinite("the twig's logits are not finite")
-                    draft.tokens.append(token)
-                    draft.probabilities.append(p)
-            return
-        for b, draft in enumerate(drafts):
-            if going[b]:
-                q = self._distribution(logits[b], histories[b] + draft.tokens)
-                token = self._sample(q, generators[b]) if self.sampling else int(q.argmax())
-                draft.tokens.append(token)
-                draft.probabilities.append(float(q[token]))
-                draft.distributions.append(q)
+            score, token = logits.softmax(-1).max(-1)
+            return token, score
+        paths = [[d[b : b + 1] for d in drafted] for b in range(len(voices))]
+        logits = self._process(logits[:, None], voices, [[path] for path in paths])[:, 0]
+        noisy = logits
+        if self.sampling:
+            noise = [v.noise(len(drafted), vocabulary)[: logits.shape[-1]] for v in voices]
+            noisy = logits + torch.stack(noise).to(logits.device)
+        token = noisy.argmax(-1)
+        return token, logits.softmax(-1).gather(1, token[:, None])[:, 0]
 
-    def judge(
-        self, logits: torch.Tensor, drafts: list[Proposal], histories: list[list[int]], generators: list
-    ) -> list[tuple[int, int]]:
-        """(accepted drafts, the base's next token) for each row; `logits` [B, n+1, vocabulary] are the base's."""
+    def judge(self, logits: torch.Tensor, tree: DraftTree, voices: Sequence[Voice]) -> torch.Tensor:
+        """[B, N+1]: what the base writes after the newest token and after each node; its `logits` [B, N+1, vocabulary]."""
         if self.simple:
-            choices = logits.argmax(-1).where(finite(logits), NO_TOKEN).tolist()
-            if any(NO_TOKEN in c[: len(d.tokens) + 1] for d, c in zip(drafts, choices, strict=True)):
-                raise NotFinite("the base's logits are not finite")
-            return [_longest_prefix(d.tokens, c) for d, c in zip(drafts, choices, strict=True)]
-        return [self._judge_row(logits[b], drafts[b], histories[b], generators[b]) for b in range(len(drafts))]
+            return logits.argmax(-1)
+        if self.processors:
+            logits = self._process(logits, voices, _paths(tree))
+        else:
+            logits = self._process(logits, voices, None)
+        if self.sampling:
+            depth = torch.nn.functional.pad(tree.depth(), (1, 0)).cpu() if not tree.chain else None
+            rows = []
+            for b, voice in enumerate(voices):
+                places = range(logits.shape[1]) if depth is None else depth[b].tolist()
+                rows.append(torch.stack([voice.noise(p, logits.shape[-1]) for p in places]))
+            logits = logits + torch.stack(rows).to(logits.device)
+        return logits.argmax(-1)
 
-    def _judge_row(self, logits: torch.Tensor, draft: Proposal, history: list[int], generator) -> tuple[int, int]:
-        for i, token in enumerate(draft.tokens):
-            p = self._distribution(logits[i], history + draft.tokens[:i])
-            if not self.sampling:
-                if int(p.argmax()) != token:
-                    return i, int(p.argmax())
-                continue
-            q = draft.distributions[i]
-            q = torch.nn.functional.pad(q, (0, len(p) - len(q)))  # the base's vocabulary may be padded
-            if torch.rand((), generator=generator) * q[token] > p[token]:
-                return i, self._sample((p - q).clamp(min=0), generator)
-        p = self._distribution(logits[len(draft.tokens)], history + draft.tokens)
-        return len(draft.tokens), self._sample(p, generator) if self.sampling else int(p.argmax())
-
-    def _distribution(self, logits: torch.Tensor, history: list[int]) -> torch.Tensor:
-        """fp32 probabilities on the CPU after all processors. Image placeholders beyond the head are not history."""
-        ids = torch.tensor([[t for t in history if t < len(logits)]], device=logits.device)
-        probabilities = self.processors(ids, logits[None].clone())[0].float().softmax(-1)
-        probabilities = probabilities.where(finite(logits), torch.nan).cpu()
-        if probabilities[0].isnan():  # then all of them are
-            raise NotFinite("the logits are not finite")
-        return probabilities
-
-    @staticmethod
-    def _sample(weights: torch.Tensor, generator) -> int:
-        return int(torch.multinomial(weights, 1, generator=generator))
+    def _process(
+        self, logits: torch.Tensor, voices: Sequence[Voice], paths: list[list[list[torch.Tensor]]] | None
+    ) -> torch.Tensor:
+        """fp32 logits [B, n, vocabulary] after all processors; paths[b][i] are the tokens behind b's history at i."""
+        if self.processors:
+            out = torch.empty_like(logits)
+            for b, voice in enumerate(voices):
+                # Image placeholders beyond the head are not history.
+                told = torch.tensor([t for t in voice.history if t < logits.shape[-1]], device=logits.device)
+                for i in range(logits.shape[1]):
+                    ids = torch.cat([told, *paths[b][i]])[None]
+                    out[b, i] = self.processors(ids, logits[b, i : i + 1].clone())[0]
+            logits = out
+        if self.warpers:
+            logits = self.warpers(None, logits.flatten(0, 1)).unflatten(0, logits.shape[:2])
+        return logits.float()
 
 
-def _longest_prefix(drafted: list[int], chosen: list[int]) -> tuple[int, int]:
-    accepted = 0
-    while accepted < len(drafted) and drafted[accepted] == chosen[accepted]:
-        accepted += 1
-    return accepted, chosen[accepted]
+def _warpers(settings: GenerationSettings) -> list:
+    found = []
+    if settings.temperature != 1.0:
+        found.append(TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k is not None:
+        found.append(TopKLogitsWarper(settings.top_k))
+    if settings.top_p is not None and settings.top_p < 1.0:
+        found.append(TopPLogitsWarper(settings.top_p))
+    return found
+
+
+def _paths(tree: DraftTree) -> list[list[list[torch.Tensor]]]:
+    """Tokens from the root's first child down to each node, root (none) first."""
+    parents = tree.parent.tolist()
+    out = []
+    for b, row in enumerate(parents):
+        paths: list[list[torch.Tensor]] = [[]]
+        for i, parent in enumerate(row):
+            paths.append([*paths[parent + 1], tree.token[b, i : i + 1]])
+        out.append(paths)
+    return out

@@ -1,7 +1,8 @@
-"""The one decode loop (paper sections 3.2 and 3.3): draft with the twig, verify with the base, roll back.
+"""The one decode loop (paper sections 3.2 and 3.3): draft with the twig, verify with the base, keep what was right.
 
-Plain decoding is zero drafts, the baseline is no twig, no pruning is the empty plan: all the same
-code. The loop prints nothing and knows no text; whoever consumes its steps does.
+Plain decoding is a draft of no tokens, the baseline is no twig, no pruning is the empty plan: all the
+same code. The device is read once a round, and once more a drafted token where drafting may stop.
+The loop prints nothing and knows no text; whoever consumes its steps does.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from ..config import GenerationSettings
-from ..model.cache import Cache
-from ..model.stream import Stream, join
+from ..model.stream import Stream, join, join_raw
 from ..model.trunk import Trunk
 from ..model.twig import Twig
-from ..pruning.plan import Plan, Probe, Stage
-from .choose import Chooser, Proposal
+from ..pruning.plan import Plan
+from .choose import Chooser, Voice
+from .draft import DraftTree, chain, walk
+from .prefill import Prompts, State, read
 
 SEED_SPACE = 2**63
 
@@ -41,23 +44,41 @@ class Row:
     """One prompt and what has been written after it."""
 
     index: int  # in the batch
-    prompt: list[int]
+    voice: Voice
     limit: int  # new tokens
-    generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
     done: bool = False
 
-    @property
-    def history(self) -> list[int]:
-        return self.prompt + self.tokens
+
+@dataclass(frozen=True)
+class Draft:
+    """Proposed tokens, and their hidden states as they left layer K-1."""
+
+    tree: DraftTree
+    nodes: Stream | None  # B N; None for an empty draft
+    low: torch.Tensor  # B N, where a node stands among the scratch tokens of the caches below the twig
+    heard: torch.Tensor  # B N, and of the twig's; -1: the twig has not read it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the host reads of a round; lists have one entry a row."""
+
+    accepted: list[int]
+    token: list[int]  # the base's own, behind the accepted ones
+    drafted: list[list[int]]  # the tree's tokens in its order
+    probabilities: list[list[float]]
+    path: list[list[int]]  # accepted nodes
+    unread: list[bool]  # the last accepted node has not passed the twig
+    entered: list[list[int]]  # prompt tokens in each cache, in the first round
 
 
 class Decoder:
     """One generation over a batch of prompts; make a new one for the next.
 
-    `stopping` are Hugging Face stopping criteria, asked after every token. After iteration `kept`
-    holds each row's kept visual indices (None without pruning) and `visual_per_layer` the measured
-    visual tokens of each row that entered each base layer.
+    `stopping` are Hugging Face stopping criteria, asked after every token. `grow` replaces the chain of
+    drafts: a function of this decoder that gives a Draft. While it writes and afterwards `state` holds
+    caches and what was pruned.
     """
 
     def __init__(
@@ -69,175 +90,169 @@ class Decoder:
         eos: Sequence[int] = (),
         chooser: Chooser | None = None,
         stopping: Sequence[Callable] | None = None,
+        grow: Callable[[Decoder], Draft] | None = None,
     ):
-        self.trunk, self.twig, self.plan, self.settings = trunk, twig, plan, settings
+        self.trunk, self.plan, self.settings = trunk, plan, settings
         self.eos, self.stopping = frozenset(eos), list(stopping or [])
         self.chooser = chooser or Chooser(settings)
         self.speculative = twig is not None and settings.draft_length > 0
-        self.twigged = twig is not None and (self.speculative or plan.needs_twig)
-        self.depth = twig.config.K if self.twigged else 0
-        self.kept: list[torch.Tensor] | None = None
-        self.visual_per_layer: list[list[int]] = []
-        self.cache: Cache | None = None
-        self._pending = list(plan.stages)
-        probed = {s.probe.layer for s in plan.stages if s.probe and s.probe.layer is not None}
-        self._probed = probed
-        self._boundaries = sorted({s.before for s in plan.stages} | probed | {p + 1 for p in probed})
-        self._scores: dict[Probe, torch.Tensor] = {}
+        self.twig = twig if self.speculative or plan.needs_twig else None
+        self.grow = grow or Decoder.draft_chain
+        self.state: State | None = None
+        self.rows: list[Row] = []
 
     @torch.inference_mode()
-    def steps(self, prompt: Stream, ids: list[list[int]]) -> Iterator[list[tuple[int, Step]]]:
+    def steps(self, prompts: Prompts) -> Iterator[list[tuple[int, Step]]]:
         """Write until every row is done; each round yields (row, step) of the rows that took part."""
-        self.rows = self._rows(ids, prompt.lengths)
-        slots = self.trunk.L + (self.twig.config.T if self.twig is not None else 0)
-        self.cache = Cache(slots, len(self.rows), max(r.limit for r in self.rows) + self.settings.draft_length + 2)
-        self.images = [n // self.trunk.V for n in prompt.visual.sum(1).tolist()]
-        block, twig_out = self._prefill(prompt)
+        self.rows = self._rows(prompts)
+        self.state = state = read(self.trunk, self.twig, self.plan, prompts)
+        if not self.speculative:
+            state.above = state.hint = None  # it has pruned, and is not needed again
+        self.place = state.length - 1  # B, of the newest token
+        first = True
         while self.rows:
-            drafts, drafted = self._draft(twig_out)
-            block = join([block, *drafted])
-            yield self._verify(block, drafts)
-            if self.rows:
-                block, twig_out = self._restart(block, drafts)
+            # What is evicted after prefill must be gone before a draft is read.
+            draft = self.no_draft() if first and self.plan.evict is not None else self.grow(self)
+            top, root = self._verify(draft)
+            verdict = self._judge(top, root, draft, first)
+            yield self._write(verdict)
+            if first and self.plan.evict is not None:
+                state.evict()
+            first = False
+            self._go_on(draft, verdict)
 
-    def _rows(self, ids: list[list[int]], lengths: Sequence[int]) -> list[Row]:
+    def _rows(self, prompts: Prompts) -> list[Row]:
         rows = []
-        for index, (prompt, length) in enumerate(zip(ids, lengths, strict=True)):
+        for index, ids in enumerate(prompts.ids):
             generator = torch.Generator()
-            if self.settings.seed is None:
-                generator.seed()
+            if prompts.seeds:
+                generator.manual_seed(prompts.seeds[index] % SEED_SPACE)
             else:
-                generator.manual_seed((self.settings.seed + index) % SEED_SPACE)
-            limit = min(self.settings.max_new_tokens, self.trunk.context - length)
-            rows.append(Row(index, prompt, limit, generator))
+                generator.seed()
+            limit = min(self.settings.max_new_tokens, self.trunk.context - len(ids))
+            rows.append(Row(index, Voice(generator, list(ids)), limit))
         return rows
 
-    # ------------------------------------------------------------------ prefill and pruning
+    # ------------------------------------------------------------------ draft
 
-    def _prefill(self, prompt: Stream) -> tuple[Stream, Stream | None]:
-        """The prompt below the twig, then the twig, then its cut: (what awaits the base, the twig's output)."""
-        self._last = [n - 1 for n in prompt.lengths]
-        self._visual_places = [prompt.positions[b][prompt.visual[b]] for b in range(prompt.rows)]
-        stream = self._climb(prompt, 0, self.depth)
-        twig_out = None
-        if self.twigged:
-            head, last = self.twig.layers[:-1], self.twig.layers[-1:]
-            below = self.trunk.run(head, stream, self.cache)
-            twig_out = self.trunk.run(last, below, self.cache)
-            for probe in self._probes("twig"):
-                self._scores[probe] = self.trunk.attention(last[0], below, self.cache, self._queries(below, probe))
-        return self._cut(stream, self.depth), twig_out
+    def no_draft(self) -> Draft:
+        empty = self.place.new_empty(len(self.rows), 0)
+        nothing = DraftTree(empty, empty, empty.float(), torch.zeros_like(self.place), 0, True)
+        return Draft(nothing, None, empty, empty)
 
-    def _climb(self, stream: Stream, first: int, last: int) -> Stream:
-        """Through base layers first..last-1, with the plan's cuts on the way and its probes read."""
-        layer = first
-        while layer < last:
-            stream = self._cut(stream, layer)
-            stop = next((b for b in self._boundaries if layer < b < last), last)
-            below = stream
-            stream = self.trunk.run(self.trunk.layers[layer:stop], stream, self.cache)
-            if len(self.visual_per_layer) == layer:
-                self.visual_per_layer += [below.visual.sum(1).tolist()] * (stop - layer)
-                if layer in self._probed and self._pending:
-                    for probe in self._probes("base", layer):
-                        rows = self._queries(below, probe)
-                        self._scores[probe] = self.trunk.attention(self.trunk.layers[layer], below, self.cache, rows)
-            layer = stop
-        return stream
+    def rooms(self) -> list[int]:
+        """Tokens that may be drafted in each row: a draft that could not be used is none."""
+        longest = self.settings.draft_length if self.speculative else 0
+        return [min(longest, r.limit - len(r.tokens) - 1) for r in self.rows]
 
-    def _probes(self, source: str, layer: int | None = None) -> set[Probe]:
-        probes = {s.probe for s in self._pending if s.probe is not None}
-        return {p for p in probes if p.source == source and p.layer == layer}
+    def draft_chain(self) -> Draft:
+        """Let the twig write ahead, token by token, until it is unsure (a token it was unsure of is kept)."""
+        rooms, settings, state = self.rooms(), self.settings, self.state
+        longest = max(rooms)
+        if longest <= 0:
+            return self.no_draft()
+        room = torch.tensor(rooms, device=self.place.device)
+        ends = torch.tensor(sorted(self.eos), device=room.device)
+        going, sure = room > 0, min(rooms) > 0  # `sure`: every row is known to go on
+        hidden, tokens, scores, alive, nodes = state.hint, [], [], [], []
+        for n in range(longest):
+            token, score = self.chooser.propose(self.twig.logits(hidden), self._voices(), tokens, self.trunk.vocabulary)
+            nodes.append(self._enter(token[:, None], (self.place + 1 + n)[:, None], going[:, None], sure))
+            tokens.append(token)
+            scores.append(score)
+            alive.append(going)
+            going = going & (room > n + 1) & (score >= settings.draft_confidence)
+            if len(ends):
+                going = going & ~torch.isin(token, ends)
+            if n + 1 == longest:
+                break
+            if settings.draft_confidence > 0:
+                told = fetch(going)
+                if not told.any():
+                    break
+                sure = bool(told.all())
+            else:
+                sure = sure and not len(ends) and min(rooms) > n + 1
+            hidden = state.run_twig(nodes[-1]).hidden[:, 0]
+        count = torch.stack(alive, 1).sum(1)
+        tree = chain(torch.stack(tokens, 1), torch.stack(scores, 1), count)
+        low = torch.arange(len(tokens), device=count.device).expand_as(tree.token)
+        return Draft(tree, join_raw(nodes), low, torch.where(low < count[:, None] - 1, low, -1))
 
-    def _queries(self, stream: Stream, probe: Probe) -> torch.Tensor:
-        """[B, S] bool: the rows whose attention is the score."""
-        ends = torch.tensor(self._last, device=stream.positions.device)[:, None]
-        if probe.rows == "last":
-            return (stream.positions == ends) & stream.valid()
-        # The text after the last image; where an image is last, its last token, as with "last".
-        places = [int(p[-1]) if len(p) else -1 for p in self._visual_places]
-        after = torch.tensor(places, device=ends.device)[:, None].clamp(max=ends - 1)
-        return (stream.positions > after) & (stream.positions <= ends) & stream.valid()
+    def _enter(
+        self, token: torch.Tensor, place: torch.Tensor, alive: torch.Tensor | None = None, full: bool = True
+    ) -> Stream:
+        """Tokens [B, n] at `place` [B, n] through the layers below the twig."""
+        place = place if alive is None else torch.where(alive, place, -1)
+        stream = self.trunk.tokens(token, place, full)
+        return self.state.climb(stream, self.state.low)
 
-    def _cut(self, stream: Stream, layer: int) -> Stream:
-        """Apply the stage before this layer, if one is due."""
-        if not self._pending or self._pending[0].before != layer:
-            return stream
-        stage = self._pending.pop(0)
-        scores = self._scores.get(stage.probe) if stage.probe is not None else None
-        keep, kept = ~stream.visual, []
-        for b in range(stream.rows):
-            places = stream.visual[b].nonzero()[:, 0]
-            chosen = self._select(stage, scores[b, places] if scores is not None else None, places, b)
-            keep[b, places[chosen]] = True
-            kept.append(torch.searchsorted(self._visual_places[b], stream.positions[b, places[chosen]]).cpu())
-        if self.kept is None:
-            self.kept = kept
-        return stream.keep(keep)
+    # ------------------------------------------------------------------ verify
 
-    def _select(self, stage: Stage, scores: torch.Tensor | None, places: torch.Tensor, row: int) -> torch.Tensor:
-        return stage.select(scores, len(places), stage.keep * self.images[row]).to(places.device)
+    def _verify(self, draft: Draft) -> tuple[Stream, torch.Tensor | None]:
+        """The base's other layers over what awaits them and all drafts; where the newest token stands (None: right before the drafts)."""
+        state = self.state
+        parts = [state.awaiting] if draft.nodes is None else [state.awaiting, draft.nodes]
+        top = state.climb(join(parts), state.high, draft.tree)
+        return top, None if top.full else top.count() - draft.tree.count - 1
 
-    # ------------------------------------------------------------------ draft, verify, roll back
+    def _judge(self, top: Stream, root: torch.Tensor | None, draft: Draft, first: bool) -> Verdict:
+        """Ask the base's head, read the answer, and commit to it."""
+        tree, caches = draft.tree, self.state.caches
+        hidden = top.hidden[:, top.width - tree.width - 1 :] if root is None else top.tail(root, tree.width + 1)
+        choice = self.chooser.judge(self.trunk.logits(hidden), tree, self._voices())
+        path = walk(tree, choice)
+        accepted = (path >= 0).sum(1)
+        last = _pick(path, accepted - 1)
+        token = choice.gather(1, (last + 1)[:, None])[:, 0]
+        unread = (accepted > 0) & (_pick(draft.heard, last) < 0)
+        entered = self.state.prompts() if first else []
+        verdict = _read(tree, path, [accepted, token, unread, *entered])
+        if first:
+            for cache, known in zip(caches, verdict.entered, strict=True):
+                cache.expect(known)
+        self._commit(draft, path, accepted, unread, entered, verdict)
+        self.newest, self.last, self.unread = token, last, unread
+        self.place = self.place + accepted + 1
+        return verdict
 
-    def _draft(self, twig_out: Stream | None) -> tuple[list[Proposal], list[Stream]]:
-        """Let the twig write ahead: the drafts, and their hidden states as they left layer K-1."""
-        settings, twig = self.settings, self.twig
-        drafts, streams = [Proposal() for _ in self.rows], []
-        rooms = [min(settings.draft_length, r.limit - len(r.tokens) - 1) if self.speculative else 0 for r in self.rows]
-        going = [room > 0 for room in rooms]
-        histories = self._histories()
-        generators = [r.generator for r in self.rows]
-        hidden = twig_out.at([n - 1 for n in twig_out.lengths]) if any(going) else None
-        while any(going):
-            self.chooser.propose(twig.logits(hidden), drafts, histories, generators, going)
-            new = self._tokens([d.tokens[-1] if d.tokens else 0 for d in drafts], drafts, going)
-            streams.append(new)
-            going = [
-                go and len(d.tokens) < room and d.probabilities[-1] >= settings.draft_confidence and d.tokens[-1] not in self.eos
-                for go, d, room in zip(going, drafts, rooms, strict=True)
-            ]  # fmt: skip
-            if any(going):
-                hidden = self.trunk.run(twig.layers, new.limit([int(go) for go in going]), self.cache).hidden[:, 0]
-        return drafts, streams
+    def _commit(self, draft: Draft, path, accepted, unread, entered, verdict: Verdict) -> None:
+        """Every cache keeps what awaited it and the accepted path; of a chain that is a prefix, of a tree rows move."""
+        state, tree = self.state, draft.tree
+        moving = None if tree.chain else path
+        for i, segment in enumerate(state.segments):
+            if segment.first < state.depth:
+                segment.cache.commit(accepted, verdict.accepted, _at(draft.low, moving))
+                continue
+            before = entered[i] if entered else torch.ones_like(accepted)
+            known = verdict.entered[i] if entered else [1] * len(self.rows)
+            behind = None if moving is None else torch.where(moving < 0, -1, moving + before[:, None])
+            total = [n + a for n, a in zip(known, verdict.accepted, strict=True)]
+            segment.cache.commit(before + accepted, total, behind, before)
+        if state.above is not None:
+            heard = [a - u for a, u in zip(verdict.accepted, verdict.unread, strict=True)]
+            state.above.commit(accepted - unread.long(), heard, _at(draft.heard, moving))
 
-    def _tokens(self, tokens: list[int], drafts: list[Proposal], going: list[bool]) -> Stream:
-        """One token of each going row through the layers below the twig."""
-        ahead = zip(self.rows, drafts, strict=True)
-        places = [min(len(r.prompt) + len(r.tokens) + len(d.tokens), self.trunk.context) - 1 for r, d in ahead]
-        stream = self.trunk.tokens(tokens, places, [int(go) for go in going])
-        return self.trunk.run(self.trunk.layers[: self.depth], stream, self.cache)
+    # ------------------------------------------------------------------ write and go on
 
-    def _verify(self, block: Stream, drafts: list[Proposal]) -> list[tuple[int, Step]]:
-        """The base reads all drafts at once; accepted ones stay, the rest is rolled back."""
-        top = self._climb(block, self.depth, self.trunk.L)
-        logits = self.trunk.logits(top.tail([len(d.tokens) + 1 for d in drafts]))
-        verdicts = self.chooser.judge(logits, drafts, self._histories(), [r.generator for r in self.rows])
-        self._roll_back(drafts, [accepted for accepted, _ in verdicts])
+    def _write(self, verdict: Verdict) -> list[tuple[int, Step]]:
+        """Append to the answers, each up to its end."""
         out = []
-        for row, draft, (accepted, token) in zip(self.rows, drafts, verdicts, strict=True):
-            written = self._write(row, [*draft.tokens[:accepted], token])
-            out.append((row.index, Step(draft.tokens, accepted, written, draft.probabilities)))
-        self._accepted = [accepted for accepted, _ in verdicts]
+        for b, row in enumerate(self.rows):
+            drafted, path = verdict.drafted[b], verdict.path[b]
+            written = self._append(row, [*(drafted[node] for node in path), verdict.token[b]])
+            out.append((row.index, Step(drafted, len(path), written, verdict.probabilities[b])))
         return out
 
-    def _roll_back(self, drafts: list[Proposal], accepted: list[int]) -> None:
-        lost = [len(d.tokens) - a for d, a in zip(drafts, accepted, strict=True)]
-        if any(lost):
-            self.cache.drop_last(range(self.trunk.L), lost)
-            if self.speculative:  # the twig has not read a draft's last token yet
-                read = [max(len(d.tokens) - 1, 0) for d in drafts]
-                gone = [n - min(n, a) for n, a in zip(read, accepted, strict=True)]
-                self.cache.drop_last(range(self.trunk.L, self.trunk.L + self.twig.config.T), gone)
-
-    def _write(self, row: Row, tokens: list[int]) -> list[int]:
-        """Append to the answer up to its end; what was really written."""
+    def _append(self, row: Row, tokens: list[int]) -> list[int]:
+        """What was really written of `tokens`."""
         before = len(row.tokens)
         for token in tokens:
             if token in self.eos:
                 row.done = True
                 break
             row.tokens.append(token)
+            row.voice.write(token)
             if len(row.tokens) >= row.limit or self._stops(row):
                 row.done = True
                 break
@@ -246,33 +261,76 @@ class Decoder:
     def _stops(self, row: Row) -> bool:
         if not self.stopping:
             return False
-        ids = torch.tensor([row.history], device=self.trunk.device)
+        ids = torch.tensor([row.voice.history], device=self.trunk.device)
         return any(bool(torch.as_tensor(rule(ids, None)).any()) for rule in self.stopping)
 
-    def _restart(self, block: Stream, drafts: list[Proposal]) -> tuple[Stream, Stream | None]:
-        """Drop finished rows; each other row's newest token through the trunk, and through the twig what it has not read."""
-        # A fully accepted draft leaves its last token unread by the twig: it goes along now.
-        whole = [int(len(d.tokens) > 0 and a == len(d.tokens)) for d, a in zip(drafts, self._accepted, strict=True)]
-        unread = Stream(
-            block.tail([1] * block.rows), self._newest(block), torch.zeros_like(block.visual[:, :1]), tuple(whole)
-        )  # fmt: skip
-        active = [i for i, row in enumerate(self.rows) if not row.done]
-        if len(active) < len(self.rows):
-            self.rows = [self.rows[i] for i in active]
+    def _go_on(self, draft: Draft, verdict: Verdict) -> None:
+        """Finished rows leave; each other row's newest token goes through the trunk, and through the twig what it has not read."""
+        state, nodes, unread = self.state, draft.nodes, verdict.unread
+        order = _fill([not row.done for row in self.rows])
+        if len(order) < len(self.rows):
+            index = state.leave(order)
+            self.rows, unread = [self.rows[i] for i in order], [unread[i] for i in order]
             if not self.rows:
-                return block, None
-            self.cache.select(active)
-            unread = unread.select(active)
-        fresh = self._tokens([r.tokens[-1] for r in self.rows], [Proposal()] * len(self.rows), [True] * len(self.rows))
-        if not self.speculative:
-            return fresh, None
-        behind = join([unread, fresh]) if any(unread.lengths) else fresh
-        return fresh, self.trunk.run(self.twig.layers, behind, self.cache)
+                return
+            self.newest, self.last, self.unread, self.place = (
+                t.index_select(0, index) for t in (self.newest, self.last, self.unread, self.place)
+            )
+            nodes = nodes.select(index) if nodes is not None else None
+        fresh = state.awaiting = self._enter(self.newest[:, None], self.place[:, None])
+        state.commit_low(1)
+        if state.above is None:
+            return
+        if any(unread):
+            missed = nodes.take(torch.where(self.unread, self.last, -1)[:, None], full=all(unread))
+            out = state.run_twig(join([missed, fresh]))
+        else:
+            out = state.run_twig(fresh)
+        state.above.commit(self.unread + 1, [u + 1 for u in unread])
+        state.hint = out.hidden[:, -1] if out.full else out.at(out.count() - 1)
 
-    @staticmethod
-    def _newest(block: Stream) -> torch.Tensor:
-        rows = torch.arange(block.rows, device=block.positions.device)
-        return block.positions[rows, torch.tensor(block.lengths, device=rows.device) - 1][:, None]
+    def _voices(self) -> list[Voice]:
+        return [row.voice for row in self.rows]
 
-    def _histories(self) -> list[list[int]]:
-        return [] if self.chooser.simple else [r.history for r in self.rows]
+
+def fetch(tensor: torch.Tensor) -> np.ndarray:
+    """Read the device: the host waits here, and nowhere else."""
+    return tensor.cpu().numpy()
+
+
+def _read(tree: DraftTree, path: torch.Tensor, columns: Sequence[torch.Tensor]) -> Verdict:
+    """The one read of a round: everything in one table of 32-bit words, numbers as they are."""
+    head = torch.stack([*columns, tree.count], 1)
+    words = torch.cat([head, path, tree.token], 1).to(torch.int32)
+    table = fetch(torch.cat([words, tree.score.float().view(torch.int32)], 1))
+    n, D, N = head.shape[1], path.shape[1], tree.width
+    accepted, token, unread, *entered, counts = table[:, :n].T.tolist()
+    found, drafted, scores = np.split(table[:, n:], [D, D + N], axis=1)
+    scores = np.ascontiguousarray(scores).view(np.float32)
+    return Verdict(
+        accepted,
+        token,
+        [row[:k].tolist() for row, k in zip(drafted, counts, strict=True)],
+        [row[:k].tolist() for row, k in zip(scores, counts, strict=True)],
+        [row[:k].tolist() for row, k in zip(found, accepted, strict=True)],
+        [bool(u) for u in unread],
+        entered,
+    )
+
+
+def _pick(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """table[b, index[b]] for [B, N] and [B]; -1 where the index is negative."""
+    if not table.shape[1]:
+        return torch.full_like(index, -1)
+    return torch.where(index < 0, -1, table.gather(1, index.clamp(min=0)[:, None])[:, 0])
+
+
+def _at(table: torch.Tensor, path: torch.Tensor | None) -> torch.Tensor | None:
+    """The entries [B, D] of `table` [B, N] along a path [B, D]; -1 stays."""
+    return None if path is None else torch.where(path < 0, -1, table.gather(1, path.clamp(min=0)))
+
+
+def _fill(stays: Sequence[bool]) -> list[int]:
+    """Which old row each new one is: those that stay keep their place, the last ones fill the holes."""
+    movers = [i for i, stay in enumerate(stays) if stay and i >= sum(stays)]
+    return [i if stays[i] else movers.pop() for i in range(sum(stays))]

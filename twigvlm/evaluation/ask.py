@@ -226,15 +226,15 @@ class Asker:
         for b, row in enumerate(ready.ids):
             ids[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), 1
         pixels = None if ready.pixels is None else torch.from_numpy(ready.pixels)
-        options = self.setting.generation()
-        if options["do_sample"]:  # one by one then: each question has its own seed, whatever came before it
-            options["seed"] = question_seed(self.setting.seed, ready.questions[0].id)
+        # Each question draws from its own seed, whatever is asked before or beside it.
+        seeds = [question_seed(self.setting.seed, question.id) for question in ready.questions]
+        options = self.setting.generation() | {"seed": seeds}
         out = self.vlm.generate(ids, pixels, mask, **options)
         return out, [self.clean(decode(self.vlm.tokenizer, tokens)) for tokens in out.tokens]
 
 
 def question_seed(seed: int, name: str) -> int:
-    """Of one question when sampling: it does not depend on what is asked before or beside it."""
+    """Of one question, for sampling and random pruning."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{name}".encode("utf-8", "surrogatepass")).digest()[:6], "big")
 
 

@@ -23,7 +23,6 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from ..decoding.force import Forced
 from ..errors import InputError
 from ..model.prompt import IMAGE, Talk, decode
 from ..vlm import Stats, TwigVLM, load
@@ -419,19 +418,15 @@ class Adapter:
                 wanted = wanted(self._document(request.args[2:]))
             prompts.append(self._prompt(request))
             targets.append(self._continuation(str(wanted)))
-        width = max(1, *map(len, targets))
-        forced = Forced([t + [0] * (width - len(t)) for t in targets])
-        settings = self.options.writing | {"draft_length": width - 1, "max_new_tokens": width, "eos_token_id": []}
+        asked = {
+            name: self.options.writing[name] for name in ("retained_tokens", "pruning") if name in self.options.writing
+        }
         with _blamed_on(requests):
-            inputs = _together(prompts)
-            room = self.vlm.trunk.context - inputs["input_ids"].shape[1]
-            if width > room:
-                raise InputError(
-                    f"the continuation has {width} tokens, and the context has room for {room}; shorten it"
-                )
-            self.vlm.generate(**inputs, chooser=lambda *_: forced, seed=self.options.seed, **settings)
-        rows = zip(forced.log_probabilities, forced.greedy, targets, strict=True)
-        return [self.pair((float(-p[: len(t)].mean()) if t else 0.0, bool(g[: len(t)].all()))) for p, g, t in rows]
+            found = self.vlm.score(**_together(prompts), targets=targets, seed=self.options.seed, **asked)
+        return [
+            self.pair((float(-f.log_probabilities.mean()) if t else 0.0, bool(f.greedy.all())))
+            for f, t in zip(found, targets, strict=True)
+        ]
 
     def _continuation(self, text: str) -> list[int]:
         """Token ids of an answer as they follow the template's last word."""

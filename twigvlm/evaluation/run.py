@@ -222,7 +222,7 @@ def answer(job: Job, part: int, count: int, args: argparse.Namespace, models: Mo
         return
     late = {"dtype": dtype_name(vlm), "K": vlm.config.K, "T": vlm.config.T, "F": vlm.config.F}
     job.folder.record(job.identity | late)
-    size = 1 if job.setting.temperature else args.batch_size or asker.default_batch(job.task.name in TIMED_ALONE)
+    size = args.batch_size or asker.default_batch(job.task.name in TIMED_ALONE)
     lines, figures = open_shard(job.folder, part, count)
     with lines, figures, Progress(job, found, score=not args.answer_only) as progress:
         asker.begin(figures, seconds, size, part, count)

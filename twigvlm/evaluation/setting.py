@@ -114,7 +114,6 @@ class Setting:
             "do_sample": self.temperature > 0,
             "temperature": self.temperature or 1.0,
             "top_p": self.top_p,
-            "seed": self.seed,
         }
 
     def identity(self, task: str, split: str, questions: Sequence[Question]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,9 +29,10 @@ from ..config import DEFAULT_K, DEFAULT_T, TwigConfig
 from ..decoding.choose import Chooser
 from ..errors import InputError
 from ..foresight import Wish, check
-from ..model.cache import Cache
+from ..model.cache import CacheGroup
 from ..model.load import Loaded, pick_device, pick_dtype
 from ..model.random import random_base
+from ..model.stream import Stream
 from ..model.trunk import Trunk
 from ..model.twig import grow
 from ..program import print_json, run_program
@@ -51,20 +52,17 @@ class CoinChooser(Chooser):
         super().__init__(settings)
         self.probability, self.coin = probability, random.Random(seed)
 
-    def propose(self, logits, drafts, histories, generators, going) -> None:
-        super().propose(logits, drafts, histories, generators, going)
-        for draft, go in zip(drafts, going, strict=True):
-            if go:
-                draft.probabilities[-1] = 1.0  # random weights know no confidence: always the whole draft
+    def propose(self, logits, voices, drafted, vocabulary):
+        token, score = super().propose(logits, voices, drafted, vocabulary)
+        return token, torch.ones_like(score)  # random weights know no confidence: always the whole draft
 
-    def judge(self, logits, drafts, histories, generators):
-        out = []
-        for choices, draft in zip(logits.argmax(-1).tolist(), drafts, strict=True):
-            accepted = 0
-            while accepted < len(draft.tokens) and self.coin.random() < self.probability:
-                accepted += 1
-            out.append((accepted, choices[accepted]))
-        return out
+    def judge(self, logits, tree, voices):
+        """Of a chain: at each node the drafted token, or, where the coin falls so, the one after it."""
+        choice = logits.argmax(-1)
+        heads = [[self.coin.random() < self.probability for _ in range(tree.width)] for _ in range(len(choice))]
+        right = torch.tensor(heads, dtype=torch.bool, device=choice.device).reshape(tree.token.shape)
+        drafted = torch.where(right, tree.token, (tree.token + 1) % logits.shape[-1])
+        return torch.cat([drafted, choice[:, -1:]], 1)
 
 
 @dataclass(frozen=True)
@@ -241,30 +239,37 @@ def step_costs(
     """Milliseconds of a draft step (K + T layers, one token) and of verifying blocks, behind `context` tokens."""
     trunk, twig, costs = vlm.trunk, vlm.twig, {}
     K = twig.config.K if twig else 0
-    cache = Cache(trunk.L + (twig.config.T if twig else 0), 1, 64)
-    prompt = trunk.tokens([5], [0], [1])
-    wide = replace(prompt, hidden=prompt.hidden.expand(1, context, -1), positions=torch.arange(context, device=trunk.device)[None],
-                   visual=torch.zeros(1, context, dtype=torch.bool, device=trunk.device), lengths=(context,))  # fmt: skip
-    trunk.run(trunk.layers, wide, cache)
+    parts = {"low": trunk.layers[:K], "twig": twig.layers if twig else [], "high": trunk.layers[K:]}
+    caches = {
+        name: CacheGroup([layer.self_attn.layer_idx for layer in layers], 1, trunk.device)
+        for name, layers in parts.items()
+    }
+
+    def run(name: str, stream: Stream) -> Stream:
+        return trunk.run(parts[name], stream, trunk.attend(stream, caches[name]))
+
+    def text(count: int, first: int) -> Stream:
+        place = torch.arange(first, first + count, device=trunk.device)[None]
+        return trunk.tokens(torch.full_like(place, 5), place, full=True)
+
+    prompt = text(context, 0)
+    for name in parts:
+        run(name, prompt)
+        caches[name].commit(context)
     if twig:
-        trunk.run(twig.layers, wide, cache)
 
         def draft() -> None:
-            stream = trunk.run(
-                twig.layers, trunk.run(trunk.layers[:K], trunk.tokens([5], [context], [1]), cache), cache
-            )
-            twig.logits(stream.hidden).argmax(-1).tolist()
-            cache.drop_last([*range(K), *range(trunk.L, trunk.L + twig.config.T)], [1])
+            twig.logits(run("twig", run("low", text(1, context))).hidden).argmax(-1).tolist()
+            caches["low"].commit(0)
+            caches["twig"].commit(0)
 
         costs["draft 1 token"] = _median_ms(draft, trunk.device, repeats)
     for block in blocks:
-        stream = replace(wide, hidden=wide.hidden[:, :block], positions=wide.positions[:, :block] + context,
-                         visual=wide.visual[:, :block], lengths=(block,))  # fmt: skip
+        stream = text(block, context)
 
-        def verify(stream=stream, block=block) -> None:
-            top = trunk.run(trunk.layers[K:], stream, cache)
-            trunk.logits(top.hidden).argmax(-1).tolist()
-            cache.drop_last(range(K, trunk.L), [block])
+        def verify(stream=stream) -> None:
+            trunk.logits(run("high", stream).hidden).argmax(-1).tolist()
+            caches["high"].commit(0)
 
         costs[f"verify {block} token{'s' if block > 1 else ''}"] = _median_ms(verify, trunk.device, repeats)
     return costs

@@ -1,80 +1,182 @@
-"""Keys and values by slot: base layers 0..L-1, twig layers L..L+T-1, one length per slot and row.
+"""Keys and values of layers that hold the same tokens: one group, one set of places, one mask a call.
 
-Buffers are allocated once, at a slot's first use, with room for all that will follow; writing never
-copies what is there, and rolling back only shortens a length. Decoder layers of transformers ask
-for nothing but `update`.
+A call writes scratch rows behind what is committed. `commit` says how many of them stay; what is not
+committed is gone, so nothing is ever rolled back. Buffers grow in steps with what is written.
+Legend: B rows, S tokens of a call, H key heads, C capacity, d head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+STEP = 64  # tokens by which a buffer grows
 
-class Cache:
-    """`room`: tokens that may be written after the first call of a slot."""
 
-    def __init__(self, slots: int, rows: int, room: int):
-        self.room = room
-        self._rows = rows
-        self._keys: list[torch.Tensor | None] = [None] * slots  # each B H capacity d
-        self._values: list[torch.Tensor | None] = [None] * slots
-        self._lengths: list[tuple[int, ...]] = [(0,) * rows] * slots
+class CacheGroup:
+    """Of the decoder layers `layers` (their cache slots); decoder layers of transformers ask for `update` only."""
 
-    def lengths(self, slot: int) -> tuple[int, ...]:
-        return self._lengths[slot]
+    def __init__(self, layers: Sequence[int], rows: int, device: torch.device | str = "cpu"):
+        self.layers = tuple(layers)
+        self.rows = rows
+        self.used = torch.zeros(rows, dtype=torch.long, device=device)  # committed tokens of each row
+        self.shift = torch.zeros_like(self.used)  # positions compacted away below this group
+        self.known: list[int] | None = [0] * rows  # `used` as far as the host knows it
+        self.reach = 0  # no row uses more
+        self.ahead = 0  # scratch tokens behind what is used, the same number in every row
+        self.keys: torch.Tensor | None = None  # layers B H C d
+        self.values: torch.Tensor | None = None
+        self._slots = {layer: i for i, layer in enumerate(self.layers)}
+        self._left: list[torch.Tensor] = []  # `used` of rows that have left
+        self._begin = self._end = 0
+        self._write: torch.Tensor | None = None  # B 1 S 1, where rows of unequal length write
+
+    @property
+    def even(self) -> bool:
+        """All rows are known to use the same number of tokens."""
+        return self.known is not None and min(self.known) == max(self.known)
+
+    def begin(self, width: int, sight: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Room for the next `width` tokens of every row, and who sees whom: once a call, for all layers.
+
+        `sight` [B, S, ahead + S] bool says which scratch tokens each new one sees (None: all before it,
+        a chain). Gives [B, 1, S, keys] bool, or None where plain causal attention is right.
+        """
+        even = self.even
+        self._begin = self.reach + self.ahead
+        self._end = self._begin + width
+        start = None if even else self.used + self.ahead
+        self._write = None if even else (start[:, None] + self._steps(width))[:, None, :, None]
+        mask = self._mask(width, sight)
+        self.ahead += width
+        return mask
+
+    def _mask(self, width: int, sight: torch.Tensor | None) -> torch.Tensor | None:
+        fresh = self._begin == 0  # at prefill padding stands behind all that is real, so causality hides it
+        if sight is None and (fresh or (width == 1 and self.even)):
+            return None
+        behind = self._steps(self._end) - self.used[:, None, None]  # B 1 keys, index among the scratch tokens
+        if sight is None:
+            return (behind <= self.ahead + self._steps(width)[:, None])[:, None]
+        last = sight.shape[2] - 1
+        seen = sight.gather(2, behind.clamp(0, last).expand(-1, width, -1)) & (behind <= last)
+        return (seen | (behind < 0))[:, None]
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer_idx: int, *_, **__
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new [B, H, q, d] behind each row's length; views of all up to the longest row.
+        """Write new [B, H, S, d] where `begin` said; views of all keys and values up to the longest row."""
+        if self.keys is None or self.keys.shape[3] < self._end:
+            self._grow(keys, values)
+        slot = self._slots[layer_idx]
+        held = self.keys[slot, : self.rows], self.values[slot, : self.rows]
+        for buffer, new in zip(held, (keys, values), strict=True):
+            if self._write is None:
+                buffer[:, :, self._begin : self._end] = new
+            else:
+                buffer.scatter_(2, self._write.expand_as(new), new)
+        return held[0][:, :, : self._end], held[1][:, :, : self._end]
 
-        The lengths move only with `advance`: what padding rows wrote is overwritten by the next call.
+    def commit(
+        self,
+        count: torch.Tensor | int,
+        known: Sequence[int] | None = None,
+        path: torch.Tensor | None = None,
+        first: torch.Tensor | int = 0,
+    ) -> None:
+        """`count` [B] scratch tokens of each row stay (`known`: the same numbers, where the host has them).
+
+        With `path` [B, n], of a tree, the scratch tokens path[b, 0..] move up to the places from
+        `first` [B] on before; -1 moves nothing.
         """
-        new = keys.shape[2]
-        lengths = self._lengths[layer_idx]
-        if self._keys[layer_idx] is None:
-            shape = (*keys.shape[:2], new + self.room, keys.shape[3])
-            self._keys[layer_idx], self._values[layer_idx] = keys.new_zeros(shape), values.new_zeros(shape)
-        buffers, end = (self._keys[layer_idx], self._values[layer_idx]), max(lengths) + new
-        if end > buffers[0].shape[2]:
-            raise RuntimeError(f"slot {layer_idx} has room for {buffers[0].shape[2]} tokens; {end} are needed")
-        if min(lengths) == max(lengths):
-            for buffer, fresh in zip(buffers, (keys, values), strict=True):
-                buffer[:, :, lengths[0] : end] = fresh
+        if path is not None:
+            self._move(path, first)
+        if isinstance(count, int):
+            known = [count] * self.rows
+        elif known is None and count.device.type == "cpu":
+            known = count.tolist()  # costs nothing there
+        self.used = self.used + count
+        if known is None or self.known is None:
+            self.known, self.reach = None, self.reach + self.ahead
         else:
-            start = torch.tensor(lengths, device=keys.device)[:, None, None, None]
-            places = (start + torch.arange(new, device=keys.device)[:, None]).expand_as(keys)
-            # Shorter rows may read up to the longest row's end, masked: it must hold finite numbers.
-            for buffer, fresh in zip(buffers, (keys, values), strict=True):
-                buffer.scatter_(2, places, fresh)
-        return buffers[0][:, :, :end], buffers[1][:, :, :end]
+            self.learn([n + k for n, k in zip(self.known, known, strict=True)])
+        self.ahead = 0
 
-    def keys(self, slot: int) -> torch.Tensor:
-        """View of the keys of a slot, [B, H, longest, d]."""
-        return self._keys[slot][:, :, : max(self._lengths[slot])]
+    def expect(self, used: Sequence[int]) -> None:
+        """`learn`, where the host did not know."""
+        if self.known is None:
+            self.learn(used)
 
-    def advance(self, slots: Iterable[int], counts: Sequence[int]) -> None:
-        """Accept the `counts[b]` tokens written last."""
-        for slot in slots:
-            self._lengths[slot] = tuple(n + c for n, c in zip(self._lengths[slot], counts, strict=True))
+    def learn(self, used: Sequence[int]) -> None:
+        """What the host has read of `used`."""
+        self.known, self.reach = list(used), max(used, default=0)
 
-    def drop_last(self, slots: Iterable[int], counts: Sequence[int]) -> None:
-        """Roll `counts[b]` tokens back."""
-        self.advance(slots, [-c for c in counts])
+    def evict(self, keep: torch.Tensor) -> None:
+        """Of the committed tokens only those under `keep` [B, reach] stay, in their order."""
+        held = self._steps(keep.shape[1]) < self.used[:, None]
+        keep = keep & held
+        order = keep.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[None, :, None, :, None]
+        for buffer in (self.keys, self.values):
+            there = buffer[:, : self.rows, :, : keep.shape[1]]
+            there.copy_(there.gather(3, order.expand_as(there)))
+        self.used = keep.sum(1)
+        self.known = self.used.tolist() if self.used.device.type == "cpu" else None
+        self.reach = max(self.known) if self.known is not None else self.reach
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows (the one copy of the cache: when a row of a batch is finished)."""
-        index = None
-        for slot, keys in enumerate(self._keys):
-            if keys is not None:
-                index = torch.tensor(rows, device=keys.device) if index is None else index
-                self._keys[slot] = keys.index_select(0, index)
-                self._values[slot] = self._values[slot].index_select(0, index)
-            self._lengths[slot] = tuple(self._lengths[slot][r] for r in rows)
+    def repeat(self, times: int) -> None:
+        """Every row `times` times, one behind the other: many continuations of one prefix."""
+        if self.keys is not None:
+            self.keys, self.values = (t[:, : self.rows].repeat_interleave(times, 1) for t in (self.keys, self.values))
+        self.used, self.shift = self.used.repeat_interleave(times), self.shift.repeat_interleave(times)
+        self.known = None if self.known is None else [n for n in self.known for _ in range(times)]
+        self.rows *= times
 
-    def bytes(self) -> int:
-        """Allocated bytes of all slots."""
-        held = [t for t in (*self._keys, *self._values) if t is not None]
-        return sum(t.numel() * t.element_size() for t in held)
+    def leave(self, order: Sequence[int], index: torch.Tensor, gone: torch.Tensor) -> None:
+        """Row i becomes what row order[i] was; the others leave. `index` and `gone` are both on the device.
+
+        Only rows that move into a hole are copied.
+        """
+        self._left.append(self.used.index_select(0, gone))
+        for new, old in enumerate(order):
+            if new != old and self.keys is not None:
+                for buffer in (self.keys, self.values):
+                    buffer[:, new, :, : self.reach] = buffer[:, old, :, : self.reach]
+        self.used, self.shift = self.used.index_select(0, index), self.shift.index_select(0, index)
+        self.rows = len(order)
+        if self.known is not None:
+            self.learn([self.known[old] for old in order])
+
+    def allocated_bytes(self) -> int:
+        return 0 if self.keys is None else 2 * self.keys.numel() * self.keys.element_size()
+
+    def used_bytes(self) -> torch.Tensor:
+        """Of the committed tokens of all rows, those that have left included: a number on the device."""
+        tokens = self.used.sum() + sum(t.sum() for t in self._left)
+        if self.keys is None:
+            return 0 * tokens
+        layers, _, heads, _, width = self.keys.shape
+        return tokens * (2 * layers * heads * width * self.keys.element_size())
+
+    def _grow(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        room = -(-self._end // STEP) * STEP
+        for name, new in (("keys", keys), ("values", values)):
+            # Zeros: a shorter row reads up to the longest row's end, masked, and must find finite numbers.
+            buffer = new.new_zeros(len(self.layers), self.rows, new.shape[1], room, new.shape[3])
+            if (old := getattr(self, name)) is not None:
+                buffer[:, :, :, : old.shape[3]] = old[:, : self.rows]
+            setattr(self, name, buffer)
+
+    def _move(self, path: torch.Tensor, first: torch.Tensor | int) -> None:
+        start = self.used + first
+        steps = self._steps(path.shape[1])
+        source = torch.where(path < 0, start[:, None] + steps, self.used[:, None] + path)
+        target = start[:, None] + steps
+        for buffer in (self.keys, self.values):
+            there = buffer[:, : self.rows]
+            shape = (*there.shape[:3], path.shape[1], there.shape[4])
+            source_, target_ = (t[None, :, None, :, None].expand(shape) for t in (source, target))
+            there.scatter_(3, target_, there.gather(3, source_))
+
+    def _steps(self, count: int) -> torch.Tensor:
+        return torch.arange(count, device=self.used.device)

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.integrations.flash_attention import flash_attention_forward
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ..config import DEFAULT_K, FORMAT_VERSION, TwigConfig
 from ..errors import InputError
@@ -306,15 +304,6 @@ def set_attention(model: LlavaForConditionalGeneration, attention: str) -> None:
     model.model.vision_tower.config._attn_implementation = tower
     text = "flash_or_sdpa" if attention == "flash_attention_2" else attention
     model.model.language_model.config._attn_implementation = text
-
-
-def _flash_or_sdpa(module, query, key, value, attention_mask, **settings):
-    """Flash attention where causality says it all; rows of unequal length carry a mask, which it cannot take."""
-    forward = flash_attention_forward if attention_mask is None else sdpa_attention_forward
-    return forward(module, query, key, value, attention_mask, **settings)
-
-
-AttentionInterface.register("flash_or_sdpa", _flash_or_sdpa)
 
 
 def _count_layers(file: Path, shapes: dict[str, tuple[int, ...]]) -> int:

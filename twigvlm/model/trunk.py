@@ -1,4 +1,4 @@
-"""The base VLM as a road: embed a prompt, drive unmodified decoder layers one by one, read one attention row.
+"""The base VLM as a road: embed a prompt, drive unmodified decoder layers one by one, listen to one attention.
 
 Knows nothing of twigs, pruning or drafts. Legend: B rows, S tokens, D width, V visual tokens an
 image, H heads, d head width.
@@ -10,20 +10,27 @@ import functools
 import inspect
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from ..errors import InputError, RunError
-from .cache import Cache
+from .cache import CacheGroup
 from .describe import visual_tokens
 from .stream import Stream
+from .tap import Tap, tapped
 
 
-def slots(layers: Sequence[nn.Module]) -> list[int]:
-    """The cache slots that these decoder layers write."""
-    return [layer.self_attn.layer_idx for layer in layers]
+@dataclass(frozen=True)
+class Attention:
+    """What all layers of a group share in one call, made once: who sees whom, the rotation, where keys go."""
+
+    mask: torch.Tensor | None  # B 1 S keys, as the backend wants it
+    rotary: tuple[torch.Tensor, torch.Tensor]  # cos and sin, B S d
+    cache: CacheGroup | None
 
 
 @functools.cache
@@ -42,10 +49,10 @@ def cache_argument(kind: type[nn.Module]) -> str:
     )
 
 
-def through(layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, rotary, cache: Cache | None):
+def through(layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, rotary, cache, **more) -> torch.Tensor:
     """[B, S, D] through one decoder layer of any supported transformers."""
     memory = {cache_argument(type(layer)): cache}
-    return layer(hidden, attention_mask=mask, position_embeddings=rotary, **memory)
+    return layer(hidden, attention_mask=mask, position_embeddings=rotary, **memory, **more)
 
 
 class Trunk:
@@ -74,91 +81,145 @@ class Trunk:
         return self.decoder.embed_tokens.weight.dtype
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the head."""
+        return self.model.lm_head.out_features
+
+    @property
     def V(self) -> int:
         """Visual tokens per image."""
         return visual_tokens(self.model.config)
 
-    def embed(self, input_ids: torch.Tensor, lengths: Sequence[int], pixel_values: torch.Tensor | None) -> Stream:
+    # ------------------------------------------------------------------ what goes in
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        lengths: Sequence[int],
+        pixel_values: torch.Tensor | None,
+        tap: Tap | None = None,
+    ) -> Stream:
         """Prompts [B, S], right-padded, and images [images, 3, h, w] in the order of their tokens → Stream.
 
-        Raises InputError when the image tokens are not V for each image, row by row, or the images
-        have another size than the tower's.
+        `tap` listens to a layer of the vision tower. Raises InputError when the image tokens are not
+        as many as each image needs, row by row, or the images have another size than the tower's.
         """
-        ids = input_ids.to(self.device)
+        ids = input_ids.cpu()  # places are counted on the host, before the device is asked anything
         visual = ids == self.image_token_id
+        sizes = self._sizes(visual, pixel_values)
+        place = torch.arange(ids.shape[1]).expand_as(ids)
+        place = place.masked_fill(place >= torch.tensor(lengths)[:, None], -1).to(self.device)
+        hidden = self.decoder.embed_tokens(ids.masked_fill(visual, 0).to(self.device))
+        if sizes:
+            features = self.image_features(pixel_values, tap)
+            flat = torch.cat(list(features)).to(hidden)
+            hidden = hidden.masked_scatter(visual.to(self.device)[..., None], flat)
+        positions = place.clamp(min=0)[None]
+        full = min(lengths) == ids.shape[1]
+        return Stream(hidden, positions, place, _pictures(visual, sizes).to(self.device), full)
+
+    def sizes(self, images: int) -> list[int]:
+        """Visual tokens of each of so many images."""
+        return [self.V] * images
+
+    def image_features(self, pixel_values: torch.Tensor, tap: Tap | None = None) -> torch.Tensor:
+        """[images, 3, h, w] → projected visual tokens [images, V, D]."""
+        listen = {"taps": [tap]} if tap is not None else {}
+        with tapped(self.model.model.vision_tower.config) if tap is not None else nullcontext():
+            out = self.model.get_image_features(pixel_values=pixel_values.to(self.device, self.dtype), **listen)
+        features = getattr(out, "pooler_output", out)
+        return torch.stack(list(features)) if not torch.is_tensor(features) else features
+
+    def listen_tower(self, layer: int | None, images: int) -> Tap:
+        """A tap on the class token's row in a layer of the vision tower (None: the one whose output is used)."""
+        tower = self.model.model.vision_tower
+        last = self.model.config.vision_feature_layer
+        place = last - 1 if last >= 0 else last  # hidden state n leaves layer n - 1, and there is one more of them
+        module = tower.encoder.layers[place if layer is None else layer].self_attn
+        return Tap(module, torch.zeros(images, 1, dtype=torch.long, device=self.device), causal=False)
+
+    def _sizes(self, visual: torch.Tensor, pixel_values: torch.Tensor | None) -> list[int]:
+        """Tokens of each image, after comparing them with the image tokens of each row."""
         images = 0 if pixel_values is None else len(pixel_values)
         side = self.model.config.vision_config.image_size
         if images and pixel_values.shape[1:] != (3, side, side):
             raise InputError(
                 f"pixel_values have shape {list(pixel_values.shape)}; [images, 3, {side}, {side}] is needed"
             )
-        tokens = int(visual.sum())
-        if tokens != images * self.V:
+        sizes, tokens = self.sizes(images), int(visual.sum())
+        if tokens != sum(sizes):
             raise InputError(
                 f"input_ids hold {tokens} image tokens (id {self.image_token_id}), but {images} images need "
-                f"{images} x {self.V} = {images * self.V}; repeat the image token {self.V} times per image"
+                f"{images} x {self.V} = {sum(sizes)}; repeat the image token {self.V} times per image"
             )
-        for b, count in enumerate(visual.sum(1).tolist()):
-            if count % self.V:
+        ends = torch.tensor([0, *sizes]).cumsum(0)
+        for b, end in enumerate(visual.sum(1).cumsum(0).tolist()):
+            if end not in ends:
                 raise InputError(
-                    f"row {b} of input_ids holds {count} image tokens; whole images of {self.V} tokens are needed"
+                    f"row {b} of input_ids holds {int(visual[b].sum())} image tokens; whole images of {self.V} tokens "
+                    "are needed"
                 )
-        hidden = self.decoder.embed_tokens(ids.masked_fill(visual, 0))
-        if images:
-            hidden[visual] = self.image_features(pixel_values).flatten(0, 1).to(hidden)
-        positions = torch.arange(ids.shape[1], device=self.device).expand_as(ids)
-        return Stream(hidden, positions, visual, tuple(lengths))
+        return sizes
 
-    def image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """[images, 3, h, w] → projected visual tokens [images, V, D]."""
-        out = self.model.get_image_features(pixel_values=pixel_values.to(self.device, self.dtype))
-        features = getattr(out, "pooler_output", out)
-        return torch.stack(list(features)) if not torch.is_tensor(features) else features
+    def tokens(self, ids: torch.Tensor, place: torch.Tensor, full: bool = False) -> Stream:
+        """New text tokens [B, S] at `place` [B, S] (-1: padding) as a Stream."""
+        hidden = self.decoder.embed_tokens(ids)
+        return Stream(hidden, place.clamp(0, self.context - 1)[None], place, torch.full_like(place, -1), full)
 
-    def tokens(self, ids: Sequence[int], positions: Sequence[int], lengths: Sequence[int]) -> Stream:
-        """One new token per row as a Stream of width 1 (rows of length 0 are padding)."""
-        ids = torch.tensor(ids, device=self.device)[:, None]
-        places = torch.tensor(positions, device=self.device)[:, None]
-        return Stream(self.decoder.embed_tokens(ids), places, torch.zeros_like(ids, dtype=torch.bool), tuple(lengths))
+    # ------------------------------------------------------------------ through the layers
 
-    def run(self, layers: Sequence[nn.Module], stream: Stream, cache: Cache | None) -> Stream:
-        """Through these layers, which must hold the same tokens in the cache (None: nothing is remembered)."""
+    def attend(self, stream: Stream, cache: CacheGroup | None = None, sight: torch.Tensor | None = None) -> Attention:
+        """What the layers of one group need to read `stream` behind what `cache` holds.
+
+        `sight`: see `CacheGroup.begin`. Without a cache nothing is remembered (and gradients flow).
+        """
+        mask = cache.begin(stream.width, sight) if cache is not None else None
+        if mask is None and stream.width > 1 and self.decoder.config._attn_implementation == "eager":
+            # Eager attention is causal by its mask alone.
+            mask = torch.ones(stream.width, stream.width, dtype=torch.bool, device=self.device).tril()[None, None]
+        if mask is not None:
+            mask = self._additive(mask)
+        return Attention(mask, self._rotary_at(stream.positions), cache)
+
+    def run(
+        self,
+        layers: Sequence[nn.Module],
+        stream: Stream,
+        attention: Attention | None = None,
+        taps: Sequence[Tap] = (),
+    ) -> Stream:
+        """Through these layers, which hold the same tokens in one group of the cache; `taps` listen to some."""
         if not len(layers):
             return stream
-        past = cache.lengths(layers[0].self_attn.layer_idx) if cache is not None else (0,) * len(stream.lengths)
-        mask = self._mask(stream, past)
-        rotary = self._rotary_at(stream.positions)
+        attention = attention or self.attend(stream)
         hidden = stream.hidden
         for layer in layers:
-            hidden = through(layer, hidden, mask, rotary, cache)
-        if cache is not None:
-            cache.advance(slots(layers), stream.lengths)
-        return Stream(hidden, stream.positions, stream.visual, stream.lengths)
+            hidden = self._call(layer, hidden, attention, [t for t in taps if t.module is layer.self_attn])
+        return replace(stream, hidden=hidden)
+
+    def peek(self, layer: nn.Module, stream: Stream, rows: torch.Tensor) -> Tap:
+        """Query and keys that `layer` would use for the tokens `rows` [B, Q], without running it."""
+        tap = Tap(layer.self_attn, rows, peek=True)
+        normed = layer.input_layernorm(stream.hidden)
+        tap.read_normed(normed)
+        with tapped(layer.self_attn.config):
+            layer.self_attn(
+                normed, position_embeddings=self._rotary_at(stream.positions), attention_mask=None, taps=[tap]
+            )
+        return tap
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] that left the last layer → fp32 [..., vocabulary]."""
         return self.model.lm_head(self.decoder.norm(hidden)).float()
 
-    def attention(self, layer: nn.Module, stream: Stream, cache: Cache, rows: torch.Tensor) -> torch.Tensor:
-        """What the marked query rows of `layer` attend to: fp32 [B, S], summed over rows, mean over heads.
-
-        `stream` is what entered the layer, as it did at prefill (the layer's slot holds the same
-        tokens); `rows` [B, S] bool marks the queries. Softmax over the full causal row, as eager
-        attention computes it, for just these rows (paper section 3.2).
-        """
-        attention = layer.self_attn
-        count = rows.sum(1).max().item()
-        order = rows.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :count]  # B Q
-        chosen = stream.hidden.gather(1, order[..., None].expand(-1, -1, stream.hidden.shape[-1]))
-        query = attention.q_proj(layer.input_layernorm(chosen)).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-        cos, sin = (t[:, None] for t in self._rotary_at(stream.positions.gather(1, order)))
-        query = query * cos + rotate_half(query) * sin  # B H Q d
-        keys = cache.keys(layer.self_attn.layer_idx)
-        keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
-        scores = (query @ keys.transpose(2, 3) * attention.scaling).float()
-        seen = torch.arange(keys.shape[2], device=order.device) <= order[..., None]  # B Q S
-        scores = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)  # B Q S
-        return (scores * rows.gather(1, order)[..., None]).sum(1)
+    def _call(self, layer: nn.Module, hidden: torch.Tensor, attention: Attention, taps: list[Tap]) -> torch.Tensor:
+        facts = (attention.mask, attention.rotary, attention.cache)
+        if not taps:
+            return through(layer, hidden, *facts)
+        for tap in taps:
+            tap.read_normed(layer.input_layernorm(hidden))
+        with tapped(layer.self_attn.config):
+            return through(layer, hidden, *facts, taps=taps)
 
     def _rotary_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, S, d], from a table made once: a look-up is cheaper than two kernels a call."""
@@ -167,26 +228,22 @@ class Trunk:
             like = torch.empty(0, device=self.device, dtype=self.dtype)
             self._rotary = tuple(t[0] for t in self.decoder.rotary_emb(like, places))
         cos, sin = self._rotary
-        return cos[positions], sin[positions]
+        return cos[positions[0]], sin[positions[0]]
 
-    def _mask(self, stream: Stream, past: tuple[int, ...]) -> torch.Tensor | None:
-        """None where plain causal attention is right, else [B, 1, S, keys] (bottom-right causal).
-
-        At prefill padding stands behind everything that is real, so causality hides it.
-        """
-        width, eager = stream.width, self.decoder.config._attn_implementation == "eager"
-        ragged = min(past) != max(past)
-        if not ragged and (width == 1 or (max(past) == 0 and not eager)):
-            return None
-        if not ragged and self.decoder.config._attn_implementation.startswith("flash"):
-            return None  # its causal mask is bottom-right by itself
-        start = torch.tensor(past, device=self.device)[:, None, None]
-        steps = torch.arange(width, device=self.device)[:, None]
-        keys = torch.arange(max(past) + width, device=self.device)
-        seen = (keys <= start + steps)[:, None]  # B 1 S keys
-        if not eager:
-            return seen
+    def _additive(self, seen: torch.Tensor) -> torch.Tensor:
+        """What is added to the scores, made once a group: a bool mask would be turned into this in every layer."""
         return torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)
+
+
+def _pictures(visual: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """[B, S] int64: the number of the picture that a token belongs to, counted over its row; -1 is text."""
+    out = torch.full(visual.shape, -1)
+    if sizes:
+        numbers = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        out = out.masked_scatter(visual, numbers)
+        first = out.masked_fill(~visual, len(sizes)).min(1, keepdim=True).values
+        out = torch.where(visual, out - first, out)
+    return out
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,354 @@
+"""From prompts to a state that can go on: the one way through the layers, with the plan's cuts on it.
+
+Generation, likelihoods and whatever else asks the pruned base share it. Nothing here reads the
+device. Legend: B rows, S tokens, P places of the prompt, D width, V' visual tokens now, Q asked rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..model.cache import CacheGroup
+from ..model.stream import Stream, fit, front
+from ..model.tap import Tap
+from ..model.trunk import Trunk
+from ..model.twig import Twig
+from ..pruning.plan import Plan, Probe, Rule, Seen, Selection
+from .draft import DraftTree
+from .reduce import reduce
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as they were embedded, and what the host knows of them: ids of each row, a seed for each."""
+
+    stream: Stream
+    ids: Sequence[Sequence[int]]
+    seeds: Sequence[int] = ()  # of sampling
+    draws: Sequence[int] = ()  # of random pruning
+    tap: Tap | None = None  # of the vision tower, for a plan with a reducer
+
+
+@dataclass
+class Segment:
+    """Base layers `first`..`last`-1, which hold the same tokens, and their cache."""
+
+    first: int
+    last: int
+    cache: CacheGroup
+    prompt: torch.Tensor | None = None  # B, tokens of the prompt that entered
+    places: tuple[torch.Tensor, torch.Tensor] | None = None  # `place` and `visual` of them, for eviction
+
+
+class State:
+    """A batch on its way through base and twig; `read` makes it.
+
+    `kept` [B, W] are the visual tokens (0.. over a row's images, -1 is none) that the first cut left,
+    None without one; `entered` pairs a number of layers with the visual tokens [B] that entered each.
+    """
+
+    def __init__(self, trunk: Trunk, twig: Twig | None, plan: Plan, prompts: Prompts):
+        self.trunk, self.twig, self.plan = trunk, twig, plan
+        self.depth = twig.config.K if twig is not None else 0
+        stream = self.prompt = prompts.stream
+        self.lengths = [len(row) for row in prompts.ids]
+        self.length = torch.tensor(self.lengths, device=stream.place.device)
+        self.draws = list(prompts.draws)
+        self.totals = [sum(t == trunk.image_token_id for t in row) for row in prompts.ids]  # visual tokens
+        self.segments = self._segments()
+        self.above = self._group(twig.layers) if twig is not None else None
+        self.heard_prompt: torch.Tensor | None = None  # B, tokens of the prompt that the twig has read
+        self.hint: torch.Tensor | None = None  # B D, the twig's state of the newest token
+        self.kept: torch.Tensor | None = None
+        self.entered: list[tuple[int, torch.Tensor]] = []
+        self._pending = list(plan.stages)
+        self._scores: dict[Probe, torch.Tensor] = {}  # fp32 B Q P
+        self._taps: dict[Probe, Tap] = {}
+        self._memory: dict = {}
+        self._room = list(self.totals)  # visual tokens that a row can still have
+        image = stream.visual >= 0
+        self._ordinal = image.long().cumsum(1) - 1  # B P
+        self._last_image = torch.where(image, stream.place, -1).max(1).values
+        self._text = [_after(row, trunk.image_token_id) for row in prompts.ids]
+        self.awaiting = stream  # about to enter the next segment
+        if plan.tower is not None and any(self.totals):
+            self._reduce(prompts)
+
+    # ------------------------------------------------------------------ the layers
+
+    @property
+    def low(self) -> list[Segment]:
+        """Below the twig: shared by drafts and their verification."""
+        return [s for s in self.segments if s.last <= self.depth]
+
+    @property
+    def high(self) -> list[Segment]:
+        return [s for s in self.segments if s.first >= self.depth]
+
+    @property
+    def caches(self) -> list[CacheGroup]:
+        return [s.cache for s in self.segments] + ([self.above] if self.above is not None else [])
+
+    @property
+    def bytes(self) -> int:
+        """Allocated for keys and values."""
+        return sum(cache.allocated_bytes() for cache in self.caches)
+
+    @property
+    def bytes_used(self) -> int:
+        """Of them filled by committed tokens, those of rows that have left included. Reads the device."""
+        return int(sum(cache.used_bytes() for cache in self.caches))
+
+    def climb(self, stream: Stream, segments: Sequence[Segment], tree: DraftTree | None = None) -> Stream:
+        """Through these segments, with the cuts that are due; `tree` are the nodes at the end of `stream`."""
+        for segment in segments:
+            stream = self._placed(self.cut(stream, segment.first, tree), segment.cache)
+            taps = self._listen("layer", stream, range(segment.first, segment.last))
+            if segment.prompt is None:
+                self._note(segment, stream)
+            attention = self.trunk.attend(stream, segment.cache, _sight(stream, tree))
+            layers = self.trunk.layers[segment.first : segment.last]
+            entered, stream = stream, self.trunk.run(layers, stream, attention, list(taps.values()))
+            self._hear(taps, entered)
+        return stream
+
+    def run_twig(self, stream: Stream, tree: DraftTree | None = None) -> Stream:
+        """Through the twig's layers, behind what its cache holds."""
+        stream = self._placed(stream, self.above)
+        taps = self._listen("twig", stream)
+        attention = self.trunk.attend(stream, self.above, _sight(stream, tree))
+        out = self.trunk.run(self.twig.layers, stream, attention, list(taps.values()))
+        self._hear(taps, stream)
+        return out
+
+    def commit_low(self, count: torch.Tensor | int, known: Sequence[int] | None = None, path=None) -> None:
+        for segment in self.low:
+            segment.cache.commit(count, known, path)
+
+    def prompts(self) -> list[torch.Tensor]:
+        """Tokens [B] of the prompt that entered each of `caches`."""
+        found = [s.prompt for s in self.segments]
+        return found + ([self.heard_prompt] if self.above is not None else [])
+
+    def leave(self, order: Sequence[int]) -> torch.Tensor:
+        """Row i becomes what row order[i] was, the others leave; `order` as a tensor."""
+        device = self.length.device
+        index = torch.tensor(order, dtype=torch.long, device=device)
+        gone = torch.tensor(sorted(set(range(len(self.lengths))) - set(order)), dtype=torch.long, device=device)
+        for cache in self.caches:
+            cache.leave(order, index, gone)
+        self.length = self.length.index_select(0, index)
+        self.lengths = [self.lengths[r] for r in order]
+        return index
+
+    def settle(self) -> Stream:
+        """The prompt alone to the top and into the caches; what left the last layer."""
+        top = self.climb(self.awaiting, self.high)
+        for segment in self.high:
+            segment.cache.commit(segment.prompt)
+        if self.plan.evict is not None:
+            self.evict()
+        return top
+
+    def evict(self) -> None:
+        """After prefill: caches from the plan's layer on keep only the visual tokens that reached the last segment."""
+        place, visual = self.segments[-1].places
+        alive = self._by_place(((visual >= 0) & (place >= 0)).float()[:, None], place)[:, 0] > 0  # B P
+        for segment in self.segments:
+            if segment.first >= self.plan.evict:
+                place, visual = segment.places
+                keep = (visual < 0) | alive.gather(1, place.clamp(min=0))
+                short = segment.cache.reach - keep.shape[1]  # tokens written since the prompt
+                segment.cache.evict(torch.nn.functional.pad(keep, (0, max(short, 0)), value=True))
+
+    # ------------------------------------------------------------------ cutting
+
+    def cut(self, stream: Stream, layer: int, tree: DraftTree | None = None) -> Stream:
+        """Apply the stage before this layer, if one is due."""
+        if not self._pending or self._pending[0][0] != layer:
+            return stream
+        _, rule = self._pending.pop(0)
+        if not any(self.totals):
+            self._remember(stream.place[:, :0], stream.place[:, :0] >= 0)
+            return stream
+        image = stream.visual >= 0
+        width, _ = fit(image, max(self._room))
+        order = front(image, width)
+        part = stream.take(order)
+        seen = Seen(part, self._shown(rule.probe, stream, part), self.totals, self.prompt,
+                    self._taps.get(rule.probe), self.draws, self._memory)  # fmt: skip
+        chosen = rule(seen)
+        self._remember(part.place, chosen.keep)
+        self._room = [min(n, rule.most(t)) for n, t in zip(self._room, self.totals, strict=True)]
+        return self._carry_out(stream, order, chosen, rule.exact, layer, tree)
+
+    def _carry_out(
+        self, stream: Stream, order: torch.Tensor, chosen: Selection, exact: bool, layer: int, tree: DraftTree | None
+    ) -> Stream:
+        """The stream without what was not chosen, with what was merged in."""
+        fate = torch.where(chosen.keep, order, -1)
+        stays = torch.zeros(stream.rows, stream.width + 1, dtype=torch.bool, device=order.device)
+        stays = stays.scatter(1, torch.where(fate < 0, stream.width, fate), True)[:, :-1]
+        stays = stays | (stream.visual < 0)
+        if chosen.merged is not None:
+            behind = torch.where(chosen.behind < 0, -1, order.gather(1, chosen.behind.clamp(min=0)))
+            stream, stays = stream.insert(chosen.merged, behind, stays)
+        keep = stays & stream.real()
+        nodes = tree.width if tree is not None else 0
+        left = [n - t + r for n, t, r in zip(self.lengths, self.totals, self._room, strict=True)]
+        width, full = fit(keep, max(left) + nodes, exact and stream.full and len(set(left)) == 1)
+        stream = stream.keep(keep, width, full)
+        return self._compact(stream, layer) if self.plan.positions == "compact" else stream
+
+    def _compact(self, stream: Stream, layer: int) -> Stream:
+        """Number the prompt anew; all that comes later moves down by as much."""
+        prompt = self._of_prompt(stream)
+        shift = self.length - prompt.sum(1)
+        for cache in [s.cache for s in self.segments if s.first >= layer]:
+            cache.shift = shift
+        steps = torch.arange(stream.width, device=shift.device).expand(stream.rows, -1)
+        return replace(stream, positions=torch.where(prompt, steps, stream.positions))
+
+    def _placed(self, stream: Stream, cache: CacheGroup) -> Stream:
+        """New tokens stand where the layers of this cache have them: behind a prompt that may have been compacted."""
+        if self.plan.positions == "keep" and self.plan.tower is None:
+            return stream
+        later = stream.place >= self.length[:, None]
+        moved = (stream.place - cache.shift[:, None]).clamp(0, self.trunk.context - 1)
+        return replace(stream, positions=torch.where(later, moved, stream.positions))
+
+    def _reduce(self, prompts: Prompts) -> None:
+        """Let the plan's reducer choose among the tower's tokens, and close the gaps."""
+        stream, where = self.prompt, reduce(self.plan.tower, prompts, self.trunk)
+        self._room = where.room
+        self._remember(stream.place, where.keep & (stream.visual >= 0))
+        stays = where.keep
+        if where.merged is not None:
+            stream, stays = stream.insert(where.merged, where.behind, stays)
+        keep = stays & stream.real()
+        left = [n - t + r for n, t, r in zip(self.lengths, self.totals, self._room, strict=True)]
+        width, full = fit(keep, max(left), stream.full and len(set(left)) == 1)
+        self.awaiting = self._compact(stream.keep(keep, width, full), 0)
+        if self.above is not None:
+            self.above.shift = self.segments[0].cache.shift
+
+    # ------------------------------------------------------------------ probing
+
+    def _listen(self, source: str, stream: Stream, layers: range = range(0)) -> dict[Probe, Tap]:
+        """Taps for the probes of pending stages that these layers answer."""
+        probes = {rule.probe for _, rule in self._pending if rule.probe is not None} - self._taps.keys()
+        taps = {}
+        for probe in probes:
+            if probe.source == source and (source == "twig" or probe.layer in layers):
+                layer = self.twig.layers[-1] if source == "twig" else self.trunk.layers[probe.layer]
+                taps[probe] = Tap(layer.self_attn, self._rows(stream, probe))
+        return taps
+
+    def _hear(self, taps: dict[Probe, Tap], stream: Stream) -> None:
+        for probe, tap in taps.items():
+            self._taps[probe] = tap
+            weights = tap.weights().mean(1).masked_fill((tap.rows < 0)[..., None], 0)
+            self._scores[probe] = self._by_place(weights, stream.place)
+
+    def _shown(self, probe: Probe | None, stream: Stream, part: Stream) -> torch.Tensor | None:
+        """The scores [B, Q, V'] of the visual tokens `part` that a probe asks for."""
+        if probe is None:
+            return None
+        if probe.source == "peek":
+            tap = self.trunk.peek(self.trunk.layers[probe.layer], stream, self._rows(stream, probe))
+            self._hear({probe: tap}, stream)
+        scores = self._scores[probe]
+        return scores.gather(2, part.place.clamp(min=0)[:, None].expand(-1, scores.shape[1], -1))
+
+    def _rows(self, stream: Stream, probe: Probe) -> torch.Tensor:
+        """[B, Q]: indices of the asked rows, -1 pads."""
+        prompt = self._of_prompt(stream)
+        if probe.rows == "last":
+            return prompt.sum(1, keepdim=True) - 1
+        # The text after the last image; where an image is last, its last token, as with "last".
+        after = torch.minimum(self._last_image, self.length - 2)
+        asked = prompt & (stream.place > after[:, None])
+        return front(asked, max(self._text))
+
+    def _by_place(self, values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """[B, Q, S] of the tokens at `place` [B, S] → [B, Q, P]."""
+        P = self.prompt.width
+        at = torch.where((place < 0) | (place >= P), P, place)[:, None].expand_as(values)
+        return values.new_zeros(*values.shape[:2], P + 1).scatter(2, at, values)[..., :P]
+
+    # ------------------------------------------------------------------ keeping books
+
+    def _of_prompt(self, stream: Stream) -> torch.Tensor:
+        return stream.real() & (stream.place < self.length[:, None])
+
+    def _note(self, segment: Segment, stream: Stream) -> None:
+        """What of the prompt enters a segment."""
+        prompt = self._of_prompt(stream)
+        segment.prompt = prompt.sum(1)
+        self.entered.append((segment.last - segment.first, ((stream.visual >= 0) & prompt).sum(1)))
+        if self.plan.evict is not None:
+            segment.places = stream.place, stream.visual
+
+    def _remember(self, place: torch.Tensor, keep: torch.Tensor) -> None:
+        if self.kept is None or (self.plan.tower is not None and not self.entered):
+            ordinal = self._ordinal.gather(1, place.clamp(min=0))
+            self.kept = torch.where(keep & (place >= 0), ordinal, -1)
+
+    def _segments(self) -> list[Segment]:
+        L = self.trunk.L
+        cuts = {0, self.depth, self.plan.evict or 0, *(before for before, _ in self.plan.stages)}
+        edges = [*sorted(cut for cut in cuts if cut < L), L]
+        return [Segment(a, b, self._group(self.trunk.layers[a:b])) for a, b in zip(edges, edges[1:], strict=False)]
+
+    def _group(self, layers) -> CacheGroup:
+        slots = [layer.self_attn.layer_idx for layer in layers]
+        return CacheGroup(slots, self.prompt.rows, self.prompt.place.device)
+
+
+def read(trunk: Trunk, twig: Twig | None, plan: Plan, prompts: Prompts) -> State:
+    """Prompts through the layers below the twig and through the twig; what awaits the base's other layers is cut."""
+    state = State(trunk, twig, plan, prompts)
+    stream = state.climb(state.awaiting, state.low)
+    for segment in state.low:
+        segment.cache.commit(segment.prompt, None if plan else state.lengths)
+    if twig is not None:
+        out = state.run_twig(stream)
+        state.heard_prompt = out.count()
+        state.above.commit(state.heard_prompt, None if plan else state.lengths)
+        state.hint = out.at(state.heard_prompt - 1)
+    state.awaiting = state.cut(stream, state.depth)
+    return state
+
+
+def _sight(stream: Stream, tree: DraftTree | None) -> torch.Tensor | None:
+    """Who sees whom in a block that ends in the nodes of `tree`."""
+    if tree is None or tree.chain:
+        return None
+    return tree.sight(stream.count() - tree.count - 1, stream.width)
+
+
+def embed(
+    trunk: Trunk,
+    plan: Plan,
+    ids: Sequence[Sequence[int]],
+    pixel_values: torch.Tensor | None = None,
+    seeds: Sequence[int] = (),
+    draws: Sequence[int] = (),
+) -> Prompts:
+    """Prompts of any lengths, as lists of token ids, and the images of all of them → what `read` reads."""
+    padded = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
+    for out, row in zip(padded, ids, strict=True):
+        out[: len(row)] = torch.tensor(row)
+    probe, tap = plan.tower.probe if plan.tower is not None else None, None
+    if probe is not None and pixel_values is not None:
+        tap = trunk.listen_tower(probe.layer, len(pixel_values))
+    return Prompts(trunk.embed(padded, [len(row) for row in ids], pixel_values, tap), ids, seeds, draws, tap)
+
+
+def _after(row: Sequence[int], image: int) -> int:
+    """Tokens after the last image token, one at least."""
+    count = next((i for i, token in enumerate(reversed(row)) if token == image), len(row))
+    return max(count, 1)
