@@ -138,3 +138,38 @@ def test_without_pruning_all_stays():
     out = vlm.generate(**one(vlm, 3, IMAGE, 4), max_new_tokens=3)
     assert out.kept is None and out.stats.visual_asked is None
     assert out.stats.visual_measured == out.stats.visual_tokens == out.stats.visual_kept == 16
+
+
+# ---------------------------------------------------------------------- random draws
+
+
+def masks(vlm, *layouts, seed=None, pictures=0, **more) -> list[list[int]]:
+    out = vlm.generate(
+        **batch(*prompts(vlm, layouts, pictures)), retained_tokens=8, pruning="random", seed=seed, max_new_tokens=2, **more
+    )
+    return [k.tolist() for k in out.kept]
+
+
+def test_random_is_a_new_draw_for_every_row_and_call():
+    vlm = tiny(side=56)
+    layout = (3, IMAGE, 4)
+    drawn = [tuple(mask) for _ in range(4) for mask in masks(vlm, layout, layout, layout)]
+    assert len(set(drawn)) == 12
+
+
+def test_a_seed_repeats_a_random_mask_but_no_two_pictures_share_one():
+    vlm = tiny(side=56)
+    layout = (3, IMAGE, 4)
+    assert masks(vlm, layout, layout, seed=3) == masks(vlm, layout, layout, seed=3, draft_length=0)
+    assert masks(vlm, layout, seed=3) != masks(vlm, layout, seed=4)
+    assert masks(vlm, layout, seed=3, pictures=1) != masks(vlm, layout, seed=3, pictures=2)
+    (first, second), (again,) = masks(vlm, layout, (2, IMAGE, 1), seed=[8, 9]), masks(vlm, layout, seed=8)
+    assert first == again and first != second
+
+
+def test_a_seed_for_every_row_or_for_all():
+    vlm = tiny()
+    arguments = batch(*prompts(vlm, [(3, IMAGE, 4), (5,)]))
+    for wrong in ([1], [1, 2, 3], [1, 2.5], "ab", 1.5):
+        with pytest.raises(InputError, match="seed"):
+            vlm.generate(**arguments, seed=wrong)

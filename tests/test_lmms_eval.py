@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, batch, one, prompts, speaking, tiny, write_base
+from conftest import ROOT, speaking, write_base
 from PIL import Image
 
 import twigvlm

@@ -6,6 +6,7 @@ lists: nothing of model.stream, model.cache or decoding is in it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,17 +14,16 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE, batch, one, prompts, stock, tiny, tiny_model
+from conftest import IMAGE, batch, one, prompts, tiny, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration, Qwen3Config
 
 from twigvlm.config import GenerationSettings, TwigConfig
-from twigvlm.decoding import Decoder, embed, loop, read, score
+from twigvlm.decoding import Decoder, embed, loop, score
 from twigvlm.decoding.choose import Chooser
 from twigvlm.decoding.draft import DraftTree, chain, walk
 from twigvlm.decoding.loop import Draft
-from twigvlm.decoding.prefill import State
 from twigvlm.model.cache import STEP, CacheGroup
 from twigvlm.model.load import Loaded, set_attention
 from twigvlm.model.tap import Tap
@@ -100,7 +100,7 @@ def reference(vlm, row, answer, pictures, surgery: dict[int, Callable]) -> list[
     """What the base writes at each place of the answer; `surgery` maps a layer to what is done to the tokens before it."""
     tokens = tokens_of(vlm, row, answer[:-1], pictures)
     edges = [0, *sorted(surgery), vlm.config.L]
-    for first, last in zip(edges, edges[1:], strict=False):
+    for first, last in itertools.pairwise(edges):
         if first in surgery:
             tokens = surgery[first](tokens)
         tokens = through(vlm, vlm.trunk.layers[first:last], tokens)
@@ -147,7 +147,7 @@ def test_cuts_with_positions_kept_and_compacted(positions, draft_length, cuts):
         cut: [some_places(vlm, row, 0.7 - 0.2 * i, 9 * i + b) for b, row in enumerate(rows)]
         for i, cut in enumerate(cuts)
     }
-    for earlier, later in zip(cuts, cuts[1:], strict=False):
+    for earlier, later in itertools.pairwise(cuts):
         kept[later] = [a & b for a, b in zip(kept[earlier], kept[later], strict=True)]
     plan = Plan(tuple((cut, Given(given_mask(rows, kept[cut]))) for cut in cuts), positions=positions)
     found, _ = answers(vlm, plan, rows, pictures, draft_length)
@@ -293,7 +293,7 @@ def test_merged_tokens_stand_behind_their_centre(positions, draft_length):
 class Best(Reducer):
     """The five tokens that the class token looks at most, and the mean of the others behind the last of them."""
 
-    probe: Probe = Probe("tower", "cls")
+    probe: ClassVar[Probe] = Probe("tower", "cls")
 
     def most(self, V: int) -> int:
         return 6

@@ -26,7 +26,6 @@ from .model.prompt import converse, decode
 from .model.twig import Twig
 from .pruning import Plan, plan_for
 
-
 CALL_STRIDE = 2**20  # rows that a call may have before its seeds meet the next call's
 SEED_SPACE = 2**63
 

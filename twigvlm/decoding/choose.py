@@ -74,10 +74,7 @@ class Chooser:
         """[B, N+1]: what the base writes after the newest token and after each node; its `logits` [B, N+1, vocabulary]."""
         if self.simple:
             return logits.argmax(-1)
-        if self.processors:
-            logits = self._process(logits, voices, _paths(tree))
-        else:
-            logits = self._process(logits, voices, None)
+        logits = self._process(logits, voices, _paths(tree)) if self.processors else self._process(logits, voices, None)
         if self.sampling:
             depth = torch.nn.functional.pad(tree.depth(), (1, 0)).cpu() if not tree.chain else None
             rows = []

@@ -6,6 +6,7 @@ device. Legend: B rows, S tokens, P places of the prompt, D width, V' visual tok
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ from ..model.stream import Stream, fit, front
 from ..model.tap import Tap
 from ..model.trunk import Trunk
 from ..model.twig import Twig
-from ..pruning.plan import Plan, Probe, Rule, Seen, Selection
+from ..pruning.plan import Plan, Probe, Seen, Selection
 from .draft import DraftTree
 from .reduce import reduce
 
@@ -301,7 +302,7 @@ class State:
         L = self.trunk.L
         cuts = {0, self.depth, self.plan.evict or 0, *(before for before, _ in self.plan.stages)}
         edges = [*sorted(cut for cut in cuts if cut < L), L]
-        return [Segment(a, b, self._group(self.trunk.layers[a:b])) for a, b in zip(edges, edges[1:], strict=False)]
+        return [Segment(a, b, self._group(self.trunk.layers[a:b])) for a, b in itertools.pairwise(edges)]
 
     def _group(self, layers) -> CacheGroup:
         slots = [layer.self_attn.layer_idx for layer in layers]

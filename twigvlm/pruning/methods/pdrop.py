@@ -7,6 +7,7 @@ on to the others): 312/156/78, 184/92/46 and 56/28/14 of 576 at R = 192, 128 and
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -36,23 +37,25 @@ class PyramidDrop(Method):
             )
         return first, second, third
 
-    def _weight(self, L: int) -> Fraction:
-        """Layers at a*V tokens that would cost what the three stages cost."""
-        cuts = (*self.cuts(L), L)
-        return sum((share * (cuts[i + 1] - cuts[i]) for i, share in enumerate(SHARES)), Fraction(0))
-
     def legal(self, shape: Shape) -> tuple[Fraction, Fraction]:
-        first = self.cuts(shape.L)[0]
-        return Fraction(first * shape.V, shape.L), (first + self._weight(shape.L)) * shape.V / shape.L
+        return Fraction(self.cuts(shape.L)[0] * shape.V, shape.L), Fraction(shape.V)
+
+    def shares(self, R: Fraction, shape: Shape) -> list[Fraction]:
+        """Of V, above each cut: a, a/2 and a/4; where a = 1 is not enough, halves and quarters are filled up evenly."""
+        cuts = (*self.cuts(shape.L), shape.L)
+        layers = [b - a for a, b in itertools.pairwise(cuts)]
+        wanted = shape.L * R / shape.V - cuts[0]  # full layers that the three stages may cost
+        halving = sum((share * n for share, n in zip(SHARES, layers, strict=True)), Fraction(0))
+        if wanted <= halving:
+            return [share * wanted / halving for share in SHARES]
+        filled = (wanted - halving) / (sum(layers) - halving)
+        return [share + (1 - share) * filled for share in SHARES]
 
     def plan(self, R: float, shape: Shape) -> Plan:
-        L, V, cuts = shape.L, shape.V, self.cuts(shape.L)
-        exact = within(
-            R, self.legal(shape), f"pdrop keeps a, a/2 and a/4 of V from layers {cuts} on, a in 0..1 (L={L}, V={V})"
-        )
-        a = (L * exact - cuts[0] * V) / (V * self._weight(L))
+        V, cuts = shape.V, self.cuts(shape.L)
+        exact = within(R, self.legal(shape), f"{cuts[0]} layers read all tokens (L={shape.L}, V={V})")
         stages = tuple(
-            (cut, Keep(round(a * share * V), V, Probe("peek", "last", layer=cut)))
-            for cut, share in zip(cuts, SHARES, strict=True)
+            (cut, Keep(round(share * V), V, Probe("peek", "last", layer=cut)))
+            for cut, share in zip(cuts, self.shares(exact, shape), strict=True)
         )
         return Plan(stages, positions="compact")
