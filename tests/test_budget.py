@@ -145,7 +145,12 @@ def test_without_pruning_all_stays():
 
 def masks(vlm, *layouts, seed=None, pictures=0, **more) -> list[list[int]]:
     out = vlm.generate(
-        **batch(*prompts(vlm, layouts, pictures)), retained_tokens=8, pruning="random", seed=seed, max_new_tokens=2, **more
+        **batch(*prompts(vlm, layouts, pictures)),
+        retained_tokens=8,
+        pruning="random",
+        seed=seed,
+        max_new_tokens=2,
+        **more,
     )
     return [k.tolist() for k in out.kept]
 

@@ -24,6 +24,7 @@ from twigvlm.decoding import Decoder, embed, loop, score
 from twigvlm.decoding.choose import Chooser
 from twigvlm.decoding.draft import DraftTree, chain, walk
 from twigvlm.decoding.loop import Draft
+from twigvlm.decoding.pace import Costs, Pace, measure
 from twigvlm.model.cache import STEP, CacheGroup
 from twigvlm.model.load import Loaded, set_attention
 from twigvlm.model.tap import Tap
@@ -546,6 +547,7 @@ def growing(guides: list[list[int]], hits: list[int], width: int = 3, levels: in
     """Drafts of full trees that follow each row's own answer for `hits` levels and then something else."""
 
     def grow_tree(decoder: Decoder) -> Draft:
+        decoder.state.catch_up()
         trees = []
         for b, row in enumerate(decoder.rows):
             done = len(row.tokens)
@@ -753,3 +755,64 @@ def test_a_round_reads_the_device_once(monkeypatch):
         rounds = list(decoder.steps(embed(trunk, plan, rows, torch.cat(pictures))))
     assert [len(row.tokens) for row in decoder.rows] == [] and len(rounds) == 4  # 2, 2, 2 and 1 tokens
     assert [len(shape) for shape in reads] == [1, 1, 2, 1, 1, 2, 1, 2, 2]  # of 3, 3, 2 and no drafts
+
+
+# ---------------------------------------------------------------------- the length of a draft
+
+
+def costs(draft: float, rows: list[float]) -> Costs:
+    return Costs(draft, tuple(rows))
+
+
+FLAT = [1.0] * 9  # a verification costs the same for all lengths
+STEEP = [1.0 + i for i in range(9)]  # or as much as its tokens would one by one
+
+
+def test_drafts_are_as_long_as_they_pay():
+    """Long where rows are free and drafts right, short where they are wrong, none where rows cost as much as steps."""
+    free = costs(0.1, FLAT)
+    assert Pace(free, 95, 100).length() == 8
+    assert 1 <= Pace(free, 30, 100).length() <= 2
+    assert Pace(costs(0.1, STEEP), 99, 100).length() == 0
+    assert Pace(costs(2.0, FLAT), 80, 100).length() == 0, "a draft step that costs two steps pays never"
+    for accepted in range(0, 101, 5):
+        pace = Pace(costs(0.2, [1, 1.3, 1.5, 1.7, 1.9, 2.1, 2.3, 2.5, 2.7]), accepted, 100)
+        chosen = pace.length()
+        best = max(range(9), key=lambda n, a=pace.acceptance, c=pace.costs: c.rate(n, a))
+        assert chosen == (
+            best if pace.costs.rate(best, pace.acceptance) >= 1.02 * pace.costs.rate(0, pace.acceptance) else 0
+        )
+
+
+def test_a_pace_learns_and_tries_again():
+    pace = Pace(costs(0.2, [1, 1.3, 1.6, 1.9, 2.2, 2.5, 2.8, 3.1, 3.4]))
+    before = pace.length()
+    for _ in range(40):
+        pace.learn(5, 0)
+    assert pace.acceptance < 0.1 and before > 0
+    lengths = [pace.length() for _ in range(200)]
+    assert 1 <= sum(lengths) <= 4 and max(lengths) == 1, "one token once in a while"
+    for _ in range(100):
+        pace.learn(5, 5)
+    assert pace.acceptance > 0.9 and pace.length() >= before
+
+
+@pytest.mark.parametrize("draft, rows", [(0.05, FLAT), (1.0, STEEP)], ids=["pays", "does-not"])
+@pytest.mark.parametrize("pruned", [{}, {"retained_tokens": 8}, {"retained_tokens": 8, "pruning": "pdrop"}], ids=str)
+def test_an_answer_does_not_depend_on_the_pace(draft, rows, pruned, monkeypatch):
+    vlm = tiny(side=56)
+    monkeypatch.setattr("twigvlm.vlm.measure", lambda *_: costs(draft, rows))
+    monkeypatch.setattr(vlm, "_paces", {})
+    given = batch(*prompts(vlm, [*LAYOUTS, (4,)], seed=2))
+    options = {**given, **pruned, "max_new_tokens": 20, "eos_token_id": []}
+    plain = vlm.generate(**options, draft_length=0)
+    auto = vlm.generate(**options, draft_length="auto")
+    assert auto.tokens == plain.tokens
+    assert (auto.stats.drafted > 0) == (draft < 1)
+    assert list(vlm._paces) == [4]
+
+
+def test_the_parts_of_a_round_are_measured():
+    vlm = tiny()
+    found = measure(vlm.trunk, vlm.twig, 2, repeats=1)
+    assert found.draft > 0 and len(found.verify) == 9 and min(found.verify) > 0

@@ -13,7 +13,6 @@ from PIL import Image
 
 import twigvlm
 from twigvlm.decoding import DraftStreamer, Step
-from twigvlm.decoding.force import Forced
 from twigvlm.errors import InputError, RunError
 from twigvlm.model.prompt import converse, decode
 from twigvlm.text import whole
@@ -198,13 +197,7 @@ def test_of_several_rows_and_of_a_twig():
 def test_likelihoods():
     vlm = spoilt("model.language_model.layers.4.mlp.down_proj.weight", float("nan"))
     with pytest.raises(RunError, match="layer 4 of the base"):
-        vlm.generate(
-            **one(vlm, 3, IMAGE, 4),
-            max_new_tokens=3,
-            eos_token_id=[],
-            draft_length=2,
-            chooser=lambda *_: Forced([[4, 5, 6]]),
-        )
+        vlm.score(**one(vlm, 3, IMAGE, 4), targets=[[4, 5, 6]])
 
 
 def test_an_overflow_is_told_from_damage():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from .errors import InputError
 
 DEFAULT_K, DEFAULT_T = 2, 3  # the released twigs', paper section 4.1
 WIPE_SHARE = 0.75  # F / L of LLaVA-1.5-7B, paper section 3.2
 FORMAT_VERSION = 1
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class GenerationSettings:
     `top_k` and `top_p` None switch the filter off. Raises InputError on values outside their range.
     """
 
-    draft_length: int = 5  # delta: drafted tokens per step at most
+    draft_length: int | Literal["auto"] = 5  # delta: drafted tokens per step at most; "auto": as many as pay here
     draft_confidence: float = 0.6  # theta: drafting stops after a token less probable than this
     max_new_tokens: int = 512
     do_sample: bool = False
@@ -65,9 +67,8 @@ class GenerationSettings:
             if not ok:
                 raise InputError(f"{name} is {getattr(self, name)!r}; {legal}")
 
-        check(
-            _whole(self.draft_length) and self.draft_length >= 0, "draft_length", "0 (plain decoding) or more is needed"
-        )
+        length = 0 if self.draft_length == AUTO else self.draft_length
+        check(_whole(length) and length >= 0, "draft_length", "0 (plain decoding) or more, or 'auto', is needed")
         check(0 <= self.draft_confidence <= 1, "draft_confidence", "0 to 1 is needed")
         check(_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", "1 or more is needed")
         good = math.isfinite(self.temperature) and self.temperature > 0

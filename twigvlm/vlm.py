@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
 
-from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
+from .config import AUTO, DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
 from .decoding import Decoder, Likelihood, Step, embed, score
 from .decoding.choose import Chooser
 from .decoding.finite import NotFinite, trace
+from .decoding.pace import Pace, measure, now
 from .errors import InputError
 from .model.describe import EMBEDDED_TWIG
 from .model.images import open_image
@@ -87,6 +88,7 @@ class TwigVLM:
         self.base_name = loaded.name
         self._loaded, self._fallback = loaded, fallback
         self._calls = 0
+        self._paces: dict[int, Pace] = {}  # by batch size
         twig_config = twig.config if twig else None
         letters = (twig_config.K, twig_config.T, twig_config.F) if twig_config else (None, None, None)
         self.config = ModelConfig(self.trunk.L, self.trunk.V, *letters)
@@ -132,7 +134,7 @@ class TwigVLM:
         attention_mask: torch.Tensor | None = None,
         retained_tokens: float | None = None,
         pruning: str = "twig",
-        draft_length: int = 5,
+        draft_length: int | Literal["auto"] = 5,
         draft_confidence: float = 0.6,
         max_new_tokens: int = 512,
         eos_token_id: int | Sequence[int] | None = None,
@@ -156,7 +158,8 @@ class TwigVLM:
         `pruning` a name in twigvlm.pruning.METHODS; `query` "last" or "text" (paper Eq. 3).
         `seed` repeats an answer: sampling and random pruning draw from it, row b from seed + b, or from the
         b-th of a list; random pruning draws from the row's pictures too, and without a seed from the
-        number of this call. `draft_length` 0, or no twig, is plain decoding. `eos_token_id` None means the generation
+        number of this call. `draft_length` 0, or no twig, is plain decoding; "auto" drafts as
+        many tokens as pay on this machine (measured at the first call). `eos_token_id` None means the generation
         config's. The prompt and the answer share the context: an answer ends where it is full.
 
         `chooser` replaces twigvlm.decoding.choose.Chooser, which accepts and samples tokens.
@@ -175,7 +178,8 @@ class TwigVLM:
         one = callable(stopping_criteria) and not isinstance(stopping_criteria, list)
         rules = [stopping_criteria] if one else stopping_criteria
         chosen = (chooser or Chooser)(settings, logits_processor)
-        decoder = Decoder(self.trunk, self.twig, plan, settings, self._eos(eos_token_id), chosen, rules)
+        pace = self._pace(len(ids)) if draft_length == AUTO and self.twig is not None else None
+        decoder = Decoder(self.trunk, self.twig, plan, settings, self._eos(eos_token_id), chosen, rules, pace=pace)
         seeds = self._seeds(seed, len(ids))
         draws = self._draws(plan, seeds, ids, pixel_values)
         with torch.inference_mode():
@@ -195,7 +199,8 @@ class TwigVLM:
         """How likely the (pruned) base finds given answers: token ids `targets`, one list a prompt, of any lengths.
 
         One pass reads prompt and answer. The other arguments are those of `generate`. Raises InputError
-        for impossible arguments, or where prompt and answer do not fit into the context.
+        for impossible arguments, or where prompt and answer do not fit into the context, and RunError
+        where logits are not finite.
         """
         ids = self._rows(input_ids, attention_mask)
         plan = self._plan(pruning, retained_tokens, query)
@@ -205,13 +210,17 @@ class TwigVLM:
         for b, (row, target) in enumerate(zip(ids, targets, strict=True)):
             if len(row) + len(target) > self.trunk.context:
                 raise InputError(
-                    f"the continuation of row {b} has {len(target)} tokens, and the context of {self.trunk.context} has room "
+                    f"the continuation has {len(target)} tokens (row {b}), and the context of {self.trunk.context} has room "
                     f"for {self.trunk.context - len(row)}; shorten it"
                 )
         with torch.inference_mode():
             draws = self._draws(plan, self._seeds(seed, len(ids)), ids, pixel_values)
             prompts = embed(self.trunk, plan, ids, pixel_values, draws=draws)
-            return score(self.trunk, self.twig, plan, prompts, targets)
+            try:
+                return score(self.trunk, self.twig, plan, prompts, targets)
+            except NotFinite as fault:
+                whole = [[*row, *target] for row, target in zip(ids, targets, strict=True)]
+                raise trace(self.trunk, self.twig, whole, pixel_values) from fault
 
     def answer(self, image, question: str, history: Sequence = (), **settings) -> str:
         """The answer to a question about a picture (PIL image, path, URL, a list of them, or None).
@@ -304,6 +313,13 @@ class TwigVLM:
                 f"row {bare[0]} of input_ids holds image tokens only; pruned, it needs a text token to go on from"
             )
 
+    def _pace(self, rows: int) -> Pace:
+        """How long drafts pay for so many rows; measured once."""
+        size = 1 << (rows - 1).bit_length()
+        if size not in self._paces:
+            self._paces[size] = Pace(measure(self.trunk, self.twig, size))
+        return self._paces[size]
+
     def _seeds(self, seed: int | Sequence[int] | None, rows: int) -> list[int]:
         """One seed a row; none if nobody asked for any."""
         if seed is None:
@@ -344,11 +360,7 @@ class TwigVLM:
         return [] if asked is None else [asked] if isinstance(asked, int) else list(asked)
 
     def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
-        return time.perf_counter()
+        return now(self.device)
 
     def _stats(self, decoder: Decoder, rows, kept, lengths, asked, prefill: float, decode: float) -> Stats:
         steps = [s for row in rows for s in row]

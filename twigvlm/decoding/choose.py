@@ -19,6 +19,9 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 
 from ..config import GenerationSettings
 from .draft import DraftTree
+from .finite import finite
+
+NO_TOKEN = -1  # read instead of a token where logits are not finite
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Chooser:
         """
         if self.simple:
             score, token = logits.softmax(-1).max(-1)
-            return token, score
+            return token, score  # of logits that are not finite the score is NaN
         paths = [[d[b : b + 1] for d in drafted] for b in range(len(voices))]
         logits = self._process(logits[:, None], voices, [[path] for path in paths])[:, 0]
         noisy = logits
@@ -71,18 +74,23 @@ class Chooser:
         return token, logits.softmax(-1).gather(1, token[:, None])[:, 0]
 
     def judge(self, logits: torch.Tensor, tree: DraftTree, voices: Sequence[Voice]) -> torch.Tensor:
-        """[B, N+1]: what the base writes after the newest token and after each node; its `logits` [B, N+1, vocabulary]."""
+        """[B, N+1]: what the base writes after the newest token and after each node; its `logits` [B, N+1, vocabulary].
+
+        NO_TOKEN where they are not finite.
+        """
         if self.simple:
-            return logits.argmax(-1)
-        logits = self._process(logits, voices, _paths(tree)) if self.processors else self._process(logits, voices, None)
+            return logits.argmax(-1).where(finite(logits), NO_TOKEN)
+        good = finite(logits)
+        logits = self._process(logits, voices, _paths(tree) if self.processors else None)
+        good = good & logits.logsumexp(-1).isfinite()  # a processor may have left nothing to say
         if self.sampling:
-            depth = torch.nn.functional.pad(tree.depth(), (1, 0)).cpu() if not tree.chain else None
-            rows = []
-            for b, voice in enumerate(voices):
-                places = range(logits.shape[1]) if depth is None else depth[b].tolist()
-                rows.append(torch.stack([voice.noise(p, logits.shape[-1]) for p in places]))
-            logits = logits + torch.stack(rows).to(logits.device)
-        return logits.argmax(-1)
+            noise = [torch.stack([v.noise(d, logits.shape[-1]) for d in range(tree.levels + 1)]) for v in voices]
+            drawn = torch.stack(noise).to(logits.device)  # B levels+1 vocabulary
+            if not tree.chain:  # nodes of one depth share it: one of them is visited at most
+                depth = torch.nn.functional.pad(tree.depth(), (1, 0))
+                drawn = drawn.gather(1, depth[..., None].expand(-1, -1, logits.shape[-1]))
+            logits = logits + drawn
+        return logits.argmax(-1).where(good, NO_TOKEN)
 
     def _process(
         self, logits: torch.Tensor, voices: Sequence[Voice], paths: list[list[list[torch.Tensor]]] | None

@@ -53,11 +53,11 @@ def _stations(trunk: Trunk, twig: Twig | None, rows, pixel_values) -> Iterator[t
     for out, row in zip(ids, rows, strict=True):
         out[: len(row)] = torch.tensor(row)
     stream = trunk.embed(ids, lengths, pixel_values)
-    real = stream.valid()
+    real = stream.real()
     yield "the embeddings", trunk.decoder.embed_tokens, _good(stream.hidden[real])
     below = stream
     for i, layer in enumerate(trunk.layers):
-        stream = trunk.run([layer], stream, None)
+        stream = trunk.run([layer], stream)
         yield f"layer {i} of the base", layer, _good(stream.hidden[real])
         if twig is not None and i + 1 == twig.config.K:
             below = stream
@@ -66,7 +66,7 @@ def _stations(trunk: Trunk, twig: Twig | None, rows, pixel_values) -> Iterator[t
     if twig is None:
         return
     for i, layer in enumerate(twig.layers):
-        below = trunk.run([layer], below, None)
+        below = trunk.run([layer], below)
         yield f"layer {i} of the twig", layer, _good(below.hidden[real])
     yield "the twig's norm or head", twig, _good(twig.logits(below.hidden[real][-1:]))
 

@@ -7,6 +7,7 @@ The loop prints nothing and knows no text; whoever consumes its steps does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -18,8 +19,10 @@ from ..model.stream import Stream, join, join_raw
 from ..model.trunk import Trunk
 from ..model.twig import Twig
 from ..pruning.plan import Plan
-from .choose import Chooser, Voice
+from .choose import NO_TOKEN, Chooser, Voice
 from .draft import DraftTree, chain, walk
+from .finite import NotFinite
+from .pace import Pace
 from .prefill import Prompts, State, read
 
 SEED_SPACE = 2**63
@@ -77,7 +80,7 @@ class Decoder:
     """One generation over a batch of prompts; make a new one for the next.
 
     `stopping` are Hugging Face stopping criteria, asked after every token. `grow` replaces the chain of
-    drafts: a function of this decoder that gives a Draft. While it writes and afterwards `state` holds
+    drafts: a function of this decoder that gives a Draft; `pace` chooses how long they are. While it writes and afterwards `state` holds
     caches and what was pruned.
     """
 
@@ -91,11 +94,13 @@ class Decoder:
         chooser: Chooser | None = None,
         stopping: Sequence[Callable] | None = None,
         grow: Callable[[Decoder], Draft] | None = None,
+        pace: Pace | None = None,
     ):
-        self.trunk, self.plan, self.settings = trunk, plan, settings
+        self.trunk, self.plan, self.settings, self.pace = trunk, plan, settings, pace
         self.eos, self.stopping = frozenset(eos), list(stopping or [])
         self.chooser = chooser or Chooser(settings)
-        self.speculative = twig is not None and settings.draft_length > 0
+        wanted = settings.draft_length if pace is None else plan.needs_twig or pace.length()
+        self.speculative = twig is not None and bool(wanted)
         self.twig = twig if self.speculative or plan.needs_twig else None
         self.grow = grow or Decoder.draft_chain
         self.state: State | None = None
@@ -142,7 +147,8 @@ class Decoder:
 
     def rooms(self) -> list[int]:
         """Tokens that may be drafted in each row: a draft that could not be used is none."""
-        longest = self.settings.draft_length if self.speculative else 0
+        longest = self.settings.draft_length if self.pace is None else self.pace.length()
+        longest = longest if self.speculative else 0
         return [min(longest, r.limit - len(r.tokens) - 1) for r in self.rows]
 
     def draft_chain(self) -> Draft:
@@ -154,7 +160,7 @@ class Decoder:
         room = torch.tensor(rooms, device=self.place.device)
         ends = torch.tensor(sorted(self.eos), device=room.device)
         going, sure = room > 0, min(rooms) > 0  # `sure`: every row is known to go on
-        hidden, tokens, scores, alive, nodes = state.hint, [], [], [], []
+        hidden, tokens, scores, alive, nodes = state.catch_up(), [], [], [], []
         for n in range(longest):
             token, score = self.chooser.propose(self.twig.logits(hidden), self._voices(), tokens, self.trunk.vocabulary)
             nodes.append(self._enter(token[:, None], (self.place + 1 + n)[:, None], going[:, None], sure))
@@ -208,6 +214,7 @@ class Decoder:
         unread = (accepted > 0) & (_pick(draft.heard, last) < 0)
         entered = self.state.prompts() if first else []
         verdict = _read(tree, path, [accepted, token, unread, *entered])
+        _check(verdict)
         if first:
             for cache, known in zip(caches, verdict.entered, strict=True):
                 cache.expect(known)
@@ -242,6 +249,8 @@ class Decoder:
             drafted, path = verdict.drafted[b], verdict.path[b]
             written = self._append(row, [*(drafted[node] for node in path), verdict.token[b]])
             out.append((row.index, Step(drafted, len(path), written, verdict.probabilities[b])))
+            if self.pace is not None:
+                self.pace.learn(len(drafted), len(path))
         return out
 
     def _append(self, row: Row, tokens: list[int]) -> list[int]:
@@ -279,15 +288,10 @@ class Decoder:
             nodes = nodes.select(index) if nodes is not None else None
         fresh = state.awaiting = self._enter(self.newest[:, None], self.place[:, None])
         state.commit_low(1)
-        if state.above is None:
-            return
-        if any(unread):
-            missed = nodes.take(torch.where(self.unread, self.last, -1)[:, None], full=all(unread))
-            out = state.run_twig(join([missed, fresh]))
-        else:
-            out = state.run_twig(fresh)
-        state.above.commit(self.unread + 1, [u + 1 for u in unread])
-        state.hint = out.hidden[:, -1] if out.full else out.at(out.count() - 1)
+        if state.above is not None:
+            if any(unread):
+                state.missed.append(nodes.take(torch.where(self.unread, self.last, -1)[:, None], full=all(unread)))
+            state.missed.append(fresh)
 
     def _voices(self) -> list[Voice]:
         return [row.voice for row in self.rows]
@@ -316,6 +320,13 @@ def _read(tree: DraftTree, path: torch.Tensor, columns: Sequence[torch.Tensor]) 
         [bool(u) for u in unread],
         entered,
     )
+
+
+def _check(verdict: Verdict) -> None:
+    if NO_TOKEN in verdict.token:
+        raise NotFinite("the base's logits are not finite")
+    if any(math.isnan(p) for row in verdict.probabilities for p in row):
+        raise NotFinite("the twig's logits are not finite")
 
 
 def _pick(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

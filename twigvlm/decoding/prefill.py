@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..model.cache import CacheGroup
-from ..model.stream import Stream, fit, front
+from ..model.stream import Stream, fit, front, join
 from ..model.tap import Tap
 from ..model.trunk import Trunk
 from ..model.twig import Twig
@@ -61,6 +61,7 @@ class State:
         self.totals = [sum(t == trunk.image_token_id for t in row) for row in prompts.ids]  # visual tokens
         self.segments = self._segments()
         self.above = self._group(twig.layers) if twig is not None else None
+        self.missed: list[Stream] = []  # left layer K-1, and the twig has not read it
         self.heard_prompt: torch.Tensor | None = None  # B, tokens of the prompt that the twig has read
         self.hint: torch.Tensor | None = None  # B D, the twig's state of the newest token
         self.kept: torch.Tensor | None = None
@@ -125,6 +126,16 @@ class State:
         self._hear(taps, stream)
         return out
 
+    def catch_up(self) -> torch.Tensor:
+        """[B, D], what the twig makes of the newest token, after it has read all that it missed."""
+        if self.missed:
+            block = join(self.missed)
+            self.missed = []
+            out = self.run_twig(block)
+            self.above.commit(block.width if block.full else block.count())
+            self.hint = out.hidden[:, -1] if out.full else out.at(out.count() - 1)
+        return self.hint
+
     def commit_low(self, count: torch.Tensor | int, known: Sequence[int] | None = None, path=None) -> None:
         for segment in self.low:
             segment.cache.commit(count, known, path)
@@ -143,6 +154,7 @@ class State:
             cache.leave(order, index, gone)
         self.length = self.length.index_select(0, index)
         self.lengths = [self.lengths[r] for r in order]
+        self.missed = [stream.select(index) for stream in self.missed]
         return index
 
     def settle(self) -> Stream:

@@ -14,6 +14,7 @@ from ..model.stream import join
 from ..model.trunk import Trunk
 from ..model.twig import Twig
 from ..pruning.plan import Plan
+from .finite import NotFinite, finite
 from .prefill import Prompts, State, read
 
 
@@ -37,10 +38,13 @@ def score(
         row[: len(target)] = torch.tensor(target, dtype=torch.long)
     wanted = wanted.to(state.length.device)
     fed = torch.tensor([max(len(t) - 1, 0) for t in targets], device=wanted.device)  # the last one is asked, not read
-    logits = trunk.logits(_hidden(state, wanted, fed)).log_softmax(-1)
-    found = logits.gather(-1, wanted[..., None])[..., 0].cpu()
+    logits = trunk.logits(_hidden(state, wanted, fed))
+    found = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0].where(finite(logits), torch.nan).cpu()
     greedy = (logits.argmax(-1) == wanted).cpu()
-    return [Likelihood(found[b, : len(t)], greedy[b, : len(t)]) for b, t in enumerate(targets)]
+    likely = [Likelihood(found[b, : len(t)], greedy[b, : len(t)]) for b, t in enumerate(targets)]
+    if any(one.log_probabilities.isnan().any() for one in likely):
+        raise NotFinite("the base's logits are not finite")
+    return likely
 
 
 def _hidden(state: State, wanted: torch.Tensor, fed: torch.Tensor) -> torch.Tensor:

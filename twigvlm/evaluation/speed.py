@@ -15,7 +15,6 @@ import os
 import random
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +24,13 @@ from tqdm import tqdm
 
 import twigvlm
 
-from ..config import DEFAULT_K, DEFAULT_T, TwigConfig
+from ..config import AUTO, DEFAULT_K, DEFAULT_T, TwigConfig
 from ..decoding.choose import Chooser
+from ..decoding.pace import Parts, median, now
 from ..errors import InputError
 from ..foresight import Wish, check
-from ..model.cache import CacheGroup
 from ..model.load import Loaded, pick_device, pick_dtype
 from ..model.random import random_base
-from ..model.stream import Stream
 from ..model.trunk import Trunk
 from ..model.twig import grow
 from ..program import print_json, run_program
@@ -91,6 +89,8 @@ class Bench:
             "plain + TTP": lambda p: self.ours(p, self.R, 0),
             "SSD": lambda p: self.ours(p, None, 5),
             "SSD + TTP": lambda p: self.ours(p, self.R, 5),
+            "SSD auto": lambda p: self.ours(p, None, AUTO),
+            "SSD auto + TTP": lambda p: self.ours(p, self.R, AUTO),
         }
 
     def stock(self, prompt: dict) -> Timing:
@@ -110,7 +110,7 @@ class Bench:
             tokens -= 1
         return Timing(clock.first - start, total, tokens, tokens - 1)
 
-    def ours(self, prompt: dict, R: float | None, draft_length: int) -> Timing:
+    def ours(self, prompt: dict, R: float | None, draft_length: int | str) -> Timing:
         """One of our own settings."""
         chooser = None
         if self.coin is not None and draft_length:
@@ -214,16 +214,10 @@ def bandwidth(device: torch.device, repeats: int = 7) -> float:
     data = torch.ones(size // 4, device=device)
     times = []
     for _ in range(repeats):
-        start = _clock(device)
+        start = now(device)
         data.sum()
-        times.append(_clock(device) - start)
+        times.append(now(device) - start)
     return size / statistics.median(times)
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def weight_bytes(trunk: Trunk) -> int:
@@ -232,58 +226,16 @@ def weight_bytes(trunk: Trunk) -> int:
     return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
 
-@torch.inference_mode()
 def step_costs(
     vlm: TwigVLM, context: int, blocks: tuple[int, ...] = (1, 2, 4, 6, 8), repeats: int = 15
 ) -> dict[str, float]:
     """Milliseconds of a draft step (K + T layers, one token) and of verifying blocks, behind `context` tokens."""
-    trunk, twig, costs = vlm.trunk, vlm.twig, {}
-    K = twig.config.K if twig else 0
-    parts = {"low": trunk.layers[:K], "twig": twig.layers if twig else [], "high": trunk.layers[K:]}
-    caches = {
-        name: CacheGroup([layer.self_attn.layer_idx for layer in layers], 1, trunk.device)
-        for name, layers in parts.items()
-    }
-
-    def run(name: str, stream: Stream) -> Stream:
-        return trunk.run(parts[name], stream, trunk.attend(stream, caches[name]))
-
-    def text(count: int, first: int) -> Stream:
-        place = torch.arange(first, first + count, device=trunk.device)[None]
-        return trunk.tokens(torch.full_like(place, 5), place, full=True)
-
-    prompt = text(context, 0)
-    for name in parts:
-        run(name, prompt)
-        caches[name].commit(context)
-    if twig:
-
-        def draft() -> None:
-            twig.logits(run("twig", run("low", text(1, context))).hidden).argmax(-1).tolist()
-            caches["low"].commit(0)
-            caches["twig"].commit(0)
-
-        costs["draft 1 token"] = _median_ms(draft, trunk.device, repeats)
-    for block in blocks:
-        stream = text(block, context)
-
-        def verify(stream=stream) -> None:
-            trunk.logits(run("high", stream).hidden).argmax(-1).tolist()
-            caches["high"].commit(0)
-
-        costs[f"verify {block} token{'s' if block > 1 else ''}"] = _median_ms(verify, trunk.device, repeats)
-    return costs
-
-
-def _median_ms(work: Callable[[], None], device: torch.device, repeats: int) -> float:
-    for _ in range(3):
-        work()
-    times = []
-    for _ in range(repeats):
-        start = _clock(device)
-        work()
-        times.append(_clock(device) - start)
-    return 1e3 * statistics.median(times)
+    with torch.inference_mode():
+        parts = Parts(vlm.trunk, vlm.twig, 1, context)
+        work = {f"verify {n} token{'s' if n > 1 else ''}": parts.verifying(n) for n in blocks}
+        if vlm.twig:
+            work = {"draft 1 token": parts.drafting()} | work
+        return {name: 1e3 * median(part, vlm.device, repeats, 3) for name, part in work.items()}
 
 
 def open_model(args: argparse.Namespace) -> TwigVLM:

@@ -1,0 +1,154 @@
+"""How long a draft pays on this machine: `draft_length="auto"`.
+
+A round that drafts n tokens costs n draft steps and a verification of n + 1 tokens, and writes
+1 + a + a^2 + … + a^n tokens if the base accepts each with probability a. Costs are measured once a
+process and batch size, a is what was accepted so far; the length with the most tokens a second is
+drafted, and nothing where none pays. The answer does not depend on it (beyond the last bits of sums).
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..model.cache import CacheGroup
+from ..model.stream import Stream
+from ..model.trunk import Trunk
+from ..model.twig import Twig
+
+LONGEST = 8  # tokens of a draft
+MEASURED = (1, 2, 4, 6, LONGEST + 1)  # tokens of a verification; those between are interpolated
+CONTEXT = 64  # tokens in the caches meanwhile: what is measured are the weights
+PRIOR, WEIGHT = 0.8, 10.0  # acceptance before anything was drafted, and how many drafted tokens that counts
+MEMORY = 200.0  # drafted tokens that are remembered
+RETRY = 64  # rounds without drafts before one is tried again
+LEAST_GAIN = 1.02  # a draft must promise as much: the costs are not known better
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds for a batch of one size: to draft a token, and to verify 1, 2, … LONGEST + 1 tokens."""
+
+    draft: float
+    verify: tuple[float, ...]
+
+    def rate(self, length: int, acceptance: float) -> float:
+        """Tokens a second of rounds that draft `length` tokens."""
+        written = sum(acceptance**i for i in range(length + 1))
+        return written / (length * self.draft + self.verify[length])
+
+
+@dataclass
+class Pace:
+    """Chooses the length of every draft; one for a model and a batch size, kept between generations."""
+
+    costs: Costs
+    accepted: float = PRIOR * WEIGHT
+    tried: float = WEIGHT
+    idle: int = field(default=0)  # rounds since the last draft
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.tried
+
+    def length(self) -> int:
+        """Tokens to draft now."""
+        rates = [self.costs.rate(n, self.acceptance) for n in range(LONGEST + 1)]
+        best = max(range(LONGEST + 1), key=rates.__getitem__)
+        best = best if rates[best] >= LEAST_GAIN * rates[0] else 0
+        self.idle = 0 if best else self.idle + 1
+        return best or int(self.idle % RETRY == 0)
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """A draft of so many tokens, of which the base took so many: the first refused one is the last that says anything."""
+        fade = max(0.0, 1 - drafted / MEMORY)
+        self.accepted = fade * self.accepted + accepted
+        self.tried = fade * self.tried + accepted + (accepted < drafted)
+
+
+@torch.inference_mode()
+def measure(trunk: Trunk, twig: Twig, rows: int, repeats: int = 3) -> Costs:
+    """Time the parts of a round with `rows` rows: medians after one warm-up."""
+    clock = Parts(trunk, twig, rows, CONTEXT)
+    verify = {n: median(clock.verifying(n), trunk.device, repeats, 1) for n in MEASURED}
+    between = [_between(verify, n) for n in range(1, LONGEST + 2)]
+    return Costs(median(clock.drafting(), trunk.device, repeats, 1), tuple(between))
+
+
+class Parts:
+    """The parts of a round as functions without arguments, behind `context` cached tokens."""
+
+    def __init__(self, trunk: Trunk, twig: Twig | None, rows: int, context: int):
+        self.trunk, self.twig, self.rows, self.context = trunk, twig, rows, context
+        K = twig.config.K if twig is not None else 0
+        self.layers = {
+            "low": trunk.layers[:K],
+            "high": trunk.layers[K:],
+            "twig": twig.layers if twig is not None else [],
+        }
+        self.caches = {
+            name: CacheGroup([layer.self_attn.layer_idx for layer in layers], rows, trunk.device)
+            for name, layers in self.layers.items()
+        }
+        prompt = self._text(context, 0)
+        for name in self.layers:
+            self._run(name, prompt)
+            self.caches[name].commit(context)
+
+    def drafting(self) -> Callable[[], None]:
+        """One token through the layers below the twig, the twig and its head."""
+        token = self._text(1, self.context)
+
+        def draft() -> None:
+            self.twig.logits(self._run("twig", self._run("low", token)).hidden).argmax(-1).tolist()
+            self.caches["low"].commit(0)
+            self.caches["twig"].commit(0)
+
+        return draft
+
+    def verifying(self, tokens: int) -> Callable[[], None]:
+        """So many tokens through the layers above and the base's head."""
+        block = self._text(tokens, self.context)
+
+        def verify() -> None:
+            self.trunk.logits(self._run("high", block).hidden).argmax(-1).tolist()
+            self.caches["high"].commit(0)
+
+        return verify
+
+    def _run(self, name: str, stream: Stream) -> Stream:
+        return self.trunk.run(self.layers[name], stream, self.trunk.attend(stream, self.caches[name]))
+
+    def _text(self, count: int, first: int) -> Stream:
+        place = torch.arange(first, first + count, device=self.trunk.device).expand(self.rows, -1)
+        return self.trunk.tokens(torch.full_like(place, 5), place, full=True)
+
+
+def median(work: Callable[[], None], device: torch.device, repeats: int, warm: int) -> float:
+    """Seconds."""
+    times = []
+    for _ in range(warm + repeats):
+        start = now(device)
+        work()
+        times.append(now(device) - start)
+    return statistics.median(times[warm:])
+
+
+def now(device: torch.device) -> float:
+    """The clock, after what the device has to do is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def _between(found: dict[int, float], n: int) -> float:
+    low = max(k for k in found if k <= n)
+    high = min(k for k in found if k >= n)
+    share = (n - low) / (high - low) if high > low else 0.0
+    return found[low] + share * (found[high] - found[low])
