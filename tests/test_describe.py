@@ -172,7 +172,7 @@ def test_what_no_model_can_be_made_of(base):  # noqa: F811
 
 
 def test_llava_next(tmp_path, no_weights):
-    LlavaNextConfig(text_config=tiny_model().config.text_config).save_pretrained(tmp_path)
+    LlavaNextConfig(text_config=deepcopy(tiny_model().config.text_config)).save_pretrained(tmp_path)
     refused(["'llava_next'", "LLaVA-1.6", "LLaVA-1.5"], tmp_path)
 
 

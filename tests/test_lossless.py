@@ -457,7 +457,7 @@ def test_samples_follow_the_base(options, pruned):
 def test_one_draw_a_place_follows_the_base():
     """Hand-written distributions of the drafter and the base, with words that only one of them knows."""
     q = torch.tensor([[0.7, 0.1, 0.1, 0.1, 0.0]])
-    p = torch.tensor([[0.2, 0.3, 0.0, 0.2, 0.3, 0.0]])  # the base's vocabulary is padded by one
+    p = torch.tensor([[0.2, 0.3, 1e-30, 0.2, 0.3, 1e-30]])  # the base's vocabulary is padded by one
     chooser = Chooser(GenerationSettings(do_sample=True))
     voice = Voice(torch.Generator().manual_seed(5), [1])
     counts, accepted = torch.zeros(6), 0

@@ -60,7 +60,7 @@ class Tap:
 def tapped(config) -> Iterator[None]:
     """While it lasts, modules of this configuration call the functions that look at taps."""
     plain = config._attn_implementation
-    config._attn_implementation = PREFIX + plain
+    config._attn_implementation = PREFIX + (plain or "eager")  # None is what transformers calls eager, too
     try:
         yield
     finally:

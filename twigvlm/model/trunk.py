@@ -174,7 +174,7 @@ class Trunk:
         `sight`: see `CacheGroup.begin`. Without a cache nothing is remembered (and gradients flow).
         """
         mask = cache.begin(stream.width, sight) if cache is not None else None
-        if mask is None and stream.width > 1 and self.decoder.config._attn_implementation == "eager":
+        if mask is None and stream.width > 1 and self.decoder.config._attn_implementation in ("eager", None):
             # Eager attention is causal by its mask alone.
             mask = torch.ones(stream.width, stream.width, dtype=torch.bool, device=self.device).tril()[None, None]
         if mask is not None:
