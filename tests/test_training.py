@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -253,13 +254,13 @@ def read_keys(monkeypatch) -> list[str]:
     seen, real = [], weights.read_tensors
 
     def spy(file, device):
-        for name, reader, shape in real(file, device):
+        for stored in real(file, device):
 
-            def noted(name=name, reader=reader):
-                seen.append(name)
-                return reader()
+            def noted(stored=stored):
+                seen.append(stored.name)
+                return stored.read()
 
-            yield name, noted, shape
+            yield replace(stored, read=noted)
 
     monkeypatch.setattr(weights, "read_tensors", spy)
     monkeypatch.setattr(loading, "read_tensors", spy)

@@ -113,7 +113,8 @@ def _base(base: str | None) -> tuple:
             raise
         (name, tower), *_ = KNOWN_TOWERS.items()
         print(f"note: {fault}; an image's tokens are counted as with {name}", file=sys.stderr)
-        return folder, original_config(folder, facts, tower), True
+        # Only the count of tokens is wanted of it, whatever width the missing one has.
+        return folder, original_config(folder, facts | {"mm_hidden_size": None}, tower), True
 
 
 def _indices(text: str) -> list[int]:
