@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import socket
+import struct
 import threading
 import time
+import zlib
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import one, tiny, tiny_model, write_base
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, PngImagePlugin
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import twigvlm
 from twigvlm.errors import InputError
-from twigvlm.model import images
+from twigvlm.model import images, web
 from twigvlm.model.images import open_image, pad_to_square, to_rgb
 
 RED, GREEN, WHITE = (255, 0, 0), (0, 128, 0), (255, 255, 255)
@@ -228,12 +232,28 @@ def test_a_name_that_no_file_can_have():
 
 def test_too_many_pixels(tmp_path, monkeypatch):
     halves().save(tmp_path / "picture.png")
-    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 20 - 1)
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 40 - 1)
     for source in (tmp_path / "picture.png", halves()):
-        with pytest.raises(InputError, match="40 x 20 pixels; at most 799"):
+        with pytest.raises(InputError, match="40 x 20 pixels, 1600 when padded to a square; at most 1599"):
             open_image(source)
-    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 20)
+    monkeypatch.setattr(images, "MAX_PIXELS", 40 * 40)
     assert open_image(tmp_path / "picture.png").size == (40, 20)
+
+
+@pytest.mark.parametrize("size", [(60000, 3), (3, 20000)])
+def test_a_thin_picture_counts_as_the_square_that_it_is_padded_to(size, tmp_path):
+    """A file of a few hundred bytes, which would take seconds and gigabytes."""
+    Image.new("1", size).save(tmp_path / "picture.png")
+    with pytest.raises(InputError, match=f"{size[0]} x {size[1]} pixels, {max(size) ** 2} when padded"):
+        open_image(tmp_path / "picture.png")
+
+
+def test_a_large_picture_has_the_pixels_of_the_stock_processor(vlm):
+    stock = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    noise = np.random.default_rng(0).integers(0, 256, (90, 70, 3), np.uint8)
+    square = pad_to_square(Image.fromarray(noise), tuple(int(255 * m) for m in stock.image_mean))
+    expected = stock([square], return_tensors="pt")["pixel_values"]
+    assert torch.equal(vlm.pixels([Image.fromarray(noise)]), expected)
 
 
 def test_a_decompression_bomb(tmp_path, monkeypatch):
@@ -246,6 +266,126 @@ def test_a_decompression_bomb(tmp_path, monkeypatch):
         open_image(tmp_path / "picture.png")
 
 
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PPM", "ICO", "TGA", "SGI", "PCX", "DDS", "IM", "ICNS"])
+def test_formats_that_nobody_means(kind, tmp_path):
+    """Pillow would read most of these, some of them by another program."""
+    file = tmp_path / "picture.png"
+    halves(size=(32, 32)).save(file, kind)
+    with pytest.raises(InputError, match="not a picture that can be read"):
+        open_image(file)
+
+
+def test_no_ghostscript(tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *a, **k: pytest.fail("started Ghostscript"))
+    halves().save(tmp_path / "picture.eps")
+    with pytest.raises(InputError, match="not a picture that can be read"):
+        open_image(tmp_path / "picture.eps")
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_formats_that_are_meant(kind, tmp_path):
+    halves().save(tmp_path / "picture", kind, **({"lossless": True} if kind == "WEBP" else {}))
+    assert open_image(tmp_path / "picture").size == (40, 20)
+
+
+# ---------------------------------------------------------------------- metadata
+
+
+def _segment(marker: int, content: bytes) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(content) + 2) + content
+
+
+def _jpeg(*segments: bytes) -> bytes:
+    out = io.BytesIO()
+    halves().save(out, "JPEG", quality=100, subsampling=0)
+    return out.getvalue()[:2] + b"".join(segments) + out.getvalue()[2:]
+
+
+def _chunk(kind: bytes, content: bytes, wrong: int = 0) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content) ^ wrong)
+
+
+def _png(*chunks: bytes) -> bytes:
+    whole = png(halves())
+    return whole[:33] + b"".join(chunks) + whole[33:]
+
+
+def _exif(kind: int, count: int, value: bytes) -> bytes:
+    """Orientation 6 and a tag 0x011a of any type, count and value."""
+    entries = struct.pack(">HHIHH", ORIENTATION, 3, 1, 6, 0) + struct.pack(">HHI4s", 0x011A, kind, count, value)
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + entries + bytes(4)
+
+
+BROKEN_METADATA = {
+    "jpeg-rational-as-text": (_jpeg(_segment(0xE1, _exif(2, 4, b"abc\0"))), True),
+    "jpeg-rational-as-bytes": (_jpeg(_segment(0xE1, _exif(7, 4, b"abc\0"))), True),
+    "jpeg-rational-as-float": (_jpeg(_segment(0xE1, _exif(11, 1, struct.pack(">f", 1.5)))), True),
+    "jpeg-rational-nowhere": (_jpeg(_segment(0xE1, _exif(5, 1, b"\x7f\xff\xff\xff"))), True),
+    "jpeg-exif-is-none": (_jpeg(_segment(0xE1, b"Exif\0\0nonsense")), False),
+    "jpeg-jfif": (_jpeg(_segment(0xE0, b"JFIF")), False),
+    "jpeg-adobe": (_jpeg(_segment(0xEE, b"Adobe")), False),
+    "jpeg-colours": (_jpeg(_segment(0xE2, b"ICC_PROFILE\0")), False),
+    "jpeg-colours-and-exif": (
+        _jpeg(_segment(0xE2, b"ICC_PROFILE\0"), _segment(0xE1, _exif(2, 4, b"abc\0"))),
+        True,
+    ),
+    "png-colours": (_png(_chunk(b"iCCP", b"x")), False),
+    "png-size": (_png(_chunk(b"pHYs", b"12")), False),
+    "png-gamma": (_png(_chunk(b"gAMA", b"")), False),
+    "png-frames": (_png(_chunk(b"fcTL", b"12")), False),
+    "png-text": (_png(_chunk(b"tEXt", b"a\0b", wrong=1)), False),
+    "png-bomb": (_png(_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7)))), False),
+    "png-exif": (_png(_chunk(b"eXIf", b"nonsense")), False),
+    "png-exif-and-size": (_png(_chunk(b"pHYs", b"12"), _chunk(b"eXIf", _exif(2, 4, b"abc\0")[6:])), True),
+    "png-transparency": (_png(_chunk(b"tRNS", b"1")), False),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_METADATA)
+def test_a_picture_is_used_without_its_broken_metadata(name, tmp_path):
+    content, turned = BROKEN_METADATA[name]
+    (tmp_path / "picture").write_bytes(content)
+    for source in (tmp_path / "picture", content):
+        expected = halves().transpose(Image.Transpose.ROTATE_270) if turned else halves()
+        close(open_image(source), expected, 3)
+
+
+def test_an_upright_picture_stays_upright():
+    """What was opened is opened again by whoever gets it."""
+    once = open_image(_jpeg(_segment(0xE1, _exif(3, 1, bytes(4)))))
+    assert once.size == open_image(once).size == (20, 40)
+
+
+class Strange(Exception):
+    def __init__(self, one, two):
+        super().__init__()
+
+
+FAULTS = [struct.error("unpack"), KeyError("x"), MemoryError(), RecursionError("deep"), Strange(1, 2), RuntimeError()]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
+@pytest.mark.parametrize("where", ["open", "load", "getexif", "transpose", "convert"])
+def test_whatever_pillow_raises_is_a_fault_of_the_picture(fault, where, tmp_path, monkeypatch):
+    def fail(*_args, **_more):
+        raise fault
+
+    (tmp_path / "picture.png").write_bytes(_png(_chunk(b"eXIf", _exif(3, 1, bytes(4))[6:])))
+    owner = Image if where == "open" else ImageFile.ImageFile if where == "load" else Image.Image
+    monkeypatch.setattr(owner, where, fail)
+    if where == "getexif":
+        assert open_image(tmp_path / "picture.png").size == (40, 20)
+        return
+    with pytest.raises(InputError, match=r"picture\.png: (damaged picture|takes more memory)"):
+        open_image(tmp_path / "picture.png")
+
+
+def test_a_lazy_picture_of_somebody_elses(tmp_path):
+    (tmp_path / "picture.png").write_bytes(png(halves(size=(400, 400)))[:-300])
+    with pytest.raises(InputError, match="damaged"):
+        open_image(Image.open(tmp_path / "picture.png"))
+
+
 # ---------------------------------------------------------------------- from the web
 
 
@@ -253,6 +393,7 @@ class Handler(BaseHTTPRequestHandler):
     """Each path is one way for a server to behave."""
 
     released = threading.Event()
+    ended = threading.Event()
 
     def do_GET(self):
         getattr(self, self.path.strip("/"))()
@@ -291,6 +432,32 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"x")
             self.wfile.flush()
 
+    def headers_that_drip(self):
+        self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+        try:
+            for _ in range(100):
+                if self.released.wait(0.05):
+                    break
+                self.wfile.write(b"X-A: b\r\n")
+                self.wfile.flush()
+        finally:
+            self.ended.set()
+
+    def away(self):
+        self.send_response(302)
+        self.send_header("Location", "ftp://127.0.0.1/picture.png")
+        self.end_headers()
+
+    def inside(self):
+        self.send_response(302)
+        self.send_header("Location", "file:///etc/passwd")
+        self.end_headers()
+
+    def circle(self):
+        self.send_response(302)
+        self.send_header("Location", "/circle")
+        self.end_headers()
+
     def nonsense(self):
         self.wfile.write(b"this is not HTTP\r\n\r\n")
 
@@ -326,8 +493,8 @@ def _serving():
 def site(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(images, "TIMEOUT", 0.4)
-    monkeypatch.setattr(images, "MAX_BYTES", 200_000)
+    monkeypatch.setattr(web, "TIMEOUT", 0.4)
+    monkeypatch.setattr(web, "MAX_BYTES", 200_000)
     Handler.released.clear()
     with _serving() as url:
         yield url
@@ -345,8 +512,12 @@ def test_a_picture_from_the_web(site, path):
         ("text", "not a picture"),
         ("cut", "damaged"),
         ("huge", "more than 200000 bytes"),
-        ("hanging", "timed out"),
+        ("hanging", "0.4 s"),
         ("dripping", "not complete after 0.4 s"),
+        ("headers_that_drip", "not complete after 0.4 s"),
+        ("away", "leads to 'ftp://127.0.0.1/picture.png', which is no http(s) address"),
+        ("inside", "'file:///etc/passwd' is not allowed"),
+        ("circle", "cannot be fetched"),
         ("nonsense", "cannot be fetched"),
         ("a b", "cannot be fetched"),
     ],
@@ -359,10 +530,31 @@ def test_trouble_on_the_web(site, path, part):
     assert time.monotonic() - begin < 5
 
 
-@pytest.mark.parametrize("url", ["http://", "http://127.0.0.1:1/picture.png", "https://127.0.0.1:1/picture.png"])
+def test_a_connection_is_given_up_for_good(site):
+    Handler.ended.clear()
+    with pytest.raises(InputError):
+        open_image(f"{site}/headers_that_drip")
+    assert Handler.ended.wait(5), "the thread that waits has hung up"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://", "http://127.0.0.1:1/picture.png", "https://127.0.0.1:1/picture.png", "HTTP://127.0.0.1:1/picture.png",
+     "http://[::1", "http://[x]/", "http://127.0.0.1:port/", "http://127.0.0.1:99999999/", "http://a b/", "http://\ud800/",
+     "http://127.0.0.1:1/\r\nX: y", "http://%zz/", "http://./", "http://" + "a" * 300 + "/", "http://user@:1@/", "http://\0/"],
+)  # fmt: skip
 def test_no_such_server(url):
     with pytest.raises(InputError, match="cannot be fetched"):
         open_image(url)
+
+
+def test_a_name_that_takes_forever(monkeypatch):
+    monkeypatch.setattr(web, "TIMEOUT", 0.1)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_: time.sleep(0.6))
+    start = time.monotonic()
+    with pytest.raises(InputError, match="not complete after"):
+        open_image("http://picture.invalid/")
+    assert time.monotonic() - start < 0.5
 
 
 def test_other_schemes_are_file_names():

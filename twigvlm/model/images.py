@@ -2,73 +2,57 @@
 
 from __future__ import annotations
 
-import http.client
+import contextlib
 import io
-import time
-import urllib.error
-import urllib.request
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..errors import InputError
+from .metadata import bare, turn_of
+from .web import download, is_url
 
-MAX_PIXELS = 100_000_000  # decoded; more is a bomb or a mistake
-MAX_BYTES = 32 * 2**20  # of a download
-TIMEOUT = 15.0  # seconds without an answer
-CHUNK = 1 << 16
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow knows more, some of which start other programs
+MAX_PIXELS = 100_000_000  # of the padded square; more is a bomb or a mistake
+MAX_STRIPPED = 1 << 28  # bytes of a file that is tried again without its metadata
+MEMORY = (MemoryError, Image.DecompressionBombError)  # what no other reading of the file changes
 
 
-def open_image(source: str | Path | Image.Image) -> Image.Image:
-    """A path, an http(s) URL or a PIL image → upright RGB picture.
+def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+    """A path, an http(s) URL, a file's bytes or a PIL image → upright RGB picture, without metadata.
 
-    Raises InputError for what is no picture, is cut short or beyond MAX_PIXELS, and for a URL that
-    does not answer within TIMEOUT seconds or sends more than MAX_BYTES.
+    Raises InputError for whatever cannot be used: no picture of FORMATS, cut short, damaged, more
+    than MAX_PIXELS once it is padded to a square, a URL that does not give one in time.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source, "image")
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), f"a picture of {len(source)} bytes")
     name = str(source)
-    if name.startswith(("http://", "https://")):
-        return _decode(io.BytesIO(_download(name)), name)
-    path = Path(source)
-    if not _exists(path):
-        raise InputError(f"{name}: no such file; give a path or an http(s) URL of a picture")
-    if path.is_dir():
-        raise InputError(f"{name}: is a folder; give a picture file")
-    try:
-        with open(path, "rb") as file:
-            return _decode(file, name)
-    except PermissionError as fault:
-        raise InputError(f"{name}: may not be read ({fault.strerror}); check its permissions") from fault
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a name that no file can have: too long, say
-        return False
+    if is_url(name):
+        return _decode(io.BytesIO(download(name)), name)
+    with _opened(Path(source)) as file:
+        return _decode(file, name)
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Turn by EXIF orientation and convert any mode to RGB (transparency on white)."""
-    if image.width * image.height > MAX_PIXELS:
-        raise InputError(
-            f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are accepted, make it smaller"
-        )
+    _check_size(image, name)
     try:
-        image = ImageOps.exif_transpose(image)
+        turn = turn_of(image)
+        image = image if turn is None else image.transpose(turn)
         if image.mode.startswith(("I", "F")):  # 16 and 32 bit greys: scale to what is there
             low, high = image.getextrema()
             spread = (high - low) or 1
             image = image.convert("F").point(lambda v: (v - low) * (255 / spread)).convert("L")
-        if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as fault:
-        raise InputError(f"{name}: cannot be decoded ({fault}); save it again as PNG or JPEG") from fault
+        image = _opaque(image).convert("RGB")
+    except Exception as fault:  # of a lazy file, anything that its reader raises
+        raise _fault(name, fault) from fault
+    image.info = {}  # it is upright now, whatever the metadata say
+    return image
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
@@ -81,42 +65,87 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     return square
 
 
-def _decode(file, name: str) -> Image.Image:
+def _opaque(image: Image.Image) -> Image.Image:
+    if image.mode not in ("LA", "PA", "RGBA", "La", "RGBa") and "transparency" not in image.info:
+        return image
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
-            if image.width * image.height > MAX_PIXELS:
-                raise InputError(
-                    f"{name}: {image.width} x {image.height} pixels; at most {MAX_PIXELS} are accepted, make it smaller"
-                )
-            image.load()
-    except Image.UnidentifiedImageError as fault:
-        raise InputError(f"{name}: not a picture that can be read; give PNG, JPEG, WebP, GIF, BMP or TIFF") from fault
-    except Image.DecompressionBombError as fault:
-        raise InputError(f"{name}: too many pixels ({fault}); at most {MAX_PIXELS} are accepted") from fault
-    except (OSError, SyntaxError, ValueError, EOFError) as fault:
-        if isinstance(fault, InputError):
+        image = image.convert("RGBA")
+    except Exception:
+        if image.info.pop("transparency", None) is None:
             raise
-        raise InputError(f"{name}: damaged picture ({fault}); fetch or save it again") from fault
-    return to_rgb(image, name)
+        return image  # what should say which colour is transparent does not
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "twigvlm"})
+def _check_size(image: Image.Image, name: str) -> None:
+    side = max(image.size)
+    if side * side > MAX_PIXELS:
+        raise InputError(
+            f"{name}: {image.width} x {image.height} pixels, {side * side} when padded to a square; at most "
+            f"{MAX_PIXELS} are accepted, make it smaller"
+        )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file that is one. Raises InputError for all else."""
     try:
-        end = time.monotonic() + TIMEOUT
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            data = bytearray()
-            while chunk := answer.read1(CHUNK):
-                data += chunk
-                if len(data) > MAX_BYTES:
-                    raise InputError(f"{url}: more than {MAX_BYTES} bytes; fetch it yourself and give the file")
-                if time.monotonic() > end:
-                    raise InputError(f"{url}: not complete after {TIMEOUT:g} s; fetch it yourself and give the file")
+        if not path.is_file():
+            raise InputError(
+                f"{path}: is a folder or a device; give a picture file"
+                if path.exists()
+                else f"{path}: no such file; give a path or an http(s) URL of a picture"
+            )
+        file = open(path, "rb")  # noqa: SIM115 (closed below)
     except InputError:
         raise
-    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as fault:
-        reason = getattr(fault, "reason", fault)
-        raise InputError(f"{url}: cannot be fetched ({reason}); check the address or give a file") from fault
-    return bytes(data)
+    except PermissionError as fault:
+        raise InputError(f"{path}: may not be read ({fault.strerror}); check its permissions") from fault
+    except (OSError, ValueError) as fault:  # a name that no file can have: too long, say
+        raise InputError(f"{path}: no such file; give a path or an http(s) URL of a picture") from fault
+    with file:
+        yield file
+
+
+def _decode(file: BinaryIO, name: str) -> Image.Image:
+    try:
+        return to_rgb(_load(file, name), name)
+    except InputError:
+        raise
+    except MEMORY as fault:
+        raise _fault(name, fault) from fault
+    except Exception as fault:
+        for plain in bare(_start_of(file)):  # a picture is not lost for its broken metadata
+            with contextlib.suppress(Exception):
+                return to_rgb(_load(io.BytesIO(plain), name), name)
+        raise _fault(name, fault) from fault
+
+
+def _load(file: BinaryIO, name: str) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures and odd metadata: the limit here is our own
+        image = Image.open(file, formats=FORMATS)
+        _check_size(image, name)
+        image.load()
+    return image
+
+
+def _start_of(file: BinaryIO) -> bytes:
+    """The file again, or nothing where even that fails."""
+    try:
+        file.seek(0)
+        return file.read(MAX_STRIPPED)
+    except OSError:
+        return b""
+
+
+def _fault(name: str, fault: Exception) -> InputError:
+    """What is wrong with a picture that made Pillow raise this."""
+    if isinstance(fault, Image.UnidentifiedImageError):
+        return InputError(f"{name}: not a picture that can be read; give PNG, JPEG, WebP, GIF, BMP or TIFF")
+    if isinstance(fault, Image.DecompressionBombError):
+        return InputError(f"{name}: too many pixels ({fault}); at most {MAX_PIXELS} are accepted")
+    if isinstance(fault, MemoryError):
+        return InputError(f"{name}: takes more memory to decode than there is; make it smaller")
+    reason = str(fault) or type(fault).__name__
+    return InputError(f"{name}: damaged picture ({reason}); fetch or save it again")

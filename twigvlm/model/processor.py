@@ -45,7 +45,12 @@ class PictureProcessor(CLIPImageProcessorPil):
 
     def preprocess(self, images, *args, **kwargs):
         """One PIL image or a list → `pixel_values` [images, 3, h, w]."""
-        return super().preprocess([self.shape(open_image(i)) for i in _flat(images)], *args, **kwargs)
+        pictures = [self.shape(open_image(i)) for i in _flat(images)]
+        if not args and not kwargs.keys() & {"size", "resample", "do_resize"}:
+            # As the stock processor does it, but for its copies, which cost seconds and gigabytes where pictures are large.
+            side = self.size["shortest_edge"]
+            pictures = [p.resize((side, side), self.resample) if p.width == p.height else p for p in pictures]
+        return super().preprocess(pictures, *args, **kwargs)
 
     def shape(self, image: Image.Image) -> Image.Image:
         return image

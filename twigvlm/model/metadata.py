@@ -1,0 +1,69 @@
+"""What a picture file carries beside its pixels: which way is up, and how to do without the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Iterator
+
+from PIL import Image
+
+ORIENTATION = 0x0112  # EXIF's tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
+APP0, APP1, APP14, APP15, COMMENT, SCAN = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0xDA  # JPEG's markers
+ADOBE_BYTES = 12  # of the note that says how the colours of a JPEG are to be read
+
+
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """How to turn a picture upright, by its EXIF or XMP; None for one that is, or whose metadata cannot be read."""
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # Pillow's readers raise whatever broken metadata make them
+        return None
+
+
+def bare(data: bytes) -> Iterator[bytes]:
+    """A PNG or JPEG file again: without all metadata but EXIF, then without any; nothing for other files."""
+    strip = _bare_png if data.startswith(PNG) else _bare_jpeg if data.startswith(JPEG) else None
+    for exif in (True, False) if strip else ():
+        with contextlib.suppress(struct.error, IndexError):  # cut short
+            yield strip(data, exif)
+
+
+def _bare_png(data: bytes, exif: bool) -> bytes:
+    """Its critical chunks (a capital first letter) and transparency."""
+    kept, at = [PNG], len(PNG)
+    while at < len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        end = at + 12 + length
+        if kind[:1].isupper() or kind == b"tRNS" or (exif and kind == b"eXIf"):
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
+
+
+def _bare_jpeg(data: bytes, exif: bool) -> bytes:
+    """Without what applications and people noted in front of the picture."""
+    kept, at = [JPEG], len(JPEG)
+    while data[at] == 0xFF and data[at + 1] != SCAN:
+        marker = data[at + 1]
+        if marker == 0xFF:  # filling
+            at += 1
+            continue
+        end = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
+        said = data[at + 4 : end]
+        colours = marker == APP14 and said.startswith(b"Adobe") and len(said) >= ADOBE_BYTES
+        turned = exif and marker == APP1 and said.startswith(b"Exif\0")
+        if colours or turned or not (APP0 <= marker <= APP15 or marker == COMMENT):
+            kept.append(data[at:end])
+        at = end
+    return b"".join([*kept, data[at:]])

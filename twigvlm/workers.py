@@ -1,0 +1,207 @@
+"""Processes that load data: whatever goes wrong in one is told by name, and none outlives its program.
+
+A worker's exception travels as text, since not every exception can be pickled or made again. Workers
+ignore the signals that stop a program, which still needs their batches; so the program kills them
+when it ends.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import multiprocessing
+import multiprocessing.queues
+import multiprocessing.util  # its own clean-up at exit waits for workers: ours is registered later, and so comes first
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from .errors import InputError, RunError
+
+IGNORED = ("SIGTERM", "SIGINT", "SIGHUP")
+PATIENCE = 5.0  # seconds for a killed process to be gone
+_STARTED: WeakSet = WeakSet()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong elsewhere: InputError's text (`asked`), or that of anything else."""
+
+    text: str
+    asked: bool = False
+
+    def raised(self) -> Exception:
+        return InputError(self.text) if self.asked else RunError(self.text)
+
+
+def describe(fault: BaseException) -> str:
+    """Type, text and place of an exception, on one line."""
+    said = " ".join(traceback.format_exception_only(type(fault), fault)[-1].split())
+    frames = traceback.extract_tb(fault.__traceback__)
+    return f"{said} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else said
+
+
+def attempt(work: Callable[..., Any], *args: Any, about: str = "") -> Any:
+    """What `work` gives in a worker, or a Failure: of what it is `about`, unless the error says so itself."""
+    try:
+        return work(*args)
+    except (InputError, RunError) as fault:
+        return Failure(str(fault), isinstance(fault, InputError))
+    except BaseException as fault:  # also what would end the worker without a word
+        return Failure(f"{about or 'a process that loads data'}: {describe(fault)}{_remedy(fault)}")
+
+
+def checked(found: Any) -> Any:
+    """What `attempt` gave, or its error."""
+    if isinstance(found, Failure):
+        raise found.raised()
+    return found
+
+
+@contextlib.contextmanager
+def named(name: Callable[[], str]) -> Iterator[None]:
+    """Whatever goes wrong is the fault of `name()`: unforeseen exceptions become RunErrors that say so."""
+    try:
+        yield
+    except (InputError, RunError):
+        raise
+    except Exception as fault:
+        raise RunError(f"{name()}: {describe(fault)}{_remedy(fault)}") from fault
+
+
+def _remedy(fault: BaseException) -> str:
+    return "; use fewer --workers or leave this one out" if isinstance(fault, MemoryError) else ""
+
+
+# ---------------------------------------------------------------------- loading
+
+
+class _Guarded(Dataset):
+    """A dataset whose every failure in a worker is an answer."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return _here_or_there(self.dataset.__getitem__, index, about=f"item {index} of the data")
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        return _here_or_there(self._several, indices, about=f"samples {', '.join(map(str, indices))}")
+
+    def _several(self, indices: Sequence[int]) -> list:
+        several = getattr(self.dataset, "__getitems__", None)
+        return several(indices) if several else [self.dataset[i] for i in indices]
+
+
+def _here_or_there(work: Callable[..., Any], *args: Any, about: str) -> Any:
+    if get_worker_info() is not None:
+        return attempt(work, *args, about=about)
+    with named(lambda: about):
+        return work(*args)
+
+
+def _collate(collate: Callable[[Any], Any], found: Any) -> Any:
+    if isinstance(found, Failure):
+        return found
+    return _here_or_there(collate, found, about="a batch")
+
+
+def loader(
+    dataset: Dataset,
+    collate: Callable[[Any], Any],
+    workers: int,
+    ahead: int,
+    enter: Callable[[], object] | None = None,
+    **more: Any,
+) -> DataLoader:
+    """torch's DataLoader (`more` are its arguments); each worker prepares `ahead` batches and calls `enter` first.
+
+    What it gives is to be read through `batches`.
+    """
+    if workers:
+        more |= {"prefetch_factor": ahead, "worker_init_fn": partial(_enter, enter)}
+        more["multiprocessing_context"] = _remembering()
+    return DataLoader(_Guarded(dataset), num_workers=workers, collate_fn=partial(_collate, collate), **more)
+
+
+def batches(loaded: Iterable) -> Iterator:
+    """What a `loader` gives. Raises InputError or RunError, on one line, for what went wrong in its workers."""
+    with workers_told():
+        for found in loaded:
+            yield checked(found)
+
+
+@contextlib.contextmanager
+def workers_told() -> Iterator[None]:
+    """torch notices a worker's death wherever the program is just then: a RunError that says so."""
+    try:
+        yield
+    except RuntimeError as fault:
+        if isinstance(fault, RunError) or "DataLoader worker" not in str(fault):
+            raise
+        reason = re.search(r"killed by signal: \w+|exit code -?\d+|exited unexpectedly", str(fault))
+        raise RunError(
+            f"a process that loads data died ({reason[0] if reason else str(fault).splitlines()[0]}); its memory may "
+            "have been too much: use fewer --workers; with --workers 0 an error shows itself"
+        ) from fault
+
+
+def _enter(hook: Callable[[], object] | None, _number: int) -> None:
+    """One thread, and no end but the program's."""
+    torch.set_num_threads(1)
+    for name in IGNORED:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_unsendable)
+    if hook is not None:
+        hook()
+
+
+def _unsendable(fault: Exception, _batch: Any) -> None:
+    """A batch that cannot be sent would be waited for in vain: better no worker."""
+    print(f"a batch cannot be handed over: {describe(fault)}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+# ---------------------------------------------------------------------- the end
+
+
+def _remembering() -> multiprocessing.context.BaseContext:
+    """The usual way to start processes; those that it starts are known to `end_workers`."""
+    usual = multiprocessing.get_context()
+
+    class Remembering(type(usual)):
+        def Process(self, *args: Any, **more: Any) -> multiprocessing.Process:
+            process = usual.Process(*args, **more)
+            _STARTED.add(process)
+            return process
+
+    return Remembering()
+
+
+@atexit.register
+def end_workers() -> None:
+    """Kill the workers that this process has started."""
+    left = [p for p in multiprocessing.active_children() if p in _STARTED]
+    if not left:
+        return
+    with contextlib.suppress(ValueError, AttributeError):  # another thread's, or Windows'
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+    for process in left:
+        process.kill()
+    for process in left:
+        process.join(PATIENCE)
