@@ -7,11 +7,9 @@ shard, no pause and no other session changes what is asked together.
 from __future__ import annotations
 
 import hashlib
-import io
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from .. import load
 from ..errors import InputError
@@ -27,10 +25,12 @@ from ..model.images import open_image
 from ..model.load import load_base, pick_device, pick_dtype
 from ..model.prompt import converse, decode
 from ..vlm import Output, TwigVLM
+from ..workers import batches as loaded
+from ..workers import loader, named, workers_told
 from .answers import Appender, answer_line, close_inherited
 from .record import provenance
 from .setting import Setting
-from .shards import SIGNALS, Stop, cores
+from .shards import Stop, cores
 from .tasks.base import Question
 
 CPU_BATCH = 8  # in fp32 on a CPU; long answers gain, short ones lose nothing
@@ -93,7 +93,8 @@ class Prepared(Dataset):
         pixels = []
         for question in self.batches[index]:
             try:
-                ids, images = self._ids(question), self._pixels(question)
+                with named(lambda question=question: f"question {question.id}"):
+                    ids, images = self._ids(question), self._pixels(question)
             except InputError as fault:
                 ready.broken.append((question.id, str(fault)))
                 continue
@@ -109,19 +110,8 @@ class Prepared(Dataset):
         return ids
 
     def _pixels(self, question: Question) -> list[np.ndarray]:
-        opened = [_open(image) for image in question.images]
+        opened = [open_image(image) for image in question.images]
         return [self.pictures([image], return_tensors="np")["pixel_values"] for image in opened]
-
-
-def _open(image: Path | bytes) -> Image.Image:
-    if isinstance(image, Path):
-        return open_image(image)
-    try:
-        picture = Image.open(io.BytesIO(image))
-        picture.load()
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as fault:
-        raise InputError(f"the picture inside the table is damaged ({fault}); fetch the file again") from fault
-    return open_image(picture)
 
 
 def check_images(pieces: Iterable[Sequence[Question]]) -> None:
@@ -140,14 +130,6 @@ def check_images(pieces: Iterable[Sequence[Question]]) -> None:
 def batches(pieces: Iterable[Sequence[Question]], size: int) -> list[list[Question]]:
     """Each piece in batches of at most `size`."""
     return [list(piece[i : i + size]) for piece in pieces for i in range(0, len(piece), size)]
-
-
-def _worker(_index: int) -> None:
-    """A stop is the main process's business, which tells its workers; its files and their locks are its own."""
-    for name in SIGNALS:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    close_inherited()
 
 
 def _as_it_is(ready: Ready) -> Ready:
@@ -196,8 +178,12 @@ class Asker:
         tell: Callable[[], None],
     ) -> None:
         """All batches, until `stop`; `tell` is called after each. Raises InputError, with its id, for a broken one."""
+        with workers_told():
+            self._ask(batches, answers, figures, stop, tell)
+
+    def _ask(self, batches, answers: Appender, figures: Appender, stop: Stop, tell: Callable[[], None]) -> None:
         start = time.perf_counter()
-        for ready in self._loader(batches):
+        for ready in self._ready(batches):
             if ready.broken and not self.skip_broken:
                 name, reason = ready.broken[0]
                 raise InputError(f"question {name}: {reason}; or go on with --skip-broken")
@@ -213,12 +199,9 @@ class Asker:
             if stop:
                 return
 
-    def _loader(self, batches: Sequence[Sequence[Question]]) -> DataLoader:
+    def _ready(self, batches: Sequence[Sequence[Question]]) -> Iterator[Ready]:
         workers = min(self.workers, len(batches))
-        more = {"prefetch_factor": AHEAD, "worker_init_fn": _worker} if workers else {}
-        return DataLoader(
-            Prepared(batches, self.vlm), batch_size=None, num_workers=workers, collate_fn=_as_it_is, **more
-        )
+        return loaded(loader(Prepared(batches, self.vlm), _as_it_is, workers, AHEAD, close_inherited, batch_size=None))
 
     def _answer(self, ready: Ready) -> tuple[Output, list[str]]:
         width = max(map(len, ready.ids))

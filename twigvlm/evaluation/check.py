@@ -9,7 +9,6 @@ Exit code 1 if something is broken.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -134,27 +133,28 @@ def _check_pictures(finding: Finding, label: str, questions: Sequence[Question],
     there = [picture for picture in pictures if picture not in gone]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         bar["desc"] = f"{label}: opening"
-        opened = list(tqdm(pool.map(_opens, there), total=len(there), **bar))
-    damaged = [picture for picture, whole in zip(there, opened, strict=True) if not whole]
-    finding.damaged = len(damaged)
-    if damaged:
-        finding.fault(f"{len(damaged)} of {len(pictures)} pictures cannot be opened: {_sample(damaged)}")
+        refused = [why for why in tqdm(pool.map(_refusal, there), total=len(there), **bar) if why]
+    finding.damaged = len(refused)
+    if refused:
+        more = ", …" if len(refused) > SAMPLE else ""
+        finding.fault(
+            f"{len(refused)} of {len(pictures)} pictures cannot be opened: {', '.join(refused[:SAMPLE])}{more}"
+        )
 
 
-def _opens(picture: Path | bytes) -> bool:
-    from PIL import Image
+def _refusal(picture: Path | bytes) -> str | None:
+    """Why a picture cannot be asked about."""
+    from ..model.images import open_image
 
     try:
-        with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
-            image.load()
-        return True
-    except Exception:  # Pillow's readers raise whatever a damaged file makes them
-        return False
+        open_image(picture)
+    except InputError as fault:
+        return str(fault)
+    return None
 
 
-def _sample(pictures: Sequence[Path | bytes]) -> str:
-    names = [f"one of {len(p)} bytes in the table" if isinstance(p, bytes) else str(p) for p in pictures[:SAMPLE]]
-    return ", ".join(names) + (", …" if len(pictures) > SAMPLE else "")
+def _sample(pictures: Sequence[Path]) -> str:
+    return ", ".join(map(str, pictures[:SAMPLE])) + (", …" if len(pictures) > SAMPLE else "")
 
 
 def _check_truth(finding: Finding, task: Task, root: Path, split: str, questions: Sequence[Question]) -> None:

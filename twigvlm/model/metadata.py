@@ -32,27 +32,27 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 
 def bare(data: bytes) -> Iterator[bytes]:
-    """A PNG or JPEG file again: without all metadata but EXIF, then without any; nothing for other files."""
+    """A PNG or JPEG file again: without all metadata but EXIF and transparency, then without these; nothing for other files."""
     strip = _bare_png if data.startswith(PNG) else _bare_jpeg if data.startswith(JPEG) else None
-    for exif in (True, False) if strip else ():
+    for some in (True, False) if strip else ():
         with contextlib.suppress(struct.error, IndexError):  # cut short
-            yield strip(data, exif)
+            yield strip(data, some)
 
 
-def _bare_png(data: bytes, exif: bool) -> bytes:
-    """Its critical chunks (a capital first letter) and transparency."""
+def _bare_png(data: bytes, some: bool) -> bytes:
+    """Its critical chunks (a capital first letter), and `some` of the others."""
     kept, at = [PNG], len(PNG)
     while at < len(data):
         length, kind = struct.unpack_from(">I4s", data, at)
         end = at + 12 + length
-        if kind[:1].isupper() or kind == b"tRNS" or (exif and kind == b"eXIf"):
+        if kind[:1].isupper() or (some and kind in (b"tRNS", b"eXIf")):
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
 
 
-def _bare_jpeg(data: bytes, exif: bool) -> bytes:
-    """Without what applications and people noted in front of the picture."""
+def _bare_jpeg(data: bytes, some: bool) -> bytes:
+    """Without what applications and people noted in front of the picture, but for `some` of it."""
     kept, at = [JPEG], len(JPEG)
     while data[at] == 0xFF and data[at + 1] != SCAN:
         marker = data[at + 1]
@@ -62,7 +62,7 @@ def _bare_jpeg(data: bytes, exif: bool) -> bytes:
         end = at + 2 + struct.unpack_from(">H", data, at + 2)[0]
         said = data[at + 4 : end]
         colours = marker == APP14 and said.startswith(b"Adobe") and len(said) >= ADOBE_BYTES
-        turned = exif and marker == APP1 and said.startswith(b"Exif\0")
+        turned = some and marker == APP1 and said.startswith(b"Exif\0")
         if colours or turned or not (APP0 <= marker <= APP15 or marker == COMMENT):
             kept.append(data[at:end])
         at = end

@@ -74,7 +74,9 @@ class _Fetch:
                 if len(data) > MAX_BYTES:
                     raise InputError(f"{self.url}: more than {MAX_BYTES} bytes; fetch it yourself and give the file")
                 if time.monotonic() > self.end:
-                    raise InputError(f"{self.url}: not complete after {TIMEOUT:g} s; fetch it yourself and give the file")
+                    raise InputError(
+                        f"{self.url}: not complete after {TIMEOUT:g} s; fetch it yourself and give the file"
+                    )
         return bytes(data)
 
 

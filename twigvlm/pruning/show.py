@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..errors import InputError, RunError
+from ..model.images import open_image
 
 DIM = 0.25  # brightness of a dropped patch
 
@@ -22,6 +23,7 @@ def kept_picture(image: Image.Image, kept: torch.Tensor | None, visual: int, pad
     token where that counts among the `visual`; None keeps all. The square holds the whole picture
     (`padded`), or its middle: what was cut off is dimmed.
     """
+    image = open_image(image)
     side = isqrt(visual)
     class_token = visual - side**2  # 0 or 1
     light = np.full(visual, DIM if kept is not None else 1.0, np.float32)

@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from ..errors import InputError, RunError
 from ..model.images import open_image
 from ..model.prompt import HUMAN, IMAGE, MODEL, VICUNA_V1, TextEncoder, Unalignable, text_encoder
+from ..workers import named
 from .records import Records
 
 __all__ = ["IGNORE", "IMAGE_LABEL", "Collator", "Example", "Records", "Skipped", "TwigDataset", "encode", "read"]
@@ -232,6 +233,14 @@ class TwigDataset(Dataset):
 
     def encode(self, i: int) -> Example | Skipped:
         """Record i without opening its pictures."""
+        with self._named(i):
+            return self._encode(i)
+
+    def _named(self, i: int):
+        """What nobody foresaw (a memory that is full) is told of the sample that it happened to."""
+        return named(lambda: f"{self.records.path}, sample {i}")
+
+    def _encode(self, i: int) -> Example | Skipped:
         record = self.records[i]
         if i in self.dropped:
             found = Skipped(DROPPED, "by its index")
@@ -240,6 +249,10 @@ class TwigDataset(Dataset):
         return replace(found, index=int(i), id=record.get("id") if isinstance(record, dict) else None)
 
     def __getitem__(self, i: int) -> Example | Skipped:
+        with self._named(i):
+            return self._pixels(i)
+
+    def _pixels(self, i: int) -> Example | Skipped:
         found, opened = self._look(i)
         if not opened or self.image_processor is None:
             return found
@@ -259,7 +272,8 @@ class TwigDataset(Dataset):
 
     def check(self, i: int) -> Example | Skipped:
         """Record i, its pictures opened for the sake of it."""
-        return self._look(i)[0]
+        with self._named(i):
+            return self._look(i)[0]
 
     def _look(self, i: int) -> tuple[Example | Skipped, list[Image.Image]]:
         """Record i and its pictures, if any is shown and all can be read."""

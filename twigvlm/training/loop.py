@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from ..workers import batches, loader
+
 LOGGED = 20  # steps a line of metrics
+AHEAD = 4  # batches that a worker prepares in advance
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,6 @@ class _Steps(Dataset):
 
     def __getitem__(self, i: int) -> dict:
         return self.make_batch(self.start + i)
-
-
-def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everybody; the loop ends its workers
 
 
 def save_atomically(state: object, path: Path) -> None:
@@ -104,8 +101,8 @@ def fit(
         save_atomically({"weights": weights, "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
 
     device = next(module.parameters()).device
-    loader = _loader(make_batch, start, config, pinned=device.type == "cuda")
-    bar = tqdm(loader, initial=start, total=config.steps, desc=config.name, mininterval=2, smoothing=0.02)
+    loaded = batches(_loader(make_batch, start, config, pinned=device.type == "cuda"))
+    bar = tqdm(loaded, initial=start, total=config.steps, desc=config.name, mininterval=2, smoothing=0.02)
     metrics = _Metrics(run_dir / f"{config.name}.jsonl", start)
     saved = time.monotonic()
     for step, batch in enumerate(bar, start):
@@ -149,14 +146,12 @@ def _resume(checkpoint: Path, module: torch.nn.Module, optimizer: torch.optim.Op
 
 
 def _loader(make_batch: Callable[[int], dict], start: int, config: LoopConfig, pinned: bool) -> DataLoader:
-    return DataLoader(
-        _Steps(make_batch, start, config.steps),
-        batch_size=None,
-        num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None,
-        worker_init_fn=_one_thread,
-        pin_memory=pinned,
-    )
+    steps = _Steps(make_batch, start, config.steps)
+    return loader(steps, _as_it_is, config.workers, AHEAD, batch_size=None, pin_memory=pinned)
+
+
+def _as_it_is(batch: dict) -> dict:
+    return batch
 
 
 class _Metrics:

@@ -5,19 +5,26 @@ Understands torchrun's and DeepSpeed's environment variables and Slurm's (`srun 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
-from collections.abc import Callable, MutableMapping
+import sys
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event, Thread
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..errors import InputError, RunError
+from ..workers import end_workers
 
+FAILED = "a process of the run has failed"  # a key of the store
+LOOK, GRACE = 1.0, 5.0  # seconds between two looks at it; until a process that ends by itself should have done so
+GONE = re.compile(r"closed by peer|reset by peer|broken pipe|gloo|nccl|timed out waiting", re.IGNORECASE)
 PATIENCE = timedelta(hours=4)  # rank 0 may read a large data file before the others hear of it
 SLURM_PORTS = (20000, 20000)  # first port, and how many to choose from by job id
 
@@ -50,7 +57,7 @@ class Ranks:
         if self.first:
             try:
                 told = (True, work())
-            except (InputError, RunError) as found:
+            except Exception as found:
                 fault, told = found, (False, 2 if isinstance(found, InputError) else 1)
         box = [told]
         dist.broadcast_object_list(box, src=0)
@@ -68,7 +75,7 @@ class Ranks:
         value, fault = None, None
         try:
             value = work()
-        except (InputError, RunError) as found:
+        except Exception as found:
             fault = found
         codes: list = [None] * self.world
         dist.all_gather_object(codes, None if fault is None else (2 if isinstance(fault, InputError) else 1))
@@ -141,12 +148,55 @@ def join(ranks: Ranks, device: torch.device) -> None:
             f"process {ranks.rank} of {ranks.world} cannot reach the others ({reason}); check MASTER_ADDR "
             f"({os.environ.get('MASTER_ADDR')}) and MASTER_PORT ({os.environ.get('MASTER_PORT')})"
         ) from fault
+    Thread(target=_watch, args=(ranks, _store()), daemon=True).start()
+
+
+def _store() -> dist.Store:
+    """Where the processes of a run leave words for each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
+_LEFT = Event()  # this process is through, or has said that it failed
+
+
+def _watch(ranks: Ranks, store: dist.Store) -> None:
+    """End this process when another has failed: on GPUs it might wait for that one's part of a sum for hours."""
+    while not _LEFT.wait(LOOK):
+        try:
+            failed = store.check([FAILED])
+        except RuntimeError:  # the process that keeps the words is gone
+            failed = True
+        if failed and not _LEFT.wait(GRACE):
+            print(f"process {ranks.rank}: another process has failed, see its message", file=sys.stderr, flush=True)
+            end_workers()
+            os._exit(1)
+
+
+def tell_failure() -> None:
+    """Let the other processes know that this one is about to end."""
+    _LEFT.set()
+    with contextlib.suppress(Exception):  # nobody is left to hear it, or nobody was there yet
+        if dist.is_initialized():
+            _store().set(FAILED, "1")
+
+
+@contextlib.contextmanager
+def others_told() -> Iterator[None]:
+    """A message to a process that is gone fails, in words of the network: a quiet end, since that one has said why."""
+    try:
+        yield
+    except RuntimeError as fault:
+        if isinstance(fault, RunError) or not dist.is_initialized() or not GONE.search(str(fault)):
+            raise
+        reason = " ".join(str(fault).splitlines()[0].split())
+        raise RunError(f"another process has ended, see its message ({reason})") from fault
 
 
 def leave(ranks: Ranks) -> None:
     """All together: a process that goes early makes the others' last messages fail."""
     if ranks.world > 1 and dist.is_initialized():
         dist.barrier()
+        _LEFT.set()
         dist.destroy_process_group()
 
 

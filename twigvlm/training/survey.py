@@ -24,9 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import InputError, RunError
+from ..workers import Failure, attempt, checked
 from .data import DROPPED, IMAGE_BROKEN, IMAGE_MISSING, Conversation, Skipped, TwigDataset, read
 
-VERSION = 1  # of what `encode` does: raise it when a record's ids, labels or reasons change
+VERSION = 2  # of what `encode` does: raise it when a record's ids, labels or reasons change
 PART = 500  # records a worker takes at a time
 MAX_SKIPPED = 0.01  # share of all records
 
@@ -100,7 +101,7 @@ def in_parts(
 ) -> Iterator:
     """`work(dataset, some indices)` over all indices, by worker processes; its items in order, lazily.
 
-    `progress` names a bar on stderr. Raises RunError when a worker dies.
+    `progress` names a bar on stderr. Raises InputError or RunError for what goes wrong in a worker, and when one dies.
     """
     parts = [indices[start : start + part] for start in range(0, len(indices), part)]
     with tqdm(total=len(indices), desc=progress, unit=" samples", disable=progress is None, mininterval=0.5) as bar:
@@ -134,9 +135,9 @@ def _follow(parent: int) -> None:
     os._exit(1)
 
 
-def _work(part: Sequence[int]) -> list:
+def _work(part: Sequence[int]) -> list | Failure:
     work, dataset = _worker
-    return work(dataset, part)
+    return attempt(work, dataset, part, about=f"{dataset.records.path}, samples {part[0]} to {part[-1]}")
 
 
 def _there(work, dataset: TwigDataset, parts: list, workers: int) -> Iterator[list]:
@@ -146,9 +147,9 @@ def _there(work, dataset: TwigDataset, parts: list, workers: int) -> Iterator[li
         for part in parts:
             waiting.append(pool.submit(_work, part))
             if len(waiting) > 4 * workers:  # a bounded window, so that answers do not pile up
-                yield waiting.pop(0).result()
+                yield checked(waiting.pop(0).result())
         while waiting:
-            yield waiting.pop(0).result()
+            yield checked(waiting.pop(0).result())
     except BrokenProcessPool as fault:
         raise RunError("a worker process died while reading the data (out of memory?); use fewer workers") from fault
     finally:

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from ..errors import InputError, RunError
 from ..model.describe import read_json
 from ..model.load import pick_device
 from ..model.twig import CONFIG, WEIGHTS, describe
+from ..workers import end_workers, workers_told
 from . import checkpoints
 from .agreement import FILE as ANSWERS
 from .agreement import hold_out, load_answers
@@ -34,7 +36,7 @@ from .finish import export_release, finish
 from .lora import add_adapters
 from .material import Material, complete, gather
 from .model import Planted, Seed, TwigForTraining, checkpoint_gradients, plant
-from .ranks import Elsewhere, Ranks, alone, find, join, leave
+from .ranks import Elsewhere, Ranks, alone, find, join, leave, others_told, tell_failure
 from .report import Report
 from .sampler import LengthGroupedSampler
 from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, parse, split_batch
@@ -71,31 +73,55 @@ class Split:
 def main(argv: list[str] | None = None) -> int:
     code = 1
     try:
+        code = _main(argv)
+    except SystemExit as fault:  # of the flags
+        if _alone():
+            raise
+        code = fault.code if isinstance(fault.code, int) else 1
+    except BaseException:  # a fault of this code: the whole story, and the same end
+        if _alone():
+            raise
+        traceback.print_exc()
+    finally:
+        end_workers()
+    if not _alone():
+        # Other processes may wait for this one in vain: they hear of it, and the launcher sees it go.
+        if code:
+            tell_failure()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) <= 1
+
+
+def _main(argv: list[str] | None) -> int:
+    """The exit code; what can go wrong is told on one line."""
+    try:
         settings, args = parse(argv, __doc__)
         if args.dry_run:
             from .plan import print_plan
 
             return print_plan(settings, args.devices, args.samples)
-        code = run(settings)
+        with workers_told(), others_told():
+            return run(settings)
     except Elsewhere as fault:
-        code = fault.code
+        return fault.code
     except InputError as fault:
         print(f"error: {fault}", file=sys.stderr)
-        code = 2
+        return 2
     except RunError as fault:
         print(f"error: {fault}", file=sys.stderr)
     except KeyboardInterrupt:
-        code = 130
+        return 130
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as fault:  # a full disk, a folder that may not be written
         print(f"error: {fault}; free space or choose another --out; the same command continues", file=sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Other processes may wait for this one in vain; the launcher ends them when it sees it go.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return 1
 
 
 @dataclass

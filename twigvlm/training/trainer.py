@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..errors import InputError, RunError
+from ..errors import RunError
 from ..model.twig import WEIGHTS, write_twig
+from ..workers import checked, loader
 from . import checkpoints
 from .agreement import HeldOut
 from .clock import Clock
@@ -105,21 +106,11 @@ class _Lazy:
     def __iter__(self) -> Iterator[dict]:
         for _ in range(self.count):
             start = time.monotonic()
-            try:
-                batch = next(self.batches)
-            except (InputError, RunError) as fault:  # a worker's comes with its whole traceback
-                raise type(fault)(str(fault).strip().splitlines()[-1].split("Error: ", 1)[-1]) from fault
+            batch = checked(next(self.batches))
             waited = time.monotonic() - start
             self.tally.waited += waited
             self.clock.add("waiting", waited)
             yield batch
-
-
-def enter_worker(_number: int) -> None:
-    """One thread, and signals are for the training process, which still needs its batches."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TwigTrainer(Trainer):
@@ -152,16 +143,10 @@ class TwigTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Not prepared by accelerate: the sampler already knows the processes."""
-        workers = self.args.dataloader_num_workers
-        return DataLoader(
-            self.train_dataset,
-            batch_sampler=self.sampler,
-            collate_fn=self.data_collator,
-            num_workers=workers,
-            prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=enter_worker,
-            pin_memory=self.job.device.type == "cuda",
-        )
+        return loader(
+            self.train_dataset, self.data_collator, self.args.dataloader_num_workers, PREFETCH,
+            batch_sampler=self.sampler, pin_memory=self.job.device.type == "cuda",
+        )  # fmt: skip
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(self.job.material.usable)
