@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from twigvlm import locks
 from twigvlm.errors import InputError, RunError
 from twigvlm.evaluation import check
 from twigvlm.evaluation.tasks import TASKS
@@ -402,7 +403,7 @@ def test_shards_may_generate_at_once(sprout, tmp_path):
 
 
 def test_without_locks_the_first_one_wins(sprout, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "fcntl", None)
+    monkeypatch.setattr(locks, "fcntl", None)
     write = benchmarks.WRITERS["pope"]
 
     def slow(out):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,11 @@ from typing import Any
 import shortuuid
 
 from ..errors import InputError, RunError
+from ..locks import hold
 from ..text import whole
 from .record import write_json
 from .setting import LATE
 from .tasks.base import Question
-
-try:
-    import fcntl
-except ImportError:  # Windows: no locks
-    fcntl = None
 
 SETTINGS, MERGED, RESULT, UPLOAD, LOGS = "settings.json", "merge.jsonl", "result.json", "upload", "logs"
 PER_QUESTION = "per_question.json"
@@ -100,7 +96,7 @@ class Appender:
         self.file, self.durable = file, durable
         new = not file.exists()
         try:
-            self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
             lock(self._fd, f"{file}: another process is writing it; wait for its end, or stop it")
             keep = sum(len(row) + 1 for row in _whole_rows(file))
             os.ftruncate(self._fd, keep)
@@ -140,27 +136,8 @@ class Appender:
 
 def lock(fd: int, refusal: str) -> None:
     """Hold the file until it is closed. Raises InputError with `refusal` when somebody else does."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as fault:
-        raise InputError(refusal) from fault
-    except OSError:  # a file system without locks
-        pass
-
-
-@contextlib.contextmanager
-def alone(file: Path) -> Iterator[None]:
-    """One process at a time; the others wait."""
-    fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+    if hold(fd) is False:
+        raise InputError(refusal)
 
 
 @dataclass(frozen=True)

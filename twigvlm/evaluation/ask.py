@@ -247,7 +247,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the device's own where it is CUDA, else the process's largest resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from .answers import PER_QUESTION, RESULT, UPLOAD, Folder, alone, answer_line
+from ..locks import alone
+from .answers import PER_QUESTION, RESULT, UPLOAD, Folder, answer_line
 from .figures import summary
 from .partial import Head
 from .record import write_json

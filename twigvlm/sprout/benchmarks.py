@@ -31,17 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
+from ..locks import alone
 from ..program import run_program
 from . import chinese
 from .draw import IMAGE_SIZE, _box, draw
 from .questions import DESCRIBE, LETTER, LETTERS, SINGLE_WORD, YES_NO, describe
 from .supply import SPLIT, Asked, balanced, gather, in_order, pair_of, scene, with_word
 from .world import COLOURS, PLACES, SHAPES, WORDS, SceneObject
-
-try:
-    import fcntl
-except ImportError:  # Windows: the renames alone keep concurrent writers apart
-    fcntl = None
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "playground" / "data" / "sprout"
@@ -210,12 +206,7 @@ def _umask() -> int:
 def _alone(root: Path) -> Iterator[None]:
     """One writer at a time; what killed ones left behind is swept away."""
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / LOCK, "w", encoding="utf-8") as lock:
-        locked = False
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # some network disks have no locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                locked = True
+    with alone(root / LOCK) as locked:  # where there are no locks, the renames alone keep concurrent writers apart
         if locked:
             for rest in [*root.glob(f"{PART}*"), *(root / PICTURES).glob("*.part")]:
                 _remove(rest)

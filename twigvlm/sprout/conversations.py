@@ -7,7 +7,6 @@ of the embedded world, so that nothing of the test split is learnt.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import random
@@ -18,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..errors import InputError, RunError
+from ..locks import alone
 from ..program import run_program
 from .draw import draw
 from .questions import KINDS, Question, ask
@@ -91,8 +91,7 @@ def ensure_drawn(root: Path = DRAWN, samples: dict[str, int] = SAMPLES, progress
         return
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with open(root / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with alone(root / ".lock"):
             for split, count in samples.items():
                 if not is_drawn(split, count, root / split):
                     write(split, count, root / split, progress)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -23,6 +22,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import InputError, RunError
+from ..locks import hold
 
 SEAL, RUN = "whole.json", "run.json"
 SAVING, DOOMED, LOCK = ".saving", ".doomed", ".lock"
@@ -107,6 +107,8 @@ def _checksum(file: Path) -> tuple[int, int]:
 
 
 def _flush(path: Path) -> None:
+    if os.name == "nt":  # flushes neither a folder nor what is open for reading
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -150,13 +152,10 @@ def occupy(out: Path) -> object:
         lock = open(out / LOCK, "w")  # noqa: SIM115 (held until the process ends)
     except OSError as fault:
         raise InputError(f"output folder {out}: cannot be used ({fault.strerror}); choose another --out") from fault
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as fault:
-        if fault.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-            raise InputError(
-                f"output folder {out}: another training is writing there; wait for it, or choose another --out"
-            ) from fault
+    if hold(lock.fileno()) is False:
+        raise InputError(
+            f"output folder {out}: another training is writing there; wait for it, or choose another --out"
+        )
     names = sorted(p.name for p in out.iterdir())
     strange = [n for n in names if not OURS.fullmatch(n)]
     results = [n for n in names if n.startswith("checkpoint-") or n.endswith(".safetensors")]

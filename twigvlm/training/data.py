@@ -7,6 +7,7 @@ mended silently.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,10 @@ TRIES = 1000  # records that are looked at for a stand-in
 MALFORMED, TOO_LONG = "malformed record", "too long"
 NO_LABELS = "labels cannot be aligned"
 IMAGE_COUNT, IMAGE_MISSING, IMAGE_BROKEN = "image count", "image missing", "image broken"
+IMAGE_ELSEWHERE = "image is no file"
+OTHER_MEDIA = ("video", "videos", "audio", "audios")  # keys; each is a reason of its own
+ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)  # how the address of what is no file begins
+SHOWN = 80  # letters of a name or address in a message
 DROPPED = "dropped on request"
 
 
@@ -87,8 +92,9 @@ def read(record: object) -> Conversation | Skipped:
 
     Every turn that holds `<image>` is stripped and gets it in front, on a line of its own; a first
     turn that is not the human's is dropped with its pictures. One picture stands wherever a turn
-    asks for it; several pictures need as many marks, or as many turns with marks. A record without
-    the key "image" has no pictures: `<image>` is a word there.
+    asks for it; several pictures need as many marks, or as many turns with marks. Under the key
+    "images" each picture has a mark of its own. A record with neither key has no pictures: `<image>`
+    is a word there.
     """
     try:
         return _conversation(record)
@@ -141,7 +147,7 @@ def _conversation(record: object) -> Conversation:
                 f"{NO_LABELS}: unknown role", f"turn {i} is from {turn.get('from')!r}; human or gpt is needed"
             )
     shown, unshown = _pictures(record, [turn["value"].count(IMAGE) for turn in turns])
-    marked = "image" in record
+    marked = "image" in record or "images" in record
     messages = [
         (turn["from"], _marks_first(turn["value"], len(names)) if marked else turn["value"])
         for turn, names in zip(turns, shown, strict=True)
@@ -149,7 +155,10 @@ def _conversation(record: object) -> Conversation:
     if messages[0][0] != HUMAN:
         unshown += len(shown[0])
         messages, shown = messages[1:], shown[1:]
-    return Conversation(messages, tuple(n for names in shown for n in names), marked, unshown)
+    names = tuple(name for names in shown for name in names)
+    for name in filter(ELSEWHERE.match, names):
+        raise _Unusable(IMAGE_ELSEWHERE, f"{name[:SHOWN]!r}; fetch it into the image folder and name the file")
+    return Conversation(messages, names, marked, unshown)
 
 
 def _is_text(value: str) -> bool:
@@ -168,15 +177,22 @@ def _marks_first(text: str, marks: int) -> str:
 
 def _pictures(record: dict, marks: list[int]) -> tuple[list[list[str]], int]:
     """Names of the pictures shown by each turn, and how many are shown by none."""
-    names, none = _names(record), [[] for _ in marks]
+    for key in OTHER_MEDIA:
+        if record.get(key):
+            raise _Unusable(key, f"{str(record[key])[:SHOWN]!r}; only pictures can be looked at")
+    each_marked = bool(record.get("images"))
+    if each_marked and record.get("image"):
+        raise _Unusable(MALFORMED, 'both "image" and "images" name pictures; one of them is needed')
+    names, none = _names(record, "images" if each_marked else "image"), [[] for _ in marks]
     turns = sum(m > 0 for m in marks)
-    if "image" not in record or not turns:
-        return none, len(names)
-    if len(names) == 1:
-        return [names * (m > 0) for m in marks], 0
+    if not each_marked:
+        if not ("image" in record or "images" in record) or not turns:
+            return none, len(names)
+        if len(names) == 1:
+            return [names * (m > 0) for m in marks], 0
     if len(names) == sum(marks):
         each = marks
-    elif len(names) == turns:
+    elif len(names) == turns and not each_marked:
         each = [int(m > 0) for m in marks]
     else:
         raise _Unusable(IMAGE_COUNT, f"{sum(marks)} {IMAGE} marks for {len(names)} images; one for each is needed")
@@ -184,11 +200,11 @@ def _pictures(record: dict, marks: list[int]) -> tuple[list[list[str]], int]:
     return [[next(left) for _ in range(count)] for count in each], 0
 
 
-def _names(record: dict) -> list[str]:
-    value = record.get("image")
+def _names(record: dict, key: str) -> list[str]:
+    value = record.get(key)
     names = [] if value is None or value == "" else value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) and name for name in names):
-        raise _Unusable(MALFORMED, f'"image" is {str(value)[:50]!r}; a file name or a list of them is expected')
+        raise _Unusable(MALFORMED, f'"{key}" is {str(value)[:SHOWN]!r}; a file name or a list of them is expected')
     return names
 
 

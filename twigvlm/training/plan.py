@@ -22,6 +22,7 @@ from ..sprout.conversations import SAMPLES as DRAWN_SAMPLES
 from .data import Records
 from .model import Seed, layers_needed, take_twig, trim_tower
 from .settings import ROWS_PER_DEVICE, Settings, split_batch
+from .zero import read_zero, stage_of
 
 STAGES = ("none", "2", "3", "3_offload")
 CARDS = (24, 40, 80)  # GB, of 10**9 bytes
@@ -252,8 +253,8 @@ def _stage(settings: Settings, zero: Path | None) -> str:
     """Which of STAGES a DeepSpeed file means."""
     if zero is None:
         return "none"
-    facts = read_json(zero).get("zero_optimization", {})
-    stage = str(facts.get("stage", 0))
+    config = read_zero(zero)
+    facts, stage = config.get("zero_optimization", {}), str(stage_of(config))
     if stage == "3" and facts.get("offload_optimizer"):
         return "3_offload"
     return stage if stage in STAGES else "2"

@@ -188,7 +188,7 @@ def others_told() -> Iterator[None]:
     except RuntimeError as fault:
         if isinstance(fault, RunError) or not dist.is_initialized() or not GONE.search(str(fault)):
             raise
-        reason = " ".join(str(fault).splitlines()[0].split())
+        reason = " ".join(str(fault).splitlines()[0].split()).split(". ")[0]
         raise RunError(f"another process has ended, see its message ({reason})") from fault
 
 

@@ -26,6 +26,19 @@ _KIND[ord('"')] = QUOTE
 _WANTED = (_KIND > 0).astype(np.uint8).tobytes()  # for bytes.translate, the fastest table there is
 BLANK = b" \t\r\n"
 BOM = b"\xef\xbb\xbf"
+# What is not JSON in UTF-8, by how it begins, and what to do with it.
+OTHERS = (
+    (b"\x1f\x8b", "compressed by gzip", "unpack it with gunzip"),
+    (b"PK\x03\x04", "a ZIP archive", "unpack it with unzip"),
+    (b"BZh", "compressed by bzip2", "unpack it with bunzip2"),
+    (b"\xfd7zXZ\x00", "compressed by xz", "unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it with unzstd"),
+    (b"PAR1", "a Parquet table", "write its rows as JSON lines"),
+    (b"\xff\xfe\x00\x00", "UTF-32", "write it in UTF-8: iconv -f UTF-32 -t UTF-8"),
+    (b"\x00\x00\xfe\xff", "UTF-32", "write it in UTF-8: iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "UTF-16", "write it in UTF-8: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16", "write it in UTF-8: iconv -f UTF-16 -t UTF-8"),
+)
 
 
 class Records(Sequence):
@@ -66,7 +79,7 @@ class Records(Sequence):
         """Bytes [start, end) of the file."""
         if self._file is None and self._open() != self._stamp:
             raise InputError(f"{self.path}: has changed since this run began; start again")
-        found = os.pread(self._file, end - start, start)
+        found = _read_at(self._file, end - start, start)
         if len(found) != end - start:
             raise InputError(f"{self.path}: has become shorter since this run began; start again")
         return found
@@ -108,6 +121,14 @@ class Records(Sequence):
             os.close(self._file)
 
 
+def _read_at(file: int, count: int, start: int) -> bytes:
+    """Forked processes share one place in an open file: where they exist, it is left alone."""
+    if hasattr(os, "pread"):
+        return os.pread(file, count, start)
+    os.lseek(file, start, os.SEEK_SET)
+    return os.read(file, count)
+
+
 class _Fault(Exception):
     """Structure that is no list of records: (byte, what)."""
 
@@ -144,6 +165,13 @@ class _Scan:
     def _first(self) -> int:
         """The byte of the opening bracket."""
         head = self.records.read(0, min(CHUNK, self.records.size))
+        for begin, what, remedy in OTHERS:
+            if head.startswith(begin):
+                raise InputError(f"{self.records.path}: is {what}, not JSON in UTF-8; {remedy}")
+        if b"\0" in head[:4]:  # no text in UTF-8 has one; UTF-16 without its mark does
+            raise InputError(
+                f"{self.records.path}: is not JSON in UTF-8; if it is UTF-16 or UTF-32, write it anew with iconv -t UTF-8"
+            )
         text = head.removeprefix(BOM).lstrip(BLANK)
         if not text:
             raise InputError(f"{self.records.path}: is empty; a JSON list of conversations is expected")

@@ -15,6 +15,7 @@ from ..config import DEFAULT_K, DEFAULT_T
 from ..errors import InputError
 from ..model.load import BACKENDS
 from ..model.random import SHAPES
+from .zero import read_zero
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ZERO = {"2": "zero2.json", "3": "zero3.json", "3_offload": "zero3_offload.json"}
@@ -134,6 +135,7 @@ class Settings:
             raise InputError(
                 f"zero is {self.zero!r}, but deepspeed is not installed: pip install deepspeed, or --zero none"
             )
+        read_zero(file)
         return file
 
 

@@ -41,6 +41,7 @@ from .report import Report
 from .sampler import LengthGroupedSampler
 from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, parse, split_batch
 from .survey import SkipLog, Survey
+from .zero import read_zero, settle, stage_of
 
 NEVER = 10**9  # steps
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -140,8 +141,7 @@ class Run:
         """What a checkpoint must agree with to be continued."""
         if self.zero is None:
             return {"zero": 0}
-        stage = json.loads(self.zero.read_text(encoding="utf-8")).get("zero_optimization", {}).get("stage", 0)
-        return {"zero": stage, "processes": self.ranks.world}
+        return {"zero": stage_of(read_zero(self.zero)), "processes": self.ranks.world}
 
 
 def run(settings: Settings) -> int:
@@ -309,8 +309,8 @@ def _share(one: Run, material: Material) -> tuple[Split, LengthGroupedSampler]:
     return Split(rows, accumulation, ranks.world, steps, each), sampler
 
 
-def _arguments(one: Run, split: Split):
-    """The Trainer's."""
+def _arguments(one: Run, split: Split, width: int):
+    """The Trainer's, for a model of this width."""
     from transformers import TrainingArguments
 
     settings = one.settings
@@ -350,7 +350,9 @@ def _arguments(one: Run, split: Split):
         bf16=one.precision == "bf16",
         seed=settings.seed,
         use_cpu=one.device.type == "cpu",
-        deepspeed=None if one.zero is None else str(one.zero),
+        deepspeed=None
+        if one.zero is None
+        else settle(one.zero, width, split.rows, split.accumulation, split.processes),
         ddp_find_unused_parameters=False,
         dataloader_num_workers=workers,
         logging_steps=settings.log_steps or (1 if split.steps < MANY_STEPS else 10),
@@ -381,11 +383,18 @@ def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None
         ranks.on_first(lambda: finish(job, end, planted.twig, _made(one, split), {}))
         return 0
     model = TwigForTraining(planted.trunk, planted.twig)
-    trainer = ranks.everywhere(lambda: TwigTrainer(job, model, _arguments(one, split), sampler, signals))
+    width = planted.trunk.model.config.text_config.hidden_size
+    trainer = ranks.everywhere(lambda: TwigTrainer(job, model, _arguments(one, split, width), sampler, signals))
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     except NotFinite as fault:
         raise RunError(_not_finite(one, trainer, fault)) from fault
+    except ValueError as fault:
+        if isinstance(fault, InputError) or one.zero is None or trainer.state.global_step:
+            raise
+        raise InputError(
+            f"{one.zero}: not a DeepSpeed configuration for this run ({' '.join(str(fault).split())})"
+        ) from fault
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
         if isinstance(fault, RunError) or not _is_out_of_memory(fault):
             raise

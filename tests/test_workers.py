@@ -1,0 +1,358 @@
+"""Whatever goes wrong in a process that loads data, its program ends within seconds and says what it was."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from test_eval_runner import data, lines, model, runner  # noqa: F401 (fixtures)
+from test_training import run, world  # noqa: F401
+from torch.utils.data import Dataset
+
+from twigvlm import workers
+from twigvlm.errors import InputError, RunError
+from twigvlm.evaluation.ask import Prepared
+from twigvlm.training import data as training_data
+from twigvlm.training import survey
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+class Needy(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} {two}")
+
+
+class Lying(Exception):
+    message = "torch makes it again from its message, which fails"
+
+    def __init__(self, number):
+        super().__init__(number)
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+def local() -> type[Exception]:
+    class Local(Exception):
+        """Cannot be pickled."""
+
+    return Local
+
+
+RAISED = {
+    "KeyError": (lambda: KeyError("x"), "KeyError: 'x'"),
+    "SystemExit": (lambda: SystemExit(0), "SystemExit: 0"),
+    "KeyboardInterrupt": (KeyboardInterrupt, "KeyboardInterrupt"),
+    "StopIteration": (StopIteration, "StopIteration"),
+    "GeneratorExit": (GeneratorExit, "GeneratorExit"),
+    "unpicklable": (lambda: local()("y"), "Local: y"),
+    "needs-more": (lambda: Needy(1, 2), "Needy: 1 2"),
+    "lying": (lambda: Lying(3), "Lying: 3"),
+    "mute": (Mute, "Mute"),
+    "MemoryError": (MemoryError, "MemoryError"),
+    "RecursionError": (lambda: RecursionError("deep"), "RecursionError: deep"),
+    "RuntimeError": (lambda: RuntimeError("a\nb"), "RuntimeError: a b"),
+    "holds-a-lock": (lambda: RuntimeError(multiprocessing.Lock()), "RuntimeError: <Lock"),
+}
+DEATHS = {
+    "_exit-0": (lambda: os._exit(0), "exited unexpectedly"),
+    "_exit-3": (lambda: os._exit(3), "exit code 3"),
+    "killed": (lambda: os.kill(os.getpid(), signal.SIGKILL), "killed by signal: Killed"),
+}
+HOW = [*RAISED, *DEATHS]
+
+
+def fail(how: str) -> None:
+    if how in DEATHS:
+        DEATHS[how][0]()
+    raise RAISED[how][0]()
+
+
+def told(how: str) -> str:
+    return (RAISED.get(how) or DEATHS[how])[1]
+
+
+class Numbers(Dataset):
+    def __init__(self, how: str):
+        self.how = how
+
+    def __len__(self) -> int:
+        return 20
+
+    def __getitem__(self, i: int) -> int:
+        if i == 5:
+            fail(self.how)
+        return i
+
+
+def gone() -> bool:
+    """Whether every worker has ended."""
+    end = time.monotonic() + 10
+    while multiprocessing.active_children() and time.monotonic() < end:
+        time.sleep(0.02)
+    return not multiprocessing.active_children()
+
+
+def as_it_is(found):
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("how", HOW)
+def test_a_failure_is_told_on_one_line(how, count):
+    loaded = workers.batches(workers.loader(Numbers(how), as_it_is, count, 2, batch_size=2))
+    found, start = [], time.monotonic()
+    with pytest.raises(RunError) as caught:
+        found += loaded
+    text = str(caught.value)
+    assert told(how) in text and "\n" not in text and time.monotonic() - start < 20
+    if how in RAISED:
+        assert found == [[0, 1], [2, 3]] and "samples 4, 5" in text and "test_workers.py, line" in text
+    del loaded, caught
+    workers.end_workers()
+    assert gone()
+
+
+@pytest.mark.parametrize(
+    "how", [how for how in RAISED if how not in ("SystemExit", "KeyboardInterrupt", "GeneratorExit")]
+)
+def test_without_workers_it_is_the_same(how):
+    with pytest.raises(RunError, match="samples 4, 5: ") as caught:
+        list(workers.batches(workers.loader(Numbers(how), as_it_is, 0, 2, batch_size=2)))
+    assert told(how) in str(caught.value)
+
+
+def test_what_is_asked_wrongly_stays_so():
+    class Wrong(Numbers):
+        def __getitem__(self, i):
+            raise InputError("nothing there")
+
+    for count in (0, 1):
+        with pytest.raises(InputError, match=r"^nothing there$"):
+            list(workers.batches(workers.loader(Wrong(""), as_it_is, count, 2, batch_size=2)))
+
+
+def test_a_batch_that_cannot_be_sent(capfd):
+    """It would be waited for in vain."""
+    loaded = workers.loader(Numbers("KeyError"), lambda found: lambda: found, 1, 2, batch_size=2)
+    with pytest.raises(RunError, match="exit code 1"):
+        list(workers.batches(loaded))
+    assert "a batch cannot be handed over" in capfd.readouterr().err
+
+
+def test_a_collator_that_fails():
+    def collate(found):
+        raise Needy(1, 2)
+
+    for count in (0, 1):
+        with pytest.raises(RunError, match=r"a batch: .*Needy: 1 2"):
+            list(workers.batches(workers.loader(Numbers("KeyError"), collate, count, 2, batch_size=2)))
+
+
+def test_signals_do_not_stop_workers_and_the_end_of_the_program_does():
+    """Also an end that nobody foresaw, with the loader still in somebody's hands."""
+    code = (
+        "import multiprocessing, os, signal, sys\nfrom twigvlm import workers\nfrom test_workers import Numbers, as_it_is\n"
+        "loaded = iter(workers.loader(Numbers('KeyError'), as_it_is, 2, 2, batch_size=2))\nnext(loaded)\n"
+        "[os.kill(p.pid, n) for p in multiprocessing.active_children() for n in (signal.SIGTERM, signal.SIGINT)]\n"
+        "print(next(loaded), *(p.pid for p in multiprocessing.active_children()), flush=True)\n"
+        "raise KeyError('nobody foresaw this')\n"
+    )
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "nobody foresaw this" in done.stderr
+    assert done.stdout.startswith("[2, 3] ")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in done.stdout.split()[2:])
+
+
+# ---------------------------------------------------------------------- reading the data
+
+
+def _failing(dataset, indices):
+    if 2 in indices:
+        fail(dataset.how)
+    return list(indices)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_survey(how):
+    dataset = SimpleNamespace(how=how, records=SimpleNamespace(path="data.json"))
+    with pytest.raises(RunError) as caught:
+        list(survey.in_parts(_failing, dataset, range(6), 2, None, 1))
+    assert ("worker process died" if how in DEATHS else told(how)) in str(caught.value)
+
+
+# ---------------------------------------------------------------------- training
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """Make the fourth sample that a process prepares fail."""
+
+    def spoil(how: str) -> None:
+        real, seen = training_data.TwigDataset._pixels, []
+
+        def pixels(self, i):
+            seen.append(i)
+            if len(seen) == 4:
+                fail(how)
+            return real(self, i)
+
+        monkeypatch.setattr(training_data.TwigDataset, "_pixels", pixels)
+
+    return spoil
+
+
+@pytest.mark.parametrize("how", ["KeyError", "SystemExit", "unpicklable", "MemoryError", "killed",
+                                 *(pytest.param(how, marks=pytest.mark.slow) for how in HOW)])  # fmt: skip
+def test_training(run, spoilt, how):  # noqa: F811
+    spoilt(how)
+    start = time.monotonic()
+    code, said = run("out", "--workers", "1", "--held-out", "0")
+    last = said.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("error: ") and told(how) in last and "Traceback" not in said, said
+    assert "per-device-batch" not in last and (how in DEATHS or "sample" in last)
+    assert time.monotonic() - start < 60 and gone()
+
+
+def test_a_memory_that_is_full_names_the_sample(run, spoilt):  # noqa: F811
+    spoilt("MemoryError")
+    code, said = run("out", "--workers", "0", "--held-out", "0")
+    assert code == 1 and "MemoryError" in said and "data.json, sample " in said and "per-device-batch" not in said
+
+
+SPOILT = """
+import os, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_workers import fail
+from twigvlm.training import data, train
+real, seen = data.TwigDataset._pixels, []
+def pixels(self, i):
+    seen.append(i)
+    if len(seen) == 4 and os.environ.get("RANK") == "1":
+        fail({how!r})
+    return real(self, i)
+data.TwigDataset._pixels = pixels
+sys.exit(train.main())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+def test_training_with_two_ranks(world, tmp_path, how):  # noqa: F811
+    """The second one's worker fails; both end, and torchrun with them."""
+    script = tmp_path / "spoilt.py"
+    script.write_text(SPOILT.format(how=how, tests=str(ROOT / "tests"), root=str(ROOT)))
+    words = [
+        "--base",
+        world / "base",
+        "--data",
+        world / "data.json",
+        "--images",
+        world / "images",
+        "--out",
+        tmp_path / "out",
+    ]
+    words += [
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--zero",
+        "none",
+        "--batch-size",
+        "4",
+        "--per-device-batch",
+        "1",
+        "--epochs",
+        "9",
+        "--workers",
+        "1",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, launch), *map(str, words), "--held-out", "0"], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and told(how) in done.stderr, done.stderr
+    names = [line for line in done.stderr.splitlines() if line.startswith("error: ") and told(how) in line]
+    assert len(names) == 1 and "SIGKILL" not in done.stderr, done.stderr
+
+
+# ---------------------------------------------------------------------- evaluation
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_evaluation(runner, tmp_path, monkeypatch, how):  # noqa: F811
+    real = Prepared._ids
+
+    def ids(self, question):
+        if question.id == "104":
+            fail(how)
+        return real(self, question)
+
+    monkeypatch.setattr(Prepared, "_ids", ids)
+    flags = ("--out", str(tmp_path / "out"), "--workers", "1", "--batch-size", "2")
+    last = runner.refused(*flags, code=1, words=(told(how),))
+    assert how in DEATHS or how in ("SystemExit", "KeyboardInterrupt", "GeneratorExit") or "question 104" in last
+    assert gone()
+
+
+SITE = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+if "--shard" in sys.argv:
+    from test_workers import fail
+    from twigvlm.evaluation.ask import Prepared
+    real = Prepared._ids
+    def ids(self, question):
+        if question.id == "104":
+            fail({how!r})
+        return real(self, question)
+    Prepared._ids = ids
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+def test_evaluation_in_shards(model, data, tmp_path, how):  # noqa: F811
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "main.py").write_text(
+        SITE.format(how=how, tests=str(ROOT / "tests"), root=str(ROOT))
+        + "from twigvlm.evaluation import run\nrun.MODULE = 'main'\nsys.exit(run.main())\n"
+    )
+    words = ["--task", "gqa", "--base-model", model[0], "--twig-block", model[1], "--data", str(data), "-R", "2"]
+    words += [
+        "--device",
+        "cpu",
+        "--num-shards",
+        "2",
+        "--workers",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "main", *words],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 1 and '"score"' not in done.stdout, done.stderr
+    assert told(how) in done.stderr and "shard 0 of 2 ended with status 1" in done.stderr.splitlines()[-1]
