@@ -7,25 +7,28 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model, tiny_tokenizer, write_base
+from conftest import ROOT, tiny_model, tiny_tokenizer, write_base
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import twigvlm
+from twigvlm import locks
 from twigvlm.config import TwigConfig
 from twigvlm.errors import InputError
 from twigvlm.model import load as loading
 from twigvlm.model import weights
 from twigvlm.model.load import load_base
-from twigvlm.training import agreement, checkpoints, plan, ranks, report, train, trainer
+from twigvlm.training import agreement, checkpoints, plan, ranks, report, train, trainer, zero
 from twigvlm.training.data import IGNORE, Collator, Example, Records, Skipped, TwigDataset, encode
 from twigvlm.training.model import Seed, TwigForTraining, checkpoint_gradients, layers_needed, plant, trim_tower
 from twigvlm.training.settings import EMBEDDED_PRESET, Settings, split_batch
@@ -994,3 +997,97 @@ def test_layers_that_are_needed():
 def test_an_encoded_sample_is_what_is_trained_on(world):
     """The set's records are all usable: what the tests above count on."""
     assert not any(isinstance(encode(r, tiny_tokenizer(), 512, 4), Skipped) for r in Records(world / "data.json"))
+
+
+# ---------------------------------------------------------------------- DeepSpeed's files
+
+
+def zero_file(tmp_path: Path, text: str | None = None, **config) -> str:
+    sizes = {"stage": 2, "reduce_bucket_size": "auto", "allgather_bucket_size": "auto"}
+    whole = {"train_batch_size": "auto", "zero_allow_untested_optimizer": True, "zero_optimization": sizes, **config}
+    (tmp_path / "zero.json").write_text(json.dumps(whole) if text is None else text)
+    return str(tmp_path / "zero.json")
+
+
+def test_sizes_of_a_deepspeed_file(tmp_path):
+    stage3 = {"stage": 3, "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
+    file = Path(zero_file(tmp_path, zero_optimization=stage3, train_micro_batch_size_per_gpu=2))
+    config = zero.settle(file, 32, 2, 3, 4)
+    assert config["zero_optimization"] == {
+        "stage": 3, "stage3_prefetch_bucket_size": 921, "stage3_param_persistence_threshold": 320
+    }  # fmt: skip
+    assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (24, 3)
+    for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        with pytest.raises(InputError, match=rf'zero\.json: {name} is 7, and this run has .*"auto"'):
+            zero.settle(Path(zero_file(tmp_path, **{name: 7})), 32, 2, 3, 4)
+    with pytest.raises(InputError, match="sub_group_size"):
+        zero.settle(Path(zero_file(tmp_path, zero_optimization={"stage": 3, "sub_group_size": "auto"})), 32, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no JSON", "[]", '{"zero_optimization": 3}', '{"zero_optimization": {"stage": 7}}', "{" * 10, "\ufeff{"],
+)
+def test_deepspeed_files_that_are_none(run, tmp_path, text):
+    pytest.importorskip("deepspeed")
+    code, said = run("out", "--zero", zero_file(tmp_path, text))
+    last = said.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("error: ") and "zero.json" in last and "Traceback" not in said
+
+
+@slow
+@pytest.mark.parametrize("config,expected", [({}, 0), ({"train_batch_size": 64}, 2), ({"gradient_clipping": 7.0}, 2)])
+def test_a_deepspeed_file_of_ones_own(world, tmp_path, config, expected):
+    pytest.importorskip("deepspeed")
+    words = [
+        "--base",
+        world / "base",
+        "--data",
+        world / "data.json",
+        "--images",
+        world / "images",
+        "--out",
+        tmp_path / "o",
+    ]
+    words += [
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--batch-size",
+        "4",
+        "--per-device-batch",
+        "2",
+        "--max-steps",
+        "2",
+        "--held-out",
+        "0",
+        "--workers",
+        "0",
+    ]
+    command = [sys.executable, "-m", "twigvlm.training.train", *words, "--zero", zero_file(tmp_path, **config)]
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == expected, done.stderr
+    if expected:
+        [told] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert "zero.json" in told and next(iter(config)) in told and "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------- locks
+
+
+def test_without_fcntl_everything_is_imported():
+    """As on Windows."""
+    code = (
+        "import importlib, pkgutil, sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\nimport twigvlm\n"
+        "for found in pkgutil.walk_packages(twigvlm.__path__, 'twigvlm.'):\n"
+        "    if not found.name.endswith('lmms'): importlib.import_module(found.name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_locks_a_run_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "fcntl", None)
+    with checkpoints.occupy(tmp_path / "out"), locks.alone(tmp_path / "file") as sure:
+        assert not sure and (tmp_path / "out" / ".lock").read_text()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 import pickle
 import random
@@ -277,6 +280,65 @@ def test_marks_without_images_and_images_without_marks():
     assert not plain.images and plain.length == len(plain.input_ids), "a word in a record without pictures"
 
 
+@pytest.mark.parametrize(
+    ("texts", "images", "shown"),
+    [
+        (("<image>\nWhat?", "a"), ["a"], ["a"]),
+        (("<image> or <image>?", "a", "And <image>?", "b"), ["a", "b", "c"], ["a", "b", "c"]),
+        (("What?", "<image>"), ["a"], ["a"]),
+        (("<image>\nWhat?", "a"), "a", ["a"]),
+        (("What?", "b"), [], []),
+        (("What?", "b"), None, []),
+    ],
+)
+def test_pictures_under_images(texts, images, shown):
+    found = encoded(record(*texts, images=images))
+    assert list(found.images) == shown and found.unshown == 0
+    assert found.input_ids == encoded(record(*texts, image=shown)).input_ids
+
+
+@pytest.mark.parametrize(
+    ("texts", "images", "reason"),
+    [
+        (("What?", "b"), ["a"], "image count"),
+        (("<image><image>\nWhat?", "a"), ["a"], "image count"),
+        (("<image>\nWhat?", "a", "<image>", "b"), ["a"], "image count"),
+        (("<image><image>\nWhat?", "a", "And <image>?", "b"), ["a", "b"], "image count"),
+        (("<image>\nWhat?", "a"), [], "image count"),
+        (("<image>\nWhat?", "a"), [{"path": "a"}], "malformed record"),
+        (("<image>\nWhat?", "a"), 3, "malformed record"),
+    ],
+)
+def test_each_picture_under_images_has_its_mark(texts, images, reason):
+    found = encoded(record(*texts, images=images))
+    assert found.reason == reason and found.detail
+
+
+def test_pictures_under_both_names():
+    assert encoded(record("<image>a", "b", image="a", images=["a"])).reason == "malformed record"
+    assert encoded(record("<image>a", "b", image="a", images=[])).images == ("a",)
+    assert encoded(record("<image>a", "b", image="", images=["a"])).images == ("a",)
+
+
+@pytest.mark.parametrize("key", ["video", "videos", "audio", "audios"])
+def test_what_nobody_can_look_at_is_a_reason(key):
+    for value in ("a.mp4", ["a.mp4"], {"path": "a.mp4"}):
+        found = encoded(record("<video>\nWhat?", "a", **{key: value}))
+        assert found.reason == key and "a.mp4" in found.detail
+    for nothing in (None, "", []):
+        assert isinstance(encoded(record("What?", "a", **{key: nothing})), Example)
+
+
+@pytest.mark.parametrize(
+    "name", ["http://a.b/c.png", "HTTPS://a.b/c.png", "s3://a/b.png", "file:///a.png", "data:image/png;base64,AAAA"]
+)
+def test_pictures_that_are_no_files_are_a_reason(name):
+    for key in ("image", "images"):
+        found = encoded(record("<image>\nWhat?", "a", **{key: [name]}))
+        assert found.reason == "image is no file" and name[:20] in found.detail
+    assert isinstance(encoded(record("What?", "a", image=name)), Example), "nobody looks at it"
+
+
 def test_a_greeting_goes_with_its_pictures():
     """Of three pictures the dropped turn takes the first; the others stay where they belong."""
     talk = [{"from": "gpt", "value": "<image> Hello"}, *turns("<image>\nWhat?", "a", "<image>", "b")]
@@ -479,6 +541,39 @@ def test_no_records(content, part, tmp_path):
     file.write_bytes(content)
     with pytest.raises(InputError, match=part):
         Records(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (lambda text: text.encode("utf-16"), "is UTF-16"),
+        (lambda text: b"\xfe\xff" + text.encode("utf-16-be"), "is UTF-16"),
+        (lambda text: text.encode("utf-16-le"), "if it is UTF-16"),
+        (lambda text: text.encode("utf-16-be"), "if it is UTF-16"),
+        (lambda text: text.encode("utf-32"), "is UTF-32"),
+        (lambda text: text.encode("utf-32-be"), "if it is UTF-16 or UTF-32"),
+        (lambda text: gzip.compress(text.encode()), "compressed by gzip.*gunzip"),
+        (lambda text: bz2.compress(text.encode()), "compressed by bzip2"),
+        (lambda text: lzma.compress(text.encode()), "compressed by xz"),
+        (lambda text: b"PK\x03\x04" + text.encode(), "a ZIP archive"),
+        (lambda text: b"PAR1" + text.encode(), "a Parquet table"),
+    ],
+)
+def test_files_that_are_no_plain_json(content, part, tmp_path):
+    file = tmp_path / "data.json"
+    file.write_bytes(content(json.dumps([record("a", "b")])))
+    with pytest.raises(InputError, match=rf"data\.json: .*{part}"):
+        Records(file)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\n\n"])
+def test_json_lines(end, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + end.join(json.dumps(record(str(i), "b")) for i in range(3)).encode())
+    assert [r["conversations"][0]["value"] for r in Records(file)] == ["0", "1", "2"]
+    file.write_text("\n".join([json.dumps(record("a", "b")), '{"id": 1,, "conversations": []}']))
+    with pytest.raises(InputError, match="line 2, byte"):
+        list(Records(file))
 
 
 def test_no_file(tmp_path):
@@ -908,6 +1003,18 @@ def test_inspect_refuses(content, arguments, part, tmp_path, inspected):
     code, text, error = inspected("--data", data, *(str(data) if a == "DATA" else a for a in arguments))
     assert code == 2 and not text
     assert part in error and error.strip().splitlines()[-1].startswith("error: ")
+
+
+def test_a_picture_with_broken_metadata_is_seen_and_a_bomb_is_not(tmp_path, pictures, inspected):
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x1a\0\x02\0\0\0\x04abc\0\0\0\0\0"
+    Image.new("RGB", (9, 9)).save(pictures / "odd.jpg", exif=exif)
+    Image.new("1", (60000, 3)).save(pictures / "bomb.png")
+    names = ["odd.jpg", "bomb.png"]
+    out = tmp_path / "samples.jsonl"
+    data = write(tmp_path, [record("<image>", "a", image=name) for name in names])
+    code, _, _ = inspected("--data", data, "--images", pictures, "--out", out)
+    assert code == 0 and [f.get("reason") for f in lines_of(out)] == [None, IMAGE_BROKEN]
+    assert "padded to a square" in lines_of(out)[1]["detail"]
 
 
 def test_names_that_no_file_can_have(tmp_path, pictures, inspected):

@@ -77,7 +77,9 @@ def named(name: Callable[[], str]) -> Iterator[None]:
     except (InputError, RunError):
         raise
     except Exception as fault:
-        raise RunError(f"{name()}: {describe(fault)}{_remedy(fault)}") from fault
+        # contextlib takes a RuntimeError from a StopIteration for that StopIteration.
+        cause = None if isinstance(fault, StopIteration) else fault
+        raise RunError(f"{name()}: {describe(fault)}{_remedy(fault)}") from cause
 
 
 def _remedy(fault: BaseException) -> str:
@@ -153,10 +155,12 @@ def workers_told() -> Iterator[None]:
     except RuntimeError as fault:
         if isinstance(fault, RunError) or "DataLoader worker" not in str(fault):
             raise
-        reason = re.search(r"killed by signal: \w+|exit code -?\d+|exited unexpectedly", str(fault))
+        said = f"{fault} {fault.__cause__}"
+        how = re.search(r"killed by signal: \w+|exit code -?\d+", said)
+        memory = "; the memory may be full: use fewer --workers" if "signal: Killed" in said else ""
         raise RunError(
-            f"a process that loads data died ({reason[0] if reason else str(fault).splitlines()[0]}); its memory may "
-            "have been too much: use fewer --workers; with --workers 0 an error shows itself"
+            f"a process that loads data died ({how[0] if how else 'exited unexpectedly'}){memory}; "
+            "with --workers 0 an error shows itself"
         ) from fault
 
 

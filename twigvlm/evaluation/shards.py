@@ -182,6 +182,11 @@ class Ended:
     tail: str
 
     @property
+    def cause(self) -> str:
+        """The last thing that it said."""
+        return self.tail.splitlines()[-1] if self.tail else "it said nothing"
+
+    @property
     def reason(self) -> str:
         if self.status < 0:
             return f"was killed by {signal.Signals(-self.status).name}"
@@ -211,7 +216,7 @@ def launch(
                 del children[part]
                 if status and not (stop and status in (stop.code, -stop.signal)):  # the latter: before it could listen
                     failed.append(_ended(part, placement, status, logs))
-                    print(f"shard {part} {failed[-1].reason}", file=sys.stderr, flush=True)
+                    print(f"shard {part} {failed[-1].reason}: {failed[-1].cause}", file=sys.stderr, flush=True)
             if stop and not told:
                 told = True
                 for child in children.values():
