@@ -13,9 +13,9 @@ import multiprocessing
 import multiprocessing.queues
 import multiprocessing.util  # its own clean-up at exit waits for workers: ours is registered later, and so comes first
 import os
-import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,9 @@ from .errors import InputError, RunError
 
 IGNORED = ("SIGTERM", "SIGINT", "SIGHUP")
 PATIENCE = 5.0  # seconds for a killed process to be gone
+GRACE = 1.0  # seconds for a process that hung up to be gone
 _STARTED: WeakSet = WeakSet()
+_HEARD: list = []  # torch's handler of dying workers, while it is not wanted
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,22 @@ def loader(
 
 def batches(loaded: Iterable) -> Iterator:
     """What a `loader` gives. Raises InputError or RunError, on one line, for what went wrong in its workers."""
+    each = iter(loaded)
+    while True:
+        try:
+            found = fetch(each)
+        except StopIteration:
+            return
+        yield found
+
+
+def fetch(loaded: Iterator) -> Any:
+    """The next of what a `loader` gives. Raises as `batches` does, and StopIteration at the end."""
     with workers_told():
-        for found in loaded:
-            yield checked(found)
+        try:
+            return checked(next(loaded))
+        except (ConnectionError, EOFError, FileNotFoundError) as fault:  # it died while it handed over a batch
+            raise _death(fault) from fault
 
 
 @contextlib.contextmanager
@@ -155,13 +170,31 @@ def workers_told() -> Iterator[None]:
     except RuntimeError as fault:
         if isinstance(fault, RunError) or "DataLoader worker" not in str(fault):
             raise
-        said = f"{fault} {fault.__cause__}"
-        how = re.search(r"killed by signal: \w+|exit code -?\d+", said)
-        memory = "; the memory may be full: use fewer --workers" if "signal: Killed" in said else ""
-        raise RunError(
-            f"a process that loads data died ({how[0] if how else 'exited unexpectedly'}){memory}; "
-            "with --workers 0 an error shows itself"
-        ) from fault
+        raise _death(fault) from fault
+
+
+def _death(fault: Exception) -> RunError:
+    """A worker has died: of what, as far as its exit tells."""
+    _deaf()
+    end = time.monotonic() + GRACE
+    while not (codes := [p.exitcode for p in _STARTED if p.exitcode]) and time.monotonic() < end:
+        time.sleep(0.02)
+    if not codes:
+        how = "exited unexpectedly"
+    elif codes[0] < 0:
+        how = f"killed by {signal.Signals(-codes[0]).name}"
+    else:
+        how = f"exit code {codes[0]}"
+    memory = "; the memory may be full: use fewer --workers" if "SIGKILL" in how else ""
+    return RunError(f"a process that loads data died ({how}){memory}; with --workers 0 an error shows itself")
+
+
+def _deaf() -> None:
+    """From here on the death of a worker is no news: torch's handler would raise wherever the program is."""
+    with contextlib.suppress(ValueError, AttributeError):  # another thread's, or Windows'
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if callable(before):
+            _HEARD.append(before)
 
 
 def _enter(hook: Callable[[], object] | None, _number: int) -> None:
@@ -201,11 +234,12 @@ def _remembering() -> multiprocessing.context.BaseContext:
 def end_workers() -> None:
     """Kill the workers that this process has started."""
     left = [p for p in multiprocessing.active_children() if p in _STARTED]
-    if not left:
-        return
-    with contextlib.suppress(ValueError, AttributeError):  # another thread's, or Windows'
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call it an error
+    if left:
+        _deaf()
     for process in left:
         process.kill()
     for process in left:
         process.join(PATIENCE)
+    with contextlib.suppress(ValueError):
+        while _HEARD:
+            signal.signal(signal.SIGCHLD, _HEARD.pop())

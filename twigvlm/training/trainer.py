@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..errors import RunError
 from ..model.twig import WEIGHTS, write_twig
-from ..workers import checked, loader
+from ..workers import fetch, loader
 from . import checkpoints
 from .agreement import HeldOut
 from .clock import Clock
@@ -106,7 +106,7 @@ class _Lazy:
     def __iter__(self) -> Iterator[dict]:
         for _ in range(self.count):
             start = time.monotonic()
-            batch = checked(next(self.batches))
+            batch = fetch(self.batches)
             waited = time.monotonic() - start
             self.tally.waited += waited
             self.clock.add("waiting", waited)
