@@ -1079,7 +1079,9 @@ def test_a_deepspeed_file_of_ones_own(world, tmp_path, config, expected):
 def test_without_fcntl_everything_is_imported():
     """As on Windows."""
     code = (
-        "import importlib, pkgutil, sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\nimport twigvlm\n"
+        "import importlib, pkgutil, sys, accelerate, matplotlib.pyplot\n"  # others have their own ways without it
+        "from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer\n"
+        "sys.modules['fcntl'] = sys.modules['resource'] = None\nimport twigvlm\n"
         "for found in pkgutil.walk_packages(twigvlm.__path__, 'twigvlm.'):\n"
         "    if not found.name.endswith('lmms'): importlib.import_module(found.name)\n"
     )
