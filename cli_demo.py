@@ -71,7 +71,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="average of visual tokens per layer (default %(default)s)",
     )
     how.add_argument(
-        "--pruning", default="twig", metavar="NAME", help="twig, layer-attention or random (default %(default)s)"
+        "--pruning",
+        default="twig",
+        metavar="NAME",
+        help="twig, fastv, pdrop, layer-attention or random (default %(default)s)",
     )
     how.add_argument("--no-pruning", action="store_true", help="keep all visual tokens")
     how.add_argument("--no-speculation", action="store_true", help="no drafts: one forward per token")

@@ -60,7 +60,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "-R", "--retained-tokens", type=float, default=DEFAULT_R, metavar="R",
         help="average of visual tokens kept per layer (default %(default)g)",
     )  # fmt: skip
-    method.add_argument("--pruning", default="twig", metavar="M", help="twig, layer-attention or random (default twig)")
+    method.add_argument(
+        "--pruning", default="twig", metavar="M", help="twig, fastv, pdrop, layer-attention or random (default twig)"
+    )
     method.add_argument("--no-pruning", action="store_true", help="keep all visual tokens")
     method.add_argument("--no-speculation", action="store_true", help="no drafts: one forward per token")
     method.add_argument("--baseline", action="store_true", help="the base alone: no twig, nothing pruned (no -R)")

@@ -43,7 +43,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tasks", type=_tasks, default=_tasks(",".join(MAIN)), metavar="T,T,…",
         help=f"benchmarks, or 'all' (default {','.join(MAIN)})",
     )  # fmt: skip
-    parser.add_argument("--pruning", default="twig", metavar="M", help="twig, layer-attention or random (default twig)")
+    parser.add_argument(
+        "--pruning", default="twig", metavar="M", help="twig, fastv, pdrop, layer-attention or random (default twig)"
+    )
     parser.add_argument("--baseline", action="store_true", help="the base alone")
     parser.add_argument("--no-pruning", action="store_true", help="only the settings that keep all visual tokens")
     parser.add_argument("--no-speculation", action="store_true", help="only the settings without drafts")

@@ -15,7 +15,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ..config import TwigConfig
-from ..model.describe import read_config, read_json
+from ..model.describe import read_config
 from ..model.random import random_config
 from ..program import print_json
 from ..sprout.conversations import SAMPLES as DRAWN_SAMPLES
