@@ -1,0 +1,155 @@
+"""The shape of the package, read from its source: nothing is imported here."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "twigvlm"
+TASKS = "twigvlm.evaluation.tasks"
+
+FUNCTION_LINES, FILE_LINES, FOLDER_MODULES = 60, 450, 12
+UNBOUNDED = {"evaluation/tasks", "pruning/methods"}  # one file a benchmark, one file a method: they may grow
+
+# What was larger when the limits were set, with its size then. An entry may shrink and has to go once it is within the
+# limit; none may grow or be added.
+LONG_FUNCTIONS = {"training/settings.py:_add_flags": 82}
+LONG_FILES = {
+    "evaluation/lmms.py": 528,
+    "model/load.py": 458,
+    "sprout/benchmarks.py": 729,
+    "training/train.py": 482,
+}
+FULL_FOLDERS = {"evaluation": 18, "sprout": 18, "training": 20}
+# Imports within a function that close a circle: the report's program hands over to the ablations, which measure with it.
+CLOSING = {("twigvlm.sprout.report", "twigvlm.sprout.ablate")}
+
+
+@cache
+def trees() -> dict[str, tuple[Path, ast.Module]]:
+    """Dotted name → file and syntax tree of every module; a package's name stands for its `__init__`."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path, ast.parse(path.read_text("utf-8"))
+    return found
+
+
+def running(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below this one that may be executed."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from running(child)
+
+
+def imports(name: str, path: Path, tree: ast.Module) -> Iterator[str]:
+    """Dotted names of all that a module imports, be it late, but for the eyes of a type checker alone."""
+    package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+    for node in running(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{source}.{alias.name}"
+                yield inner if inner in trees() else source
+
+
+def edges() -> dict[str, set[str]]:
+    """Module of ours → modules of ours that it imports."""
+    return {name: {i for i in imports(name, *found) if i in trees()} - {name} for name, found in trees().items()}
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """Some circle of the graph, or nothing."""
+    done: set[str] = set()
+
+    def search(name: str, above: list[str]) -> list[str]:
+        if name in above:
+            return [*above[above.index(name) :], name]
+        if name not in done:
+            for other in sorted(graph[name]):
+                if found := search(other, [*above, name]):
+                    return found
+            done.add(name)
+        return []
+
+    return next((found for name in graph if (found := search(name, []))), [])
+
+
+def over(sizes: Mapping[str, int], limit: int, allowed: Mapping[str, int]) -> list[str]:
+    """What is larger than it may be, and exceptions that nothing needs any more."""
+    too_large = [f"{k} has {n}, {allowed.get(k, limit)} allowed" for k, n in sizes.items() if n > allowed.get(k, limit)]
+    return too_large + [f"{k} is within {limit}: strike it" for k in allowed if sizes.get(k, 0) <= limit]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def test_no_circles():
+    graph = edges()
+    for name, other in CLOSING:
+        assert other in graph[name], f"{name} does not import {other} any more: strike it"
+        graph[name].remove(other)
+    assert not circle(graph)
+
+
+def test_a_circle_would_be_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert "twigvlm.model.cache" in edges()["twigvlm.model.trunk"], "relative imports are resolved"
+
+
+def test_tasks_need_the_standard_library_only():
+    """With all that they import of ours, and with the packages that they lie in."""
+    graph, todo, reached = edges(), [name for name in trees() if name.startswith(TASKS)], set()
+    todo += ["twigvlm", "twigvlm.evaluation"]
+    while todo:
+        name = todo.pop()
+        if name not in reached:
+            reached.add(name)
+            todo += graph[name]
+    foreign = {
+        f"{name} imports {other}"
+        for name in reached
+        for other in imports(name, *trees()[name])
+        if other.split(".")[0] not in sys.stdlib_module_names | {"twigvlm"}
+    }
+    assert not foreign
+    assert f"{TASKS}.gqa" in reached and "twigvlm.errors" in reached
+
+
+def test_functions_are_short():
+    sizes = {
+        f"{relative(path)}:{node.name}": node.end_lineno - node.lineno + 1
+        for path, tree in trees().values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert not over(sizes, FUNCTION_LINES, LONG_FUNCTIONS)
+
+
+def test_files_are_short():
+    sizes = {relative(path): len(path.read_text("utf-8").splitlines()) for path, _ in trees().values()}
+    assert not over(sizes, FILE_LINES, LONG_FILES)
+
+
+def test_folders_are_small():
+    sizes: dict[str, int] = {}
+    for path, _ in trees().values():
+        if path.stem != "__init__":
+            folder = relative(path.parent)
+            sizes[folder] = sizes.get(folder, 0) + 1
+    assert not over({k: n for k, n in sizes.items() if k not in UNBOUNDED}, FOLDER_MODULES, FULL_FOLDERS)
+
+
+def test_larger_ones_would_be_found():
+    assert over({"a": 5, "b": 3, "c": 9}, 4, {"c": 8}) == ["a has 5, 4 allowed", "c has 9, 8 allowed"]
+    assert over({"a": 3}, 4, {"a": 8, "gone": 9}) == ["a is within 4: strike it", "gone is within 4: strike it"]
