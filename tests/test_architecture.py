@@ -20,11 +20,10 @@ UNBOUNDED = {"evaluation/tasks", "pruning/methods"}  # one file a benchmark, one
 LONG_FUNCTIONS = {"training/settings.py:_add_flags": 82}
 LONG_FILES = {
     "evaluation/lmms.py": 528,
-    "model/load.py": 458,
     "sprout/benchmarks.py": 729,
-    "training/train.py": 482,
+    "training/train.py": 518,
 }
-FULL_FOLDERS = {"evaluation": 18, "sprout": 18, "training": 20}
+FULL_FOLDERS = {"evaluation": 18, "model": 14, "sprout": 18, "training": 21}
 # Imports within a function that close a circle: the report's program hands over to the ablations, which measure with it.
 CLOSING = {("twigvlm.sprout.report", "twigvlm.sprout.ablate")}
 
