@@ -331,7 +331,7 @@ class TwigVLM:
         return [seed + b for b in range(rows)]
 
     def _draws(self, plan: Plan, seeds: list[int], ids, pixel_values: torch.Tensor | None) -> list[int]:
-        """What random pruning is drawn from: a row's seed (or this call and the row) and its pictures, so that no two share a mask."""
+        """What random pruning draws from: a row's seed (or this call and the row) and its pictures' pixels."""
         if not plan.random:
             return []
         if not seeds:

@@ -80,8 +80,8 @@ class Decoder:
     """One generation over a batch of prompts; make a new one for the next.
 
     `stopping` are Hugging Face stopping criteria, asked after every token. `grow` replaces the chain of
-    drafts: a function of this decoder that gives a Draft; `pace` chooses how long they are. While it writes and afterwards `state` holds
-    caches and what was pruned.
+    drafts: a function of this decoder that gives a Draft; `pace` chooses how long drafts are. While it
+    writes and afterwards `state` holds caches and what was pruned.
     """
 
     def __init__(
@@ -147,8 +147,9 @@ class Decoder:
 
     def rooms(self) -> list[int]:
         """Tokens that may be drafted in each row: a draft that could not be used is none."""
+        if not self.speculative:
+            return [0] * len(self.rows)
         longest = self.settings.draft_length if self.pace is None else self.pace.length()
-        longest = longest if self.speculative else 0
         return [min(longest, r.limit - len(r.tokens) - 1) for r in self.rows]
 
     def draft_chain(self) -> Draft:
@@ -196,7 +197,10 @@ class Decoder:
     # ------------------------------------------------------------------ verify
 
     def _verify(self, draft: Draft) -> tuple[Stream, torch.Tensor | None]:
-        """The base's other layers over what awaits them and all drafts; where the newest token stands (None: right before the drafts)."""
+        """The base's other layers over what awaits them and all drafts; and where the newest token stands.
+
+        None is right before the drafts, in every row.
+        """
         state = self.state
         parts = [state.awaiting] if draft.nodes is None else [state.awaiting, draft.nodes]
         top = state.climb(join(parts), state.high, draft.tree)
