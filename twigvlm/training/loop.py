@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -75,24 +76,44 @@ def _lr_share(step: int, config: LoopConfig) -> float:
     return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def adamw(module: torch.nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
+    """The optimizer of all parameters that require a gradient."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    return torch.optim.AdamW(learning, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+def computes_bf16(device: torch.device) -> bool:
+    """Whether bf16 pays: a CPU without instructions for it emulates them, eleven times slower than fp32."""
+    return device.type != "cpu" or any(word in _cpu_flags() for word in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+@lru_cache
+def _cpu_flags() -> frozenset[str]:
+    """What /proc/cpuinfo says of the processor; "bf16" where there is no such file, as it was always assumed."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset({"bf16"})
+    return frozenset(word for line in lines if line.lower().startswith(("flags", "features")) for word in line.split())
+
+
 def fit(
     config: LoopConfig,
     module: torch.nn.Module,
     make_batch: Callable[[int], dict],
     loss_fn: Callable[[dict], tuple[torch.Tensor, dict[str, float]]],
     run_dir: Path,
+    make_optimizer: Callable[[torch.nn.Module, LoopConfig], torch.optim.Optimizer] = adamw,
 ) -> None:
     """Train the parameters of `module` that require a gradient, in place.
 
-    `make_batch(step)` runs in worker processes; `loss_fn(batch)` runs under bf16 autocast and gives
-    the loss and figures to log. Resumes from `run_dir/<name>.pt`; metrics go to
+    `make_batch(step)` runs in worker processes; `loss_fn(batch)` runs under bf16 autocast (where the
+    device computes in bf16) and gives the loss and figures to log. Resumes from `run_dir/<name>.pt`; metrics go to
     `run_dir/<name>.jsonl`, one line every 20 steps.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     learning = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        learning.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(module, config)
     checkpoint = run_dir / f"{config.name}.pt"
     start = _resume(checkpoint, module, optimizer)
 
@@ -101,6 +122,7 @@ def fit(
         save_atomically({"weights": weights, "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
 
     device = next(module.parameters()).device
+    half = computes_bf16(device)
     loaded = batches(_loader(make_batch, start, config, pinned=device.type == "cuda"))
     bar = tqdm(loaded, initial=start, total=config.steps, desc=config.name, mininterval=2, smoothing=0.02)
     metrics = _Metrics(run_dir / f"{config.name}.jsonl", start)
@@ -111,7 +133,7 @@ def fit(
             group["lr"] = config.lr * _lr_share(step, config)
         batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
         torch.manual_seed(config.seed + step)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             loss, extra = loss_fn(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -1,0 +1,143 @@
+"""The next base's recipe as far as it goes, one resumable command: `python -m twigvlm.sprout.course`.
+
+Text and symbols first: a decoder of four layers learns to talk about scenes in words, then its depth
+doubles to 8, 16 and 32 layers, each trained on. Then pictures. Every stage writes `<out>/<stage>.jsonl`
+(metrics), `<stage>.pt` (checkpoint, every two minutes) and `<stage>-done.pt`; a run that is killed
+goes on where it was, to the same bits on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+from ..training.loop import LoopConfig, fit, save_atomically
+from ..training.muon import for_decoder
+from .base import base_config, build
+from .language import Talk, double, start, talk_batch, tie
+from .tokenizer import IMAGE_TOKEN, build_tokenizer
+
+HIDDEN = 128
+THETA = 500_000.0  # content must be found hundreds of patches away: most of a head's turning is slow
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`asked_weight` is what a question's own words count as targets; `offset` chooses the scenes."""
+
+    name: str
+    layers: int
+    steps: int
+    lr: float
+    offset: int
+    rows: int = 16
+    asked_weight: float = 0.15
+    helped: float = 0.0  # share of the steps with a (fading) loss on looking, in the layers that become 8 to 15
+
+
+STAGES = (
+    Stage("words-4", 4, 2400, 0.02, 0, helped=0.5),
+    Stage("words-8", 8, 1500, 0.01, 1),
+    Stage("words-16", 16, 600, 0.006, 2, asked_weight=0.05),
+    Stage("words-32", 32, 400, 0.004, 3, asked_weight=0.05),
+)
+
+
+def config(layers: int, tokenizer, hidden: int = HIDDEN) -> LlavaConfig:
+    """The base's shape at this depth."""
+    shape = base_config(len(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), layers, hidden)
+    shape.text_config.rope_parameters = {"rope_type": "default", "rope_theta": THETA}
+    return shape
+
+
+@dataclass
+class Course:
+    """One run: `steps` replaces the recipe's numbers, by stage."""
+
+    out: Path
+    device: str = "cpu"
+    hidden: int = HIDDEN
+    workers: int = 1
+    save_seconds: float = 120.0
+    steps: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tokenizer = build_tokenizer()
+
+    def done(self, stage: str) -> Path:
+        return self.out / f"{stage}-done.pt"
+
+    def before(self, number: int) -> LlavaForConditionalGeneration:
+        """The model that stage `number` begins with."""
+        stage, shape = STAGES[number], config(STAGES[number].layers, self.tokenizer, self.hidden)
+        if number == 0:
+            return start(shape)
+        previous = STAGES[number - 1]
+        model = self.load(self.done(previous.name), previous.layers)
+        return double(model, shape) if stage.layers > previous.layers else model
+
+    def load(self, file: Path, layers: int) -> LlavaForConditionalGeneration:
+        """A model of so many layers from a finished stage's file or from a checkpoint."""
+        model = build(config(layers, self.tokenizer, self.hidden))
+        tie(model)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        model.load_state_dict(state.get("weights", state), strict=False)
+        return model
+
+    def run(self, wanted: tuple[str, ...]) -> None:
+        """These stages in their order, those that are done left out."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for number, stage in enumerate(STAGES):
+            if stage.name in wanted and not self.done(stage.name).exists():
+                model = self.before(number).to(self.device)
+                self.train(model, stage)
+                weights = {k: v.to("cpu") for k, v in model.state_dict().items() if k != "lm_head.weight"}
+                save_atomically(weights, self.done(stage.name))
+
+    def train(self, model: LlavaForConditionalGeneration, stage: Stage) -> None:
+        """The decoder's layers, norm and words learn; tower and projector stay."""
+        model.requires_grad_(False)
+        model.model.language_model.requires_grad_(True)
+        steps = self.steps.get(stage.name, stage.steps)
+        loop = LoopConfig(
+            stage.name, steps, stage.lr, final_lr=0.1, workers=self.workers, save_seconds=self.save_seconds,
+        )  # fmt: skip
+        batches = partial(
+            talk_batch, rows=stage.rows, tokenizer=self.tokenizer, offset=stage.offset,
+            asked_weight=stage.asked_weight, helped=round(stage.helped * steps),
+        )  # fmt: skip
+        fit(loop, model, batches, Talk(model).loss, self.out, for_decoder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/next"), help="folder of the run (default %(default)s)")
+    names = tuple(stage.name for stage in STAGES)
+    parser.add_argument("--stages", default=",".join(names), help="which stages (default %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="decoder width (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make batches (default %(default)s)")
+    parser.add_argument("--save-seconds", type=float, default=120.0, help="between checkpoints (default %(default)s)")
+    parser.add_argument(
+        "--steps", default="", metavar="NAME=N,…", help="other numbers of steps than the recipe's, by stage"
+    )
+    args = parser.parse_args(argv)
+    stages = tuple(args.stages.split(","))
+    if unknown := set(stages) - set(names):
+        parser.error(f"--stages: unknown {sorted(unknown)}; choose from {', '.join(names)}")
+    try:
+        steps = {name: int(n) for name, n in (item.split("=") for item in args.steps.split(",") if item)}
+    except ValueError:
+        parser.error(f"--steps is {args.steps!r}; NAME=N,NAME=N is needed")
+    torch.set_flush_denormal(True)
+    Course(args.out, args.device, args.hidden, args.workers, args.save_seconds, steps).run(stages)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

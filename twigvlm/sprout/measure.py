@@ -1,0 +1,197 @@
+"""What tells a base that uses its depth from one that does not: `python -m twigvlm.sprout.measure`.
+
+Short answers by kind, the answers left when any four layers are skipped, the logit lens over depth,
+the looking curve (accuracy when pruned by what layer D attends to, paper Figure 2), and how short
+answers fare in later turns. All of it on whole rows with the right answer before each token, where a
+row counts as right if greedy decoding would write exactly its answer. With bootstrap intervals over
+scenes. Works on symbols (an early stage) and on pictures alike: see `Asked`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..model.trunk import rotate_half
+from .language import Talk
+from .questions import KINDS, Question, ask
+from .talk import Row, add_turn, collate, empty_row, single
+from .world import Scene, sample_scene
+
+BLOCK = 4  # layers skipped at once
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows to be answered, and what the model sees of each one's scene: `views[scene]` (symbols or pixels), `keep`.
+
+    `views` [scenes, …] is under the name that the task's batches use ("symbols" or "pixels").
+    """
+
+    scenes: list[int]  # of each row
+    kinds: list[str]
+    rows: list[Row]
+    name: str
+    views: torch.Tensor
+    keep: torch.Tensor
+
+    def batches(self, size: int = 32) -> Iterator[tuple[list[Row], dict]]:
+        """The rows in order, `size` at a time, as the task's batches."""
+        for first in range(0, len(self.rows), size):
+            rows, scenes = self.rows[first : first + size], self.scenes[first : first + size]
+            yield rows, collate(rows) | {self.name: self.views[scenes], "keep": self.keep}
+
+
+def quiz(scenes: Sequence[Scene], tokenizer, kinds: Sequence[str] = KINDS) -> list[tuple[int, Question, Row]]:
+    """One question of each kind about each scene, asked alone, half of them behind the system sentence."""
+    out = []
+    for number, scene in enumerate(scenes):
+        rng = random.Random(f"measure {scene.seed}")
+        for kind in kinds:
+            question = ask(scene, kind, rng)
+            if question:
+                out.append((number, question, single(question, tokenizer, system=rng.random() < 0.5)))
+    return out
+
+
+def talks(scenes: Sequence[Scene], tokenizer, turns: int = 4, long: int = 1) -> list[tuple[int, Row]]:
+    """Conversations of `turns` turns in any order, `long` of them descriptions."""
+    out = []
+    for number, scene in enumerate(scenes):
+        rng = random.Random(f"turns {scene.seed}")
+        row = empty_row(tokenizer, rng.random() < 0.5)
+        kinds = ["describe"] * long
+        while len(kinds) < turns:
+            kinds.append(rng.choice(KINDS))
+        rng.shuffle(kinds)
+        for kind in kinds:
+            question = ask(scene, kind, rng) or ask(scene, "colour", rng)
+            add_turn(row, question, tokenizer, 10_000, 0.0)
+        out.append((number, row))
+    return out
+
+
+def _right(logits: torch.Tensor, batch: dict, rows: Sequence[Row]) -> list[list[bool]]:
+    """For each row and turn: each token of the answer is the best guess behind what precedes it."""
+    best = logits.argmax(-1)
+    return [
+        [bool((best[i, begin - 1 : end - 1] == batch["ids"][i, begin:end]).all()) for _, begin, end in row.turns]
+        for i, row in enumerate(rows)
+    ]
+
+
+@torch.no_grad()
+def answers(task: Talk, asked: Asked, layers: Sequence | None = None) -> list[list[bool]]:
+    """Right or not, by row and turn, through `layers` of the decoder (default: all)."""
+    return [r for rows, batch in asked.batches() for r in _right(task.logits(batch, layers), batch, rows)]
+
+
+def without_blocks(task: Talk, asked: Asked, first: int = 4, size: int = BLOCK) -> dict[int, float]:
+    """First layer of a skipped block → percent right without it."""
+    out = {}
+    for start in range(first, len(task.layers) - size + 1):
+        out[start] = percent(answers(task, asked, [*task.layers[:start], *task.layers[start + size :]]))
+    return out
+
+
+@torch.no_grad()
+def lens(task: Talk, asked: Asked) -> list[float]:
+    """Percent right if norm and head read what left layer l, for l = 0 to the last."""
+    right: list[list[list[bool]]] = [[] for _ in task.layers]
+    for rows, batch in asked.batches():
+        hidden, positions = task.embed(batch)
+        for depth, layer in enumerate(task.layers):
+            hidden = task.run(hidden, positions, [layer])
+            right[depth] += _right(task.guesses(hidden, batch), batch, rows)
+    return [percent(r) for r in right]
+
+
+@torch.no_grad()
+def looking_curve(
+    task: Talk, asked: Asked, keep: int, K: int, F: int, layers: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Percent right with `keep` visual tokens from layer K on and none from F: chosen by each layer, and by chance.
+
+    What base layer D attends to is taken from an unpruned pass: head mean at the last token of the question.
+    """
+    right = defaultdict(list)
+    wanted = range(len(task.layers)) if layers is None else layers
+    for number, (rows, batch) in enumerate(asked.batches()):
+        hidden, positions = task.embed(batch)
+        entering = [hidden]
+        for layer in task.layers:
+            entering.append(task.run(entering[-1], positions, [layer]))
+        count = hidden.shape[1] - batch["ids"].shape[1]
+        last = torch.tensor([row.turns[0][1] - 1 for row in rows]) + count
+        signals = {str(d): attention(task, task.layers[d], entering[d], positions, last) for d in wanted}
+        signals["random"] = torch.rand(hidden.shape[:2], generator=torch.Generator().manual_seed(number))
+        visual = batch["heads"][:, None] + torch.arange(count)
+        for name, scores in signals.items():
+            best = scores.gather(1, visual).topk(keep).indices.sort().values
+            kept = visual.gather(1, best)
+            right[name] += _pruned(task, batch, rows, entering[K], positions, kept, K, F)
+    return {name: percent(r) for name, r in right.items()}
+
+
+def _pruned(task: Talk, batch: dict, rows, hidden, positions, kept, K: int, F: int) -> list[list[bool]]:
+    """Right or not when only the visual tokens `kept` [B, r] go through layers K..F-1, and none above."""
+    count = hidden.shape[1] - batch["ids"].shape[1]
+    places = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
+    heads = batch["heads"][:, None]
+    text = places[(places < heads) | (places >= heads + count)].view(len(hidden), -1)
+    stay = torch.cat([text, kept], 1).sort().values
+    hidden, positions = _take(hidden, stay), positions.gather(1, stay)
+    hidden = task.run(hidden, positions, task.layers[K:F])
+    seen = (stay[:, :, None] == kept[:, None]).any(-1)
+    words = (~seen).nonzero()[:, 1].view(len(hidden), -1)
+    hidden, positions = _take(hidden, words), positions.gather(1, words)
+    hidden = task.run(hidden, positions, task.layers[F:])
+    return _right(task.guesses(hidden, batch), batch, rows)
+
+
+def _take(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def attention(task: Talk, layer, hidden: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """What the tokens at `last` [B] attend to in a layer that `hidden` [B, S, D] enters: head mean [B, S]."""
+    part, normed = layer.self_attn, layer.input_layernorm(hidden)
+    cos, sin = (t[:, :, None] for t in task.decoder.rotary_emb(hidden, positions))
+    query, key = (p(normed).unflatten(-1, (-1, part.head_dim)) for p in (part.q_proj, part.k_proj))
+    query, key = (t * cos + rotate_half(t) * sin for t in (query, key))
+    query = query[torch.arange(len(last)), last]
+    scores = torch.einsum("bhd,bshd->bhs", query, key) * part.scaling
+    future = torch.arange(hidden.shape[1]) > last[:, None]
+    return scores.masked_fill(future[:, None], -torch.inf).softmax(-1).mean(1)
+
+
+def percent(right: Sequence[Sequence[bool]]) -> float:
+    """Of all turns."""
+    every = [r for turns in right for r in turns]
+    return 100 * sum(every) / len(every)
+
+
+def interval(right: Sequence[Sequence[bool]], scenes: Sequence[int], level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of the percentage over scenes: questions about one scene are drawn together."""
+    groups: dict[int, list[bool]] = defaultdict(list)
+    for turns, scene in zip(right, scenes, strict=True):
+        groups[scene] += turns
+    sums = torch.tensor([[sum(g), len(g)] for g in groups.values()], dtype=torch.float64)
+    draws = torch.randint(len(sums), (RESAMPLES, len(sums)), generator=torch.Generator().manual_seed(0))
+    right_of, asked_of = sums[draws].sum(1).unbind(-1)
+    low, high = torch.quantile(100 * right_of / asked_of, torch.tensor([(1 - level) / 2, (1 + level) / 2]).double())
+    return low.item(), high.item()
+
+
+def by_kind(right: Sequence[Sequence[bool]], kinds: Sequence[str]) -> dict[str, float]:
+    """Percent right of single-turn rows, by kind of question."""
+    return {k: percent([r for r, kind in zip(right, kinds, strict=True) if kind == k]) for k in dict.fromkeys(kinds)}
+
+
+def scenes_of(split: str, count: int) -> list[Scene]:
+    return [sample_scene(split, seed) for seed in range(count)]
