@@ -41,7 +41,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("words-4", 4, 2400, 0.02, 0, helped=0.5),
+    Stage("words-4", 4, 1000, 0.02, 0, helped=0.5),
     Stage("words-8", 8, 1500, 0.01, 1),
     Stage("words-16", 16, 600, 0.006, 2, asked_weight=0.05),
     Stage("words-32", 32, 400, 0.004, 3, asked_weight=0.05),

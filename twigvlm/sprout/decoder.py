@@ -140,6 +140,18 @@ def _stratified(share: float, rng: random.Random) -> torch.Tensor:
     return torch.tensor(sorted(picks))
 
 
+def visual_tokens(
+    model: LlavaForConditionalGeneration, values: torch.Tensor, keep: torch.Tensor, train_tower: bool = False
+) -> torch.Tensor:
+    """Projected visual tokens [B, kept, D] of pixels [B, 3, h, w]; no gradient enters the tower unless it is trained."""
+    with torch.set_grad_enabled(train_tower):
+        tower = model.model.vision_tower
+        hidden = tower.pre_layrnorm(tower.embeddings(values))
+        for layer in tower.encoder.layers[: len(tower.encoder.layers) + 1 + model.config.vision_feature_layer]:
+            hidden = layer(hidden, None)
+    return model.model.multi_modal_projector(hidden[:, 1:][:, keep])
+
+
 class PackedAnswers:
     """The loss on packed batches of a LLaVA model, or of a twig on it.
 
@@ -158,22 +170,13 @@ class PackedAnswers:
         self.layers = list(twig.layers) if twig else list(self.decoder.layers)
         self.norm, self.head = (twig.model.norm, twig.lm_head) if twig else (self.decoder.norm, model.lm_head)
 
-    def visual(self, values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-        """Projected visual tokens [B, kept, D]."""
-        with torch.set_grad_enabled(self.train_tower):
-            tower = self.model.model.vision_tower
-            hidden = tower.pre_layrnorm(tower.embeddings(values))
-            for layer in tower.encoder.layers[: len(tower.encoder.layers) + 1 + self.model.config.vision_feature_layer]:
-                hidden = layer(hidden, None)
-        return self.model.model.multi_modal_projector(hidden[:, 1:][:, keep])
-
     def embed(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Hidden states [B, S, D] and positions [B, S] of the packed rows, and the prefix's length."""
         embed = self.decoder.embed_tokens
         prefix, rows = embed(batch["prefix"]), len(batch["ids"])
         head = prefix.shape[1]
         if "pixels" in batch:
-            visual = self.visual(batch["pixels"], batch["keep"]).to(prefix.dtype)
+            visual = visual_tokens(self.model, batch["pixels"], batch["keep"], self.train_tower).to(prefix.dtype)
         else:
             visual = spell(batch["symbols"], embed.weight)
         places = torch.cat([torch.arange(head, device=prefix.device), head + batch["keep"]]).expand(rows, -1)

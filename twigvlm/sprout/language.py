@@ -17,12 +17,12 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ..model.trunk import rotate_half
 from .base import build
-from .decoder import CELL_CENTRES, NOTHING, STREAMS, _word_ids, cell_symbols, spell
+from .decoder import CELL_CENTRES, NOTHING, STREAMS, _word_ids, cell_symbols, spell, visual_tokens
 from .looking import CELL_BITS
 from .packing import looks
 from .talk import collate, converse
 from .tower import SIDE
-from .world import sample_scene
+from .world import Scene, sample_scene
 
 ROW = 160  # tokens of a row, visual ones not counted
 MATCHING = 2.0  # times the plain start's queries and keys: like attends to like
@@ -83,7 +83,7 @@ def talk_batch(
     talks = [converse(s, random.Random(s.seed), tokenizer, length, asked_weight) for s in scenes]
     batch = collate(talks)
     batch["nothing"] = int(_word_ids(tokenizer, (NOTHING,))[0])
-    batch["symbols"] = torch.stack([cell_symbols(s, tokenizer) for s in scenes])
+    batch["symbols"] = torch.stack([cells(s, tokenizer) for s in scenes])
     batch["keep"] = torch.tensor(CELL_CENTRES)
     batch["help"] = LOOKING_WEIGHT * max(0.0, 1 - step / helped) if helped else 0.0
     if batch["help"]:
@@ -92,12 +92,25 @@ def talk_batch(
     return batch
 
 
+def cells(scene: Scene, tokenizer) -> torch.Tensor:
+    """Nine symbols of a scene, token ids [9, SYMBOLS]."""
+    return name_words(cell_symbols(scene, tokenizer), tokenizer)
+
+
+def name_words(symbols: torch.Tensor, tokenizer) -> torch.Tensor:
+    """Patches of a printed word say "word" besides it: 64 words have nothing else in common by which to find them."""
+    written = (symbols[..., 6] > 0) & (symbols[..., 6] != int(_word_ids(tokenizer, (NOTHING,))[0]))
+    out = symbols.clone()
+    out[..., 0][written] = int(_word_ids(tokenizer, ("word",))[0])
+    return out
+
+
 class Talk:
     """The next-token loss on rows of talk.py."""
 
     def __init__(self, model: LlavaForConditionalGeneration):
         self.model, self.decoder = model, model.model.language_model
-        self.decoder.config._attn_implementation = "eager"
+        self.decoder.config._attn_implementation = "sdpa"  # without a mask: causal
         self.layers = list(self.decoder.layers)
 
     def embed(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,16 +129,16 @@ class Talk:
         return hidden, positions
 
     def visual(self, batch: dict) -> torch.Tensor:
-        """Visual tokens [B, V', D]."""
+        """Visual tokens [B, V', D]: of pictures where the batch has pixels, else of symbols."""
+        if "pixels" in batch:
+            return visual_tokens(self.model, batch["pixels"], batch["keep"])
         return spell(batch["symbols"], self.decoder.embed_tokens.weight)
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor, layers: Sequence) -> torch.Tensor:
         """Through these layers, causally."""
-        width = hidden.shape[1]
-        mask = torch.full((width, width), -1e4, device=hidden.device).triu(1)[None, None]
         rotary = self.decoder.rotary_emb(hidden, positions)
         for layer in layers:
-            hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary)
         return hidden
 
     def guesses(self, hidden: torch.Tensor, batch: dict) -> torch.Tensor:
@@ -144,10 +157,11 @@ class Talk:
         hidden, positions = self.embed(batch)
         return self.guesses(self.run(hidden, positions, self.layers if layers is None else layers), batch)
 
-    def looking(self, batch: dict) -> torch.Tensor:
-        """How far tokens that name something are from looking at the symbols of it, in layer LOOKING: mean -log share."""
-        hidden, positions = self.embed(batch)
-        hidden = self.run(hidden, positions, self.layers[:LOOKING])
+    def looking(self, batch: dict, hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """How far tokens that name something are from looking at the symbols of it: mean -log share.
+
+        Measured on the first heads of layer LOOKING, which `hidden` [B, V' + S, D] enters.
+        """
         layer, count = self.layers[LOOKING], hidden.shape[1] - batch["ids"].shape[1]
         rows, places = batch["looks"].nonzero(as_tuple=True)
         bits = torch.tensor(CELL_BITS, device=hidden.device)[batch["keep"]]
@@ -170,7 +184,9 @@ class Talk:
 
     def loss(self, batch: dict) -> tuple[torch.Tensor, dict[str, float]]:
         """Weighted cross-entropy of the next tokens, and the shares guessed right: short answers, descriptions, the rest."""
-        logits = self.logits(batch)[:, :-1]
+        hidden, positions = self.embed(batch)
+        entering = self.run(hidden, positions, self.layers[:LOOKING])
+        logits = self.guesses(self.run(entering, positions, self.layers[LOOKING:]), batch)[:, :-1]
         targets, weights, short = batch["ids"][:, 1:], batch["weights"][:, 1:], batch["short"][:, 1:]
         told = weights > 0
         logits, targets, weights, short = logits[told], targets[told], weights[told], short[told]
@@ -181,7 +197,7 @@ class Talk:
         figures |= {"asked": right[~short & ~long].mean().nan_to_num().item()}
         loss = (losses * weights).sum() / weights.sum()
         if batch["help"]:
-            distance = self.looking(batch)
+            distance = self.looking(batch, entering, positions)
             figures["looking"] = distance.item()
             loss = loss + batch["help"] * distance
         else:

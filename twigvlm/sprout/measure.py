@@ -9,17 +9,29 @@ scenes. Works on symbols (an early stage) and on pictures alike: see `Asked`.
 
 from __future__ import annotations
 
+import argparse
 import random
+import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from transformers import LlavaForConditionalGeneration
 
+from ..errors import InputError
+from ..evaluation.record import provenance, write_json
 from ..model.trunk import rotate_half
-from .language import Talk
+from ..program import run_program
+from .decoder import CELL_CENTRES
+from .draw import draw
+from .language import Talk, cells
 from .questions import KINDS, Question, ask
 from .talk import Row, add_turn, collate, empty_row, single
+from .tokenizer import build_tokenizer
+from .tower import SIDE, pixels
 from .world import Scene, sample_scene
 
 BLOCK = 4  # layers skipped at once
@@ -195,3 +207,100 @@ def by_kind(right: Sequence[Sequence[bool]], kinds: Sequence[str]) -> dict[str, 
 
 def scenes_of(split: str, count: int) -> list[Scene]:
     return [sample_scene(split, seed) for seed in range(count)]
+
+
+def views(scenes: Sequence[Scene], tokenizer, pictures: bool) -> tuple[str, torch.Tensor, torch.Tensor]:
+    """What a model sees of these scenes, as `Asked` holds it: nine symbols, or all patches of a picture."""
+    if pictures:
+        return "pixels", pixels([draw(s) for s in scenes]), torch.arange(SIDE * SIDE)
+    return "symbols", torch.stack([cells(s, tokenizer) for s in scenes]), torch.tensor(CELL_CENTRES)
+
+
+def measure(task: Talk, tokenizer, scenes: Sequence[Scene], what: Sequence[str], pictures: bool) -> dict:
+    """The figures named in `what` (a subset of WHAT), on these scenes."""
+    seen = views(scenes, tokenizer, pictures)
+    numbers, questions, rows = zip(*quiz(scenes, tokenizer), strict=True)
+    kinds = [q.kind for q in questions]
+    asked = Asked(list(numbers), kinds, list(rows), *seen)
+    right = answers(task, asked)
+    layers = len(task.layers)
+    out = {"layers": layers, "questions": len(rows), "all": percent(right), "interval": interval(right, asked.scenes)}
+    out |= by_kind(right, kinds)
+    if "skip" in what:
+        out["without four layers from"] = without_blocks(task, asked, max(1, layers // 8), max(1, layers // 8))
+    if "lens" in what:
+        out["lens"] = lens(task, asked)
+    if "looking" in what:
+        # Of 576 patches 41 stay at R = 64; of nine symbols three.
+        keep, K, F = (41 if pictures else 3), max(1, layers // 16), round(0.75 * layers)
+        out["looking"] = looking_curve(task, asked, keep, K, F)
+    if "turns" in what:
+        numbers, rows = zip(*talks(scenes, tokenizer), strict=True)
+        said = answers(task, Asked(list(numbers), [], list(rows), *seen))
+        place = [[r[i] for r in said] for i in range(len(said[0]))]
+        long = [r for row, turns in zip(rows, said, strict=True) for r, t in zip(turns, row.turns, strict=True)
+                if t[0].kind == "describe"]  # fmt: skip
+        short = [r for row, turns in zip(rows, said, strict=True) for r, t in zip(turns, row.turns, strict=True)
+                 if t[0].kind != "describe"]  # fmt: skip
+        out["turns"] = [percent([p]) for p in place]
+        out["turns, short"], out["turns, descriptions"] = percent([short]), percent([long])
+    if "describe" in what:
+        numbers, _, rows = zip(*quiz(scenes, tokenizer, ("describe",)), strict=True)
+        told = answers(task, Asked(list(numbers), [], list(rows), *seen))
+        out["descriptions, exact"] = percent(told)
+    return out
+
+
+WHAT = ("skip", "lens", "looking", "turns", "describe")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="folder of a finished base, measured on pictures")
+    parser.add_argument("--checkpoint", type=Path, help="file of a stage of the course, measured on nine symbols")
+    parser.add_argument("--layers", type=int, help="of the checkpoint's decoder")
+    parser.add_argument("--pictures", action="store_true", help="show the checkpoint pictures instead of symbols")
+    parser.add_argument("--split", default="validation", help="of the scenes (default %(default)s)")
+    parser.add_argument("--scenes", type=int, default=60, help="how many (default %(default)s)")
+    parser.add_argument("--what", default=",".join(WHAT), help="besides short answers (default %(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    args = parser.parse_args(argv)
+
+    def body() -> None:
+        what = tuple(w for w in args.what.split(",") if w)
+        if unknown := set(what) - set(WHAT):
+            raise InputError(f"--what: unknown {sorted(unknown)}; choose from {', '.join(WHAT)}")
+        model, begin = _open(args), time.monotonic()
+        scenes = scenes_of(args.split, args.scenes)
+        found = measure(Talk(model), build_tokenizer(), scenes, what, bool(args.base) or args.pictures)
+        for name, value in found.items():
+            print(f"{name}: {_shown(value)}")
+        if args.out:
+            seconds = round(time.monotonic() - begin)
+            write_json(provenance() | {"seconds": seconds, "split": args.split} | found, args.out)
+
+    return run_program(body)
+
+
+def _open(args: argparse.Namespace) -> LlavaForConditionalGeneration:
+    from .course import Course  # it trains, and this module is read by what only measures
+
+    if (args.base is None) == (args.checkpoint is None):
+        raise InputError("give either --base FOLDER or --checkpoint FILE with --layers N")
+    if args.base:
+        return LlavaForConditionalGeneration.from_pretrained(args.base, dtype=torch.float32)
+    if not args.layers or not args.checkpoint.is_file():
+        raise InputError(f"--checkpoint {args.checkpoint} --layers {args.layers}: a file and its layers are needed")
+    return Course(args.checkpoint.parent).load(args.checkpoint, args.layers)
+
+
+def _shown(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_shown(v)}" for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return " ".join(_shown(v) for v in value)
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
