@@ -16,11 +16,15 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from ..model.load import EMBEDDED_BASE
 from ..training.loop import LoopConfig, fit, save_atomically
 from ..training.muon import for_decoder
+from .align import Aligner
 from .base import base_config, build
-from .language import Talk, double, start, talk_batch, tie
+from .language import Talk, double, start, tie
+from .lessons import Lesson, lesson_batch, window_batch
 from .tokenizer import IMAGE_TOKEN, build_tokenizer
+from .tower import SIDE
 
 HIDDEN = 128
 THETA = 500_000.0  # content must be found hundreds of patches away: most of a head's turning is slow
@@ -28,23 +32,25 @@ THETA = 500_000.0  # content must be found hundreds of patches away: most of a h
 
 @dataclass(frozen=True)
 class Stage:
-    """`asked_weight` is what a question's own words count as targets; `offset` chooses the scenes."""
+    """So many steps at this depth; `lr` is Muon's peak, `final_lr` the share of it that is left at the end."""
 
     name: str
     layers: int
     steps: int
     lr: float
-    offset: int
-    rows: int = 16
-    asked_weight: float = 0.15
-    helped: float = 0.0  # share of the steps with a (fading) loss on looking, in the layers that become 8 to 15
+    lesson: Lesson
+    final_lr: float = 0.1
 
 
 STAGES = (
-    Stage("words-4", 4, 1000, 0.02, 0, helped=0.5),
-    Stage("words-8", 8, 1500, 0.01, 1),
-    Stage("words-16", 16, 600, 0.006, 2, asked_weight=0.05),
-    Stage("words-32", 32, 400, 0.004, 3, asked_weight=0.05),
+    Stage("words-4", 4, 1000, 0.02, Lesson(0, helped=500)),
+    Stage("words-8", 8, 600, 0.01, Lesson(1)),
+    Stage("words-16", 16, 300, 0.006, Lesson(2, asked_weight=0.05)),
+    Stage("words-32", 32, 300, 0.004, Lesson(3, asked_weight=0.05)),
+    Stage("patches", 32, 300, 0.003, Lesson(4, "patches", shares=(1 / 9, 1 / 9, 1 / 4), asked_weight=0.05)),
+    Stage("align", 32, 400, 1e-3, Lesson(0, "windows")),
+    Stage("pictures", 32, 1200, 0.003, Lesson(5, "pictures", 8, 2, (1 / 4, 1 / 4, 1 / 9), 0.05)),
+    Stage("whole", 32, 400, 0.001, Lesson(6, "pictures", 4, 3, (1.0, 0.0), 0.0)),
 )
 
 
@@ -79,7 +85,11 @@ class Course:
             return start(shape)
         previous = STAGES[number - 1]
         model = self.load(self.done(previous.name), previous.layers)
-        return double(model, shape) if stage.layers > previous.layers else model
+        model = double(model, shape) if stage.layers > previous.layers else model
+        if stage.lesson.kind == "windows":
+            published = LlavaForConditionalGeneration.from_pretrained(EMBEDDED_BASE, dtype=torch.float32)
+            model.model.vision_tower = published.model.vision_tower
+        return model
 
     def load(self, file: Path, layers: int) -> LlavaForConditionalGeneration:
         """A model of so many layers from a finished stage's file or from a checkpoint."""
@@ -100,17 +110,23 @@ class Course:
                 save_atomically(weights, self.done(stage.name))
 
     def train(self, model: LlavaForConditionalGeneration, stage: Stage) -> None:
-        """The decoder's layers, norm and words learn; tower and projector stay."""
-        model.requires_grad_(False)
-        model.model.language_model.requires_grad_(True)
-        steps = self.steps.get(stage.name, stage.steps)
+        """The decoder learns, from pictures on the projector too; `align` teaches the projector alone. The tower stays."""
         loop = LoopConfig(
-            stage.name, steps, stage.lr, final_lr=0.1, workers=self.workers, save_seconds=self.save_seconds,
+            stage.name, self.steps.get(stage.name, stage.steps), stage.lr, final_lr=stage.final_lr,
+            workers=self.workers, save_seconds=self.save_seconds,
         )  # fmt: skip
-        batches = partial(
-            talk_batch, rows=stage.rows, tokenizer=self.tokenizer, offset=stage.offset,
-            asked_weight=stage.asked_weight, helped=round(stage.helped * steps),
-        )  # fmt: skip
+        model.requires_grad_(False)
+        if stage.lesson.kind == "windows":
+            aligner = Aligner(model)
+            aligner.reader.requires_grad_(False)
+            aligner.projector.requires_grad_(True)
+            fit(loop, aligner, partial(window_batch, images=16, window=SIDE // 2, tokenizer=self.tokenizer),
+                aligner.loss, self.out)  # fmt: skip
+            return
+        model.model.language_model.requires_grad_(True)
+        if stage.lesson.kind == "pictures":
+            model.model.multi_modal_projector.requires_grad_(True)
+        batches = partial(lesson_batch, lesson=stage.lesson, tokenizer=self.tokenizer)
         fit(loop, model, batches, Talk(model).loss, self.out, for_decoder)
 
 

@@ -1,14 +1,13 @@
-"""The decoder's first stages: it learns language and looking up from scenes in words, all its layers, by next tokens alone.
+"""How the decoder begins, how it grows, and its loss: that on the next token of whole conversations.
 
-A scene enters as a few visual tokens, each the sum of the embeddings of the words for what a patch
-shows, at the positions that the patches of a picture have. There is no loss but that on the next
-token. Depth grows by doubling (`double`): each layer becomes two that add half of what it added.
+Visual tokens stand at the positions that the patches of a picture have, be they symbols (sums of the
+embeddings of the words for what a patch shows) or a picture's own. Depth grows by doubling: each
+layer becomes two that add half of what it added.
 """
 
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Sequence
 
 import torch
@@ -17,19 +16,14 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ..model.trunk import rotate_half
 from .base import build
-from .decoder import CELL_CENTRES, NOTHING, STREAMS, _word_ids, cell_symbols, spell, visual_tokens
+from .decoder import spell, visual_tokens
 from .looking import CELL_BITS
-from .packing import looks
-from .talk import collate, converse
 from .tower import SIDE
-from .world import Scene, sample_scene
 
-ROW = 160  # tokens of a row, visual ones not counted
 MATCHING = 2.0  # times the plain start's queries and keys: like attends to like
 COPYING = 0.5  # of what a head fetches is added to the stream at the start
 LOOKING = 1  # the layer of the first four that is helped to look; it becomes layers 8 to 15 of 32
 LOOKING_HEADS = 2
-LOOKING_WEIGHT = 0.3
 HIDDEN = -1e4
 HEAD_GAIN = 0.08  # of the final norm at the start, so that the first guesses are soft
 
@@ -71,40 +65,6 @@ def double(shallow: LlavaForConditionalGeneration, config: LlavaConfig) -> Llava
     return deep
 
 
-def talk_batch(
-    step: int, rows: int, tokenizer, offset: int, asked_weight: float, helped: int = 0, length: int = ROW
-) -> dict:
-    """Batch number `step`: conversations about `rows` training scenes, each as nine symbols.
-
-    The loss on looking fades to nothing over the first `helped` steps of the stage.
-    """
-    first = (STREAMS["cells"] << 34) + (offset << 28) + step * rows
-    scenes = [sample_scene("train", first + i) for i in range(rows)]
-    talks = [converse(s, random.Random(s.seed), tokenizer, length, asked_weight) for s in scenes]
-    batch = collate(talks)
-    batch["nothing"] = int(_word_ids(tokenizer, (NOTHING,))[0])
-    batch["symbols"] = torch.stack([cells(s, tokenizer) for s in scenes])
-    batch["keep"] = torch.tensor(CELL_CENTRES)
-    batch["help"] = LOOKING_WEIGHT * max(0.0, 1 - step / helped) if helped else 0.0
-    if batch["help"]:
-        for i, (scene, talk) in enumerate(zip(scenes, talks, strict=True)):
-            batch["looks"][i, : len(talk.ids)] = torch.tensor(looks(talk.ids, scene, tokenizer))
-    return batch
-
-
-def cells(scene: Scene, tokenizer) -> torch.Tensor:
-    """Nine symbols of a scene, token ids [9, SYMBOLS]."""
-    return name_words(cell_symbols(scene, tokenizer), tokenizer)
-
-
-def name_words(symbols: torch.Tensor, tokenizer) -> torch.Tensor:
-    """Patches of a printed word say "word" besides it: 64 words have nothing else in common by which to find them."""
-    written = (symbols[..., 6] > 0) & (symbols[..., 6] != int(_word_ids(tokenizer, (NOTHING,))[0]))
-    out = symbols.clone()
-    out[..., 0][written] = int(_word_ids(tokenizer, ("word",))[0])
-    return out
-
-
 class Talk:
     """The next-token loss on rows of talk.py."""
 
@@ -131,8 +91,10 @@ class Talk:
     def visual(self, batch: dict) -> torch.Tensor:
         """Visual tokens [B, V', D]: of pictures where the batch has pixels, else of symbols."""
         if "pixels" in batch:
-            return visual_tokens(self.model, batch["pixels"], batch["keep"])
-        return spell(batch["symbols"], self.decoder.embed_tokens.weight)
+            seen = visual_tokens(self.model, batch["pixels"], batch["keep"])
+        else:
+            seen = spell(batch["symbols"], self.decoder.embed_tokens.weight)
+        return seen[batch["of"]] if "of" in batch else seen
 
     def run(self, hidden: torch.Tensor, positions: torch.Tensor, layers: Sequence) -> torch.Tensor:
         """Through these layers, causally."""
@@ -165,7 +127,7 @@ class Talk:
         layer, count = self.layers[LOOKING], hidden.shape[1] - batch["ids"].shape[1]
         rows, places = batch["looks"].nonzero(as_tuple=True)
         bits = torch.tensor(CELL_BITS, device=hidden.device)[batch["keep"]]
-        filled = (batch["symbols"] == batch["nothing"]).any(-1).logical_not()
+        filled = (batch["symbols"] == batch["nothing"]).any(-1).logical_not()[batch["of"]]
         wanted = (batch["looks"][rows, places, None] & bits > 0) & filled[rows]
         found = wanted.any(-1)
         rows, places, wanted = rows[found], places[found], wanted[found]

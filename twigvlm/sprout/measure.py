@@ -27,7 +27,8 @@ from ..model.trunk import rotate_half
 from ..program import run_program
 from .decoder import CELL_CENTRES
 from .draw import draw
-from .language import Talk, cells
+from .language import Talk
+from .lessons import cells
 from .questions import KINDS, Question, ask
 from .talk import Row, add_turn, collate, empty_row, single
 from .tokenizer import build_tokenizer
