@@ -43,7 +43,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("words-4", 4, 1000, 0.02, Lesson(0, helped=500)),
+    # Descriptions are learnt first (dense answers), short answers need what they taught.
+    Stage("words-4", 4, 400, 0.02, Lesson(0, helped=400, described=0.6, worded=0), final_lr=0.7),
+    Stage("short-4", 4, 1200, 0.014, Lesson(7)),
     Stage("words-8", 8, 600, 0.01, Lesson(1)),
     Stage("words-16", 16, 300, 0.006, Lesson(2, asked_weight=0.05)),
     Stage("words-32", 32, 300, 0.004, Lesson(3, asked_weight=0.05)),

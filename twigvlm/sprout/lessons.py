@@ -21,6 +21,7 @@ from .tower import SIDE, pixels
 from .world import WORDS, Scene, sample_scene
 
 STREAM = 5 << 34  # far from the seeds of the packed stages and of the drawn conversations
+FAMILY = 8  # seeds that differ in their upper bits
 LOST = 0.1  # share of the words that a symbol lacks in the stage of many symbols
 LOOKING_WEIGHT = 0.3
 FILL = (41, 41, 134, 227)  # visual tokens that pruning leaves: r at R = 64 (twice as often), 128, 192
@@ -33,7 +34,8 @@ class Lesson:
     `shares` are the parts of the patches that are seen (one is drawn a step): 1 is all, 1/n one
     random patch of every n; 0 is what pruning might leave. `asked_weight` is what a question's own
     words count as targets; over the first `helped` steps there is a (fading) loss on looking.
-    `offset` chooses the scenes.
+    `offset` chooses the scenes; a share `described` of the rows holds a description, and
+    a share `worded` of the scenes certainly a printed word (else two in five do).
     """
 
     offset: int
@@ -44,16 +46,18 @@ class Lesson:
     asked_weight: float = 0.15
     helped: int = 0
     length: int = 160
+    described: float = 0.2
+    worded: float = 0.5
 
 
 def lesson_batch(step: int, lesson: Lesson, tokenizer) -> dict:
     """Batch number `step`: rows [scenes x talks] and what is seen of each scene."""
     first = STREAM + (lesson.offset << 28) + step * lesson.scenes
-    scenes = [sample_scene("train", first + i) for i in range(lesson.scenes)]
+    scenes = [_scene(first + i, lesson.worded) for i in range(lesson.scenes)]
     of = [i for i in range(lesson.scenes) for _ in range(lesson.talks)]
     seeds = [f"{scenes[i].seed} {n % lesson.talks}" for n, i in enumerate(of)]
     talks = [
-        converse(scenes[i], random.Random(seed), tokenizer, lesson.length, lesson.asked_weight)
+        converse(scenes[i], random.Random(seed), tokenizer, lesson.length, lesson.asked_weight, lesson.described)
         for i, seed in zip(of, seeds, strict=True)
     ]
     batch = collate(talks) | {"of": torch.tensor(of), "help": 0.0}
@@ -62,6 +66,16 @@ def lesson_batch(step: int, lesson: Lesson, tokenizer) -> dict:
         for row, (i, talk) in enumerate(zip(of, talks, strict=True)):
             batch["looks"][row, : len(talk.ids)] = torch.tensor(looks(talk.ids, scenes[i], tokenizer))
     return batch | _seen(scenes, lesson, random.Random(first), tokenizer)
+
+
+def _scene(seed: int, worded: float) -> Scene:
+    """Training scene `seed`, or for a share `worded` of the seeds the next of its family that shows a word."""
+    scene = sample_scene("train", seed)
+    for other in range(1, FAMILY):
+        if scene.word or random.Random(f"worded {seed}").random() >= worded:
+            break
+        scene = sample_scene("train", seed + (other << 37))
+    return scene
 
 
 def _seen(scenes: list[Scene], lesson: Lesson, rng: random.Random, tokenizer) -> dict:

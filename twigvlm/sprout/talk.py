@@ -23,7 +23,6 @@ SYSTEM_SHARE = 0.35  # of the conversations begin with the system sentence
 # Reading, choosing and comparing are learnt last, so they are asked most.
 ASKED = {"exist": 1, "colour": 1.5, "shape": 1.5, "count": 1.5, "where": 1.5, "relation": 1.5, "compare": 2,
          "read": 2.5, "choice": 1.5}  # fmt: skip
-DESCRIBED_SHARE = 0.6  # of the conversations hold a description
 DESCRIPTION_WEIGHT = 0.5  # of a description's tokens against a short answer's
 
 
@@ -44,10 +43,15 @@ def empty_row(tokenizer, system: bool) -> Row:
     return Row(len(ids), list(ids), [0.0] * len(ids), [False] * len(ids))
 
 
-def converse(scene: Scene, rng: random.Random, tokenizer, length: int, asked_weight: float) -> Row:
-    """A row of at most `length` tokens: as many turns as fit; the questions' own words count `asked_weight`."""
+def converse(
+    scene: Scene, rng: random.Random, tokenizer, length: int, asked_weight: float, described: float = 0.5
+) -> Row:
+    """A row of at most `length` tokens: as many turns as fit; the questions' own words count `asked_weight`.
+
+    A share `described` of the rows holds a description, in front, in between or at the end.
+    """
     row = empty_row(tokenizer, rng.random() < SYSTEM_SHARE)
-    long = rephrase(ask(scene, "describe", rng), rng) if rng.random() < DESCRIBED_SHARE else None
+    long = rephrase(ask(scene, "describe", rng), rng) if rng.random() < described else None
     before = rng.choice((0, 0, 1, 2, 9))  # turns in front of the description, where they fit
     room = cost(long, tokenizer) if long else 0
     misses = 0
