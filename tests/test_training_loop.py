@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from twigvlm.training import loop
 from twigvlm.training.loop import LoopConfig, fit, save_atomically
 
 CONFIG = LoopConfig("toy", steps=30, lr=5e-2, workers=0, save_seconds=0)
@@ -86,3 +88,18 @@ def test_what_does_not_learn_stays(tmp_path):
     before = module[0].weight.clone()
     train(module, tmp_path)
     assert torch.equal(module[0].weight, before)
+
+
+@pytest.mark.parametrize(("flags", "half"), [({"avx2", "fma"}, False), ({"avx512_bf16"}, True), ({"bf16"}, True)])
+def test_bf16_is_used_where_the_processor_computes_in_it(tmp_path, monkeypatch, flags, half):
+    """A processor without such instructions emulates them, eleven times slower than fp32."""
+    monkeypatch.setattr(loop, "_cpu_flags", lambda: frozenset(flags))
+    module, seen = model(), []
+
+    def loss_fn(batch):
+        out = module(batch["x"])
+        seen.append(out.dtype)
+        return out.float().square().mean(), {}
+
+    fit(replace(CONFIG, steps=1), module, make_batch, loss_fn, tmp_path)
+    assert seen == [torch.bfloat16 if half else torch.float32]
