@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
 from twigvlm.model.prompt import VICUNA_V1, encode
 from twigvlm.sprout import measure
@@ -316,6 +317,22 @@ def test_each_stage_begins_with_what_the_last_one_left(tmp_path, tokenizer):
         model = course.before(number)
         assert len(model.model.language_model.layers) == stage.layers
         assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+
+
+def test_the_exported_base_says_what_the_trained_model_said(tmp_path, tokenizer):
+    """Rounded to fp16, head and embedding both in the file."""
+    model, course = tiny(tokenizer), Course(tmp_path, hidden=32)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.half())
+        text = f"{VICUNA_V1.user}: <image>\nWhat colour is the star? {VICUNA_V1.assistant}:"
+        ids = torch.tensor([encode(tokenizer, text, model.config.image_token_index, SIDE * SIDE)])
+        values = pixels([draw(sample_scene("test", 0))])
+        before = model(input_ids=ids, pixel_values=values).logits
+        course.export(model)
+        base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
+        torch.testing.assert_close(base(input_ids=ids, pixel_values=values).logits, before, atol=1e-4, rtol=1e-4)
+    assert base.lm_head.weight is not base.model.language_model.embed_tokens.weight
 
 
 def test_measure_names_what_it_needs(capsys, tmp_path):

@@ -1,7 +1,8 @@
 """The next base's recipe as far as it goes, one resumable command: `python -m twigvlm.sprout.course`.
 
 Text and symbols first: a decoder of four layers learns to talk about scenes in words, then its depth
-doubles to 8, 16 and 32 layers, each trained on. Then pictures. Every stage writes `<out>/<stage>.jsonl`
+doubles to 8, 16 and 32 layers, each trained on. Then many symbols, the projector (the tower is the
+published base's), and pictures, at last with all their tokens; `<out>/base` is the result. Every stage writes `<out>/<stage>.jsonl`
 (metrics), `<stage>.pt` (checkpoint, every two minutes) and `<stage>-done.pt`; a run that is killed
 goes on where it was, to the same bits on a CPU.
 """
@@ -20,7 +21,7 @@ from ..model.load import EMBEDDED_BASE
 from ..training.loop import LoopConfig, fit, save_atomically
 from ..training.muon import for_decoder
 from .align import Aligner
-from .base import base_config, build
+from .base import base_config, build, save_base
 from .language import Talk, double, start, tie
 from .lessons import Lesson, lesson_batch, window_batch
 from .tokenizer import IMAGE_TOKEN, build_tokenizer
@@ -110,6 +111,13 @@ class Course:
                 self.train(model, stage)
                 weights = {k: v.to("cpu") for k, v in model.state_dict().items() if k != "lm_head.weight"}
                 save_atomically(weights, self.done(stage.name))
+                if stage is STAGES[-1]:
+                    self.export(model)
+
+    def export(self, model: LlavaForConditionalGeneration) -> None:
+        """Write `<out>/base` as a stock folder, embedding and head apart, as whoever trains on expects them."""
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        save_base(model, self.tokenizer, self.out / "base")
 
     def train(self, model: LlavaForConditionalGeneration, stage: Stage) -> None:
         """The decoder learns, from pictures on the projector too; `align` teaches the projector alone. The tower stays."""
