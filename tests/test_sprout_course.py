@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import subprocess
@@ -39,7 +40,7 @@ def tokenizer():
 
 def tiny(tokenizer, layers: int = 4, seed: int = 0):
     """A model whose layers do something."""
-    return start(config(layers, tokenizer, 32), seed)
+    return start(config(layers, 32, tokenizer), seed)
 
 
 def asked_of(tokenizer, scenes: int = 3, kinds=("colour", "count")) -> Asked:
@@ -106,7 +107,7 @@ def test_a_row_is_what_the_stock_model_sees(tokenizer, system):
 
 def test_doubling_nearly_keeps_the_function(tokenizer):
     shallow = tiny(tokenizer)
-    deep = double(double(shallow, config(8, tokenizer, 32)), config(16, tokenizer, 32))
+    deep = double(double(shallow, config(8, 32, tokenizer)), config(16, 32, tokenizer))
     batch = lesson_batch(0, Lesson(0, scenes=2), tokenizer)
     with torch.no_grad():
         one, other = Talk(shallow).logits(batch), Talk(deep).logits(batch)
@@ -342,3 +343,17 @@ def test_measure_names_what_it_needs(capsys, tmp_path):
     assert "--base FOLDER" in capsys.readouterr().err
     assert measure.main(["--checkpoint", str(tmp_path / "none.pt")]) == 2
     assert "none.pt" in capsys.readouterr().err
+
+
+def test_measure_reads_any_stages_file(capsys, tmp_path, tokenizer):
+    """Depth and width are the file's; what has no eyes is shown no pictures; the figures are written."""
+    words = {k: v for k, v in tiny(tokenizer, 2).state_dict().items() if "vision_tower" not in k}
+    torch.save({"weights": words, "step": 3}, tmp_path / "words.pt")
+    flags = ["--checkpoint", str(tmp_path / "words.pt"), "--scenes", "1"]
+    assert measure.main([*flags, "--pictures"]) == 2
+    assert "holds no tower" in capsys.readouterr().err
+    assert measure.main([*flags, "--out", str(tmp_path / "figures.json")]) == 0
+    found = json.loads((tmp_path / "figures.json").read_text())
+    assert found["layers"] == 2 and len(found["lens"]) == 2 and len(found["turns"]) == 4
+    assert found["interval"][0] <= found["all"] <= found["interval"][1]
+    assert found["looking"].keys() == {"0", "1", "random"} and "without four layers from" in found

@@ -57,11 +57,17 @@ STAGES = (
 )
 
 
-def config(layers: int, tokenizer, hidden: int = HIDDEN) -> LlavaConfig:
-    """The base's shape at this depth."""
+def config(layers: int, hidden: int, tokenizer) -> LlavaConfig:
+    """The base's shape at this depth and width."""
     shape = base_config(len(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), layers, hidden)
     shape.text_config.rope_parameters = {"rope_type": "default", "rope_theta": THETA}
     return shape
+
+
+def shape_of(state: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Layers and width of the decoder whose weights these are."""
+    layers = {name.split(".layers.")[1].split(".")[0] for name in state if "language_model.layers." in name}
+    return len(layers), state["model.language_model.embed_tokens.weight"].shape[1]
 
 
 @dataclass
@@ -83,23 +89,24 @@ class Course:
 
     def before(self, number: int) -> LlavaForConditionalGeneration:
         """The model that stage `number` begins with."""
-        stage, shape = STAGES[number], config(STAGES[number].layers, self.tokenizer, self.hidden)
+        stage, shape = STAGES[number], config(STAGES[number].layers, self.hidden, self.tokenizer)
         if number == 0:
             return start(shape)
         previous = STAGES[number - 1]
-        model = self.load(self.done(previous.name), previous.layers)
+        model = self.load(self.done(previous.name))
         model = double(model, shape) if stage.layers > previous.layers else model
         if stage.lesson.kind == "windows":
             published = LlavaForConditionalGeneration.from_pretrained(EMBEDDED_BASE, dtype=torch.float32)
             model.model.vision_tower = published.model.vision_tower
         return model
 
-    def load(self, file: Path, layers: int) -> LlavaForConditionalGeneration:
-        """A model of so many layers from a finished stage's file or from a checkpoint."""
-        model = build(config(layers, self.tokenizer, self.hidden))
-        tie(model)
+    def load(self, file: Path) -> LlavaForConditionalGeneration:
+        """The model in a finished stage's file; of a checkpoint, what learns in its stage."""
         state = torch.load(file, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.get("weights", state), strict=False)
+        state = state.get("weights", state)
+        model = build(config(*shape_of(state), self.tokenizer))
+        tie(model)
+        model.load_state_dict(state, strict=False)
         return model
 
     def run(self, wanted: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ scenes. Works on symbols (an early stage) and on pictures alike: see `Asked`.
 from __future__ import annotations
 
 import argparse
+import pickle
 import random
 import sys
 import time
@@ -259,7 +260,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="folder of a finished base, measured on pictures")
     parser.add_argument("--checkpoint", type=Path, help="file of a stage of the course, measured on nine symbols")
-    parser.add_argument("--layers", type=int, help="of the checkpoint's decoder")
     parser.add_argument("--pictures", action="store_true", help="show the checkpoint pictures instead of symbols")
     parser.add_argument("--split", default="validation", help="of the scenes (default %(default)s)")
     parser.add_argument("--scenes", type=int, default=60, help="how many (default %(default)s)")
@@ -287,12 +287,24 @@ def _open(args: argparse.Namespace) -> LlavaForConditionalGeneration:
     from .course import Course  # it trains, and this module is read by what only measures
 
     if (args.base is None) == (args.checkpoint is None):
-        raise InputError("give either --base FOLDER or --checkpoint FILE with --layers N")
+        raise InputError("give either --base FOLDER or --checkpoint FILE")
     if args.base:
+        if not (args.base / "config.json").is_file():
+            raise InputError(f"--base {args.base}: no config.json there; give the folder of a trained base")
         return LlavaForConditionalGeneration.from_pretrained(args.base, dtype=torch.float32)
-    if not args.layers or not args.checkpoint.is_file():
-        raise InputError(f"--checkpoint {args.checkpoint} --layers {args.layers}: a file and its layers are needed")
-    return Course(args.checkpoint.parent).load(args.checkpoint, args.layers)
+    try:
+        state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+        sees = any("vision_tower" in name for name in state.get("weights", state))
+        model = Course(args.checkpoint.parent).load(args.checkpoint)
+    except (OSError, KeyError, RuntimeError, pickle.UnpicklingError, AttributeError) as fault:
+        raise InputError(
+            f"--checkpoint {args.checkpoint}: no weights of the course ({fault}); give a file that it wrote"
+        ) from fault
+    if args.pictures and not sees:
+        raise InputError(
+            f"--pictures: {args.checkpoint} holds no tower; give the file of a finished stage from align on (…-done.pt)"
+        )
+    return model
 
 
 def _shown(value) -> str:
