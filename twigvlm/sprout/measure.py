@@ -229,7 +229,8 @@ def measure(task: Talk, tokenizer, scenes: Sequence[Scene], what: Sequence[str],
     out = {"layers": layers, "questions": len(rows), "all": percent(right), "interval": interval(right, asked.scenes)}
     out |= by_kind(right, kinds)
     if "skip" in what:
-        out["without four layers from"] = without_blocks(task, asked, max(1, layers // 8), max(1, layers // 8))
+        size = max(1, layers * BLOCK // 32)
+        out["layers skipped at once"], out["without those from"] = size, without_blocks(task, asked, size, size)
     if "lens" in what:
         out["lens"] = lens(task, asked)
     if "looking" in what:
@@ -239,17 +240,21 @@ def measure(task: Talk, tokenizer, scenes: Sequence[Scene], what: Sequence[str],
     if "turns" in what:
         numbers, rows = zip(*talks(scenes, tokenizer), strict=True)
         said = answers(task, Asked(list(numbers), [], list(rows), *seen))
-        place = [[r[i] for r in said] for i in range(len(said[0]))]
-        long = [r for row, turns in zip(rows, said, strict=True) for r, t in zip(turns, row.turns, strict=True)
-                if t[0].kind == "describe"]  # fmt: skip
-        short = [r for row, turns in zip(rows, said, strict=True) for r, t in zip(turns, row.turns, strict=True)
-                 if t[0].kind != "describe"]  # fmt: skip
-        out["turns"] = [percent([p]) for p in place]
-        out["turns, short"], out["turns, descriptions"] = percent([short]), percent([long])
+        out["turns"] = [percent([[turns[i]] for turns in said]) for i in range(len(said[0]))]
+        for name, long in (("turns, short", False), ("turns, descriptions", True)):
+            some = [
+                [
+                    r
+                    for r, (question, _, _) in zip(turns, row.turns, strict=True)
+                    if (question.kind == "describe") == long
+                ]
+                for row, turns in zip(rows, said, strict=True)
+            ]
+            out[name], out[f"{name}, interval"] = percent(some), interval(some, numbers)
     if "describe" in what:
         numbers, _, rows = zip(*quiz(scenes, tokenizer, ("describe",)), strict=True)
         told = answers(task, Asked(list(numbers), [], list(rows), *seen))
-        out["descriptions, exact"] = percent(told)
+        out["descriptions, exact"], out["descriptions, interval"] = percent(told), interval(told, numbers)
     return out
 
 
