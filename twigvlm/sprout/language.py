@@ -133,12 +133,14 @@ class Talk:
         rows, places, wanted = rows[found], places[found], wanted[found]
         asked = torch.where(places < batch["heads"][rows], places, places + count)
         seen = batch["heads"][:, None] + torch.arange(count, device=hidden.device)
-        part, width = layer.self_attn, LOOKING_HEADS * layer.self_attn.head_dim
+        part = layer.self_attn
+        heads = min(LOOKING_HEADS, part.q_proj.out_features // part.head_dim)
+        width = heads * part.head_dim
         normed = layer.input_layernorm(hidden)
         cos, sin = self.decoder.rotary_emb(hidden, positions)
-        query = F.linear(normed[rows, asked], part.q_proj.weight[:width]).unflatten(-1, (LOOKING_HEADS, -1))
+        query = F.linear(normed[rows, asked], part.q_proj.weight[:width]).unflatten(-1, (heads, -1))
         each = torch.arange(len(hidden), device=hidden.device)[:, None]
-        key = F.linear(normed[each, seen], part.k_proj.weight[:width]).unflatten(-1, (LOOKING_HEADS, -1))
+        key = F.linear(normed[each, seen], part.k_proj.weight[:width]).unflatten(-1, (heads, -1))
         query = query * cos[rows, asked][:, None] + rotate_half(query) * sin[rows, asked][:, None]
         key = key * cos[each, seen][:, :, None] + rotate_half(key) * sin[each, seen][:, :, None]
         spent = (torch.einsum("nhd,nvhd->nhv", query, key[rows]) * part.scaling).log_softmax(-1)
