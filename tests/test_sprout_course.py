@@ -15,7 +15,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from twigvlm.model.prompt import VICUNA_V1, encode
-from twigvlm.sprout import measure
+from twigvlm.sprout import course, measure
 from twigvlm.sprout.course import STAGES, Course, config
 from twigvlm.sprout.draw import draw
 from twigvlm.sprout.language import LOOKING, Talk, double, start
@@ -291,10 +291,16 @@ def test_turns_are_asked_in_any_order(tokenizer):
     assert {[q.kind for q, _, _ in row.turns].index("describe") for row in rows} == {0, 1, 2, 3}
 
 
+def test_a_stage_without_the_one_before_says_so(tmp_path, capsys):
+    assert course.main(["--out", str(tmp_path), "--stages", "words-8", "--device", "cpu"]) == 2
+    assert "short-4 has not finished" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_killed_course_ends_with_the_same_weights(tmp_path):
     """Killed in the middle of a stage and started again: bit for bit the run that was never disturbed."""
     command = [sys.executable, "-m", "twigvlm.sprout.course", "--hidden", "32", "--device", "cpu", "--workers", "0"]
-    command += ["--stages", "words-4,words-8", "--steps", "words-4=6,words-8=2"]
+    command += ["--stages", "words-4,short-4", "--steps", "words-4=6,short-4=2"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run([*command, "--out", whole], cwd=ROOT, check=True, capture_output=True)
     process = subprocess.Popen([*command, "--out", broken, "--save-seconds", "0"], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -302,27 +308,27 @@ def test_a_killed_course_ends_with_the_same_weights(tmp_path):
         assert process.poll() is None
     process.kill()
     process.wait()
-    assert not (broken / "words-8-done.pt").exists(), "killed too late to prove anything"
+    assert not (broken / "short-4-done.pt").exists(), "killed too late to prove anything"
     subprocess.run([*command, "--out", broken], cwd=ROOT, check=True, capture_output=True)
-    one, other = (torch.load(d / "words-8-done.pt", weights_only=True) for d in (whole, broken))
+    one, other = (torch.load(d / "short-4-done.pt", weights_only=True) for d in (whole, broken))
     assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
 
 
 def test_each_stage_begins_with_what_the_last_one_left(tmp_path, tokenizer):
-    course = Course(tmp_path, hidden=32)
+    run = Course(tmp_path, hidden=32)
     for stage in STAGES:
         number = STAGES.index(stage)
         if number:
             before = STAGES[number - 1]
-            torch.save(tiny(tokenizer, before.layers, number).state_dict(), course.done(before.name))
-        model = course.before(number)
+            torch.save(tiny(tokenizer, before.layers, number).state_dict(), run.done(before.name))
+        model = run.before(number)
         assert len(model.model.language_model.layers) == stage.layers
         assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
 
 
 def test_the_exported_base_says_what_the_trained_model_said(tmp_path, tokenizer):
     """Rounded to fp16, head and embedding both in the file."""
-    model, course = tiny(tokenizer), Course(tmp_path, hidden=32)
+    model, run = tiny(tokenizer), Course(tmp_path, hidden=32)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.half())
@@ -330,7 +336,7 @@ def test_the_exported_base_says_what_the_trained_model_said(tmp_path, tokenizer)
         ids = torch.tensor([encode(tokenizer, text, model.config.image_token_index, SIDE * SIDE)])
         values = pixels([draw(sample_scene("test", 0))])
         before = model(input_ids=ids, pixel_values=values).logits
-        course.export(model)
+        run.export(model)
         base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
         torch.testing.assert_close(base(input_ids=ids, pixel_values=values).logits, before, atol=1e-4, rtol=1e-4)
     assert base.lm_head.weight is not base.model.language_model.embed_tokens.weight

@@ -10,6 +10,7 @@ goes on where it was, to the same bits on a CPU.
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,9 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from ..errors import InputError
 from ..model.load import EMBEDDED_BASE
+from ..program import run_program
 from ..training.loop import LoopConfig, fit, save_atomically
 from ..training.muon import for_decoder
 from .align import Aligner
@@ -93,6 +96,11 @@ class Course:
         if number == 0:
             return start(shape)
         previous = STAGES[number - 1]
+        if not self.done(previous.name).exists():
+            raise InputError(
+                f"{self.done(previous.name)}: stage {previous.name} has not finished; run it first: "
+                f"--stages {previous.name},{stage.name}"
+            )
         model = self.load(self.done(previous.name))
         model = double(model, shape) if stage.layers > previous.layers else model
         if stage.lesson.kind == "windows":
@@ -168,9 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError:
         parser.error(f"--steps is {args.steps!r}; NAME=N,NAME=N is needed")
     torch.set_flush_denormal(True)
-    Course(args.out, args.device, args.hidden, args.workers, args.save_seconds, steps).run(stages)
-    return 0
+    course = Course(args.out, args.device, args.hidden, args.workers, args.save_seconds, steps)
+    return run_program(lambda: course.run(stages))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())
