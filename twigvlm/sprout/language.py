@@ -32,7 +32,8 @@ def start(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
     """Fresh weights whose head is the embedding table: what is looked up is said by copying it."""
     model = build(config, seed)
     tie(model)
-    with torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
         model.model.language_model.norm.weight.fill_(HEAD_GAIN)
         for layer in model.model.language_model.layers:
             part = layer.self_attn
