@@ -23,7 +23,7 @@ LONG_FILES = {
     "sprout/benchmarks.py": 729,
     "training/train.py": 518,
 }
-FULL_FOLDERS = {"evaluation": 18, "model": 14, "sprout": 18, "training": 21}
+FULL_FOLDERS = {"evaluation": 18, "model": 14, "sprout": 24, "training": 22}
 # Imports within a function that close a circle: the report's program hands over to the ablations, which measure with it.
 CLOSING = {("twigvlm.sprout.report", "twigvlm.sprout.ablate")}
 
