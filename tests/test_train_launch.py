@@ -198,7 +198,9 @@ def test_two_machines_with_torchrun(flags, single, world, tmp_path):  # noqa: F8
     ]
     ends = [finish(node) for node in nodes]
     assert [code for code, _ in ends] == [0, 0], ends
-    check(ends[0][0], "".join(said for _, said in ends), tmp_path / "two", single, world / "base")
+    # The agent that keeps torchrun's own store may leave before the other has heard so, who then says it with a traceback.
+    said = [line for _, text in ends for line in text.splitlines(keepends=True) if "elastic/agent/server" not in line]
+    check(ends[0][0], "".join(said), tmp_path / "two", single, world / "base")
 
 
 def wait_for(process: subprocess.Popen, out: Path, step: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ..errors import InputError
-from ..model.load import EMBEDDED_BASE
+from ..model.describe import EMBEDDED_BASE
 from ..program import run_program
 from ..training.loop import LoopConfig, fit, save_atomically
 from ..training.muon import for_decoder
