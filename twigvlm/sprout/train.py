@@ -246,7 +246,9 @@ def main(argv: list[str] | None = None) -> int:
         steps = {name: int(n) for name, n in (item.split("=") for item in args.steps.split(",") if item)}
     except ValueError:
         parser.error(f"--steps is {args.steps!r}; NAME=N,NAME=N is needed")
-    for name, value in (("--scale", args.scale), ("--hidden", args.hidden), ("--save-seconds", args.save_seconds)):
+    if args.save_seconds < 0:
+        parser.error(f"--save-seconds is {args.save_seconds:g}; 0 (after every step) or more is needed")
+    for name, value in (("--scale", args.scale), ("--hidden", args.hidden)):
         if not value > 0:
             parser.error(f"{name} is {value:g}; a number above 0 is needed")
     if args.hidden % 32:
