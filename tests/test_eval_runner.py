@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from twigvlm.errors import InputError
 from twigvlm.evaluation import run, shards, suite
-from twigvlm.evaluation.answers import Appender, answer_line, read_lines
+from twigvlm.evaluation.answers import Appender, Folder, answer_line, read_lines
 from twigvlm.evaluation.record import write_json
 from twigvlm.evaluation.setting import EMBEDDED_DATA, REAL_DATA, Setting, default_data, fingerprint
 from twigvlm.evaluation.tasks import OWN, TASKS
@@ -838,3 +838,17 @@ def test_settings_of_the_embedded_model():
     assert Setting(R=None).name == "ssd" and Setting(R=192, limit=4).name == "twig-R192-first4"
     assert Setting(base="org/llava-v1.5-7b", twig="/x/my-twig").name == "twig-R64@my-twig"
     assert Setting(base="org/llava-v1.5-7b", twig="/x/my-twig").model_name == "llava-v1.5-7b"
+
+
+def test_a_shard_that_begins_while_another_writes_its_first_answer(tmp_path, monkeypatch):
+    """What the other notes first, its settings, is there when its answers are seen."""
+    folder, identity = Folder(tmp_path / "answers"), {"R": 64.0}
+
+    def other_begins(self):
+        write_json(identity, self.path / "settings.json")
+        (self.path / "2_1.jsonl").touch()
+        return [self.path / "2_1.jsonl"]
+
+    folder.path.mkdir()
+    monkeypatch.setattr(Folder, "shard_files", other_begins)
+    folder.prepare(identity)

@@ -222,7 +222,7 @@ def test_a_whole_run_is_the_authors(golden, tmp_path):
 
     job = trainer.Job(settings, tmp_path, ranks.Ranks(), CPU, material, {}, {})
     model = TwigForTraining(planted.trunk, planted.twig)
-    arguments = train._arguments(one, split)
+    arguments = train._arguments(one, split, planted.trunk.model.config.text_config.hidden_size)
     arguments.warmup_steps, arguments.save_strategy = 1, "no"
     order = GoldenOrder(facts["sample_order"], rows)
     replay = Replay(job, model, arguments, order, trainer.Signals())

@@ -178,8 +178,9 @@ class Folder:
     def compare(self, identity: Mapping[str, Any]) -> None:
         """Raise InputError for answers here that were made another way."""
         file = self.path / SETTINGS
+        found = self.shard_files()  # looked for first: another shard writes its settings before its first answer
         if not file.exists():
-            if found := self.shard_files():
+            if found:
                 raise InputError(f"{found[0]}: answers without {SETTINGS}, made nobody knows how; move them away")
             return
         try:
