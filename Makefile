@@ -3,16 +3,19 @@ PYTHON ?= python3
 PY := .venv/bin/python
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all test-nightly lint clean
 
 demo: .venv/.ready
 	$(PY) cli_demo.py --stream --question "Describe the image in detail."
 
 test: .venv/.ready
-	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile
+	$(PY) -m pytest -m "not slow and not nightly" -n 2 --dist loadfile
 
 test-all: .venv/.ready
-	$(PY) -m pytest
+	$(PY) -m pytest -m "not nightly"
+
+test-nightly: .venv/.ready
+	$(PY) -m pytest -m nightly
 
 lint: .venv/.ready
 	$(PY) -m ruff check .

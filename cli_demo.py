@@ -112,7 +112,7 @@ def printer() -> Callable[[str, bool], None]:
 def questions(args: argparse.Namespace) -> Iterator[str]:
     """The one question, or one a line until an empty line or the end."""
     if args.question is not None:
-        from twigvlm.text import whole
+        from twigvlm.files import whole
 
         yield whole(args.question)
         return
@@ -187,7 +187,7 @@ class Interrupt:
 def answer(vlm, image, question: str, history: list, options: dict, args: argparse.Namespace) -> str:
     """Ask one question, print the answer and its figures; the answer's text."""
     from twigvlm.decoding import DraftStreamer
-    from twigvlm.model.prompt import decode
+    from twigvlm.prompt.template import decode
 
     streamer = DraftStreamer(vlm.tokenizer, printer()) if args.stream and not args.json else None
     with Interrupt() as interrupt:
@@ -216,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
 
     import twigvlm
     from twigvlm.foresight import Wish, check
-    from twigvlm.model.images import open_image
+    from twigvlm.prompt.images import open_image
     from twigvlm.pruning.show import check_target
 
     logging.set_verbosity_error()

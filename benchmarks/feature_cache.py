@@ -21,11 +21,11 @@ from statistics import median
 
 import torch
 
-from twigvlm.evaluation.record import provenance, write_json
-from twigvlm.training.material import complete, gather
-from twigvlm.training.model import Seed, TwigForTraining, plant
-from twigvlm.training.plan import make_plan
+from twigvlm.record import provenance, write_json
+from twigvlm.training.cost import make_plan
+from twigvlm.training.data.loading import complete, gather
 from twigvlm.training.settings import Settings
+from twigvlm.training.twig import Seed, TwigForTraining, plant
 
 ROWS, REPEATS, PASSES = 8, 6, (1, 2, 3, 5)
 DISK = 2e9  # bytes a second that the arithmetic for 7B grants to the disk

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from twigvlm.config import TwigConfig
-from twigvlm.model.load import Loaded, set_attention
+from twigvlm.loading.base import Loaded, set_attention
 from twigvlm.model.trunk import Trunk
 from twigvlm.model.twig import grow
 from twigvlm.vlm import TwigVLM

@@ -19,11 +19,10 @@ UNBOUNDED = {"evaluation/tasks", "pruning/methods"}  # one file a benchmark, one
 # limit; none may grow or be added.
 LONG_FUNCTIONS = {"training/settings.py:_add_flags": 82}
 LONG_FILES = {
-    "evaluation/lmms.py": 528,
-    "sprout/benchmarks.py": 729,
+    "evaluation/lmms/plugin.py": 528,
     "training/train.py": 518,
 }
-FULL_FOLDERS = {"evaluation": 18, "model": 14, "sprout": 24, "training": 22}
+FULL_FOLDERS: dict[str, int] = {}
 # Imports within a function that close a circle: the report's program hands over to the ablations, which measure with it.
 CLOSING = {("twigvlm.sprout.report", "twigvlm.sprout.ablate")}
 

@@ -16,7 +16,8 @@ import twigvlm
 from twigvlm.errors import InputError
 from twigvlm.evaluation import run, speed, suite
 from twigvlm.foresight import Wish, check
-from twigvlm.model import describe, load
+from twigvlm.loading import base as load
+from twigvlm.loading import describe
 from twigvlm.model.twig import CONFIG, WEIGHTS, save_twig
 from twigvlm.sprout import report
 from twigvlm.sprout import train as recipe

@@ -14,8 +14,8 @@ from PIL import Image
 import twigvlm
 from twigvlm.decoding import DraftStreamer, Step
 from twigvlm.errors import InputError, RunError
-from twigvlm.model.prompt import converse, decode
-from twigvlm.text import whole
+from twigvlm.files import whole
+from twigvlm.prompt.template import converse, decode
 
 RED = Image.new("RGB", (9, 9), "red")
 

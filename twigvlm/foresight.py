@@ -14,9 +14,9 @@ from typing import Any
 from transformers import LlavaConfig
 
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
-from .model.describe import EMBEDDED_TWIG, HUB_DESCRIPTION, read_config, visual_tokens
-from .model.load import check_attention, pick_device, pick_dtype, read_twig_letters
-from .model.random import random_config
+from .loading.base import check_attention, pick_device, pick_dtype, read_twig_letters
+from .loading.describe import EMBEDDED_TWIG, HUB_DESCRIPTION, read_config, visual_tokens
+from .loading.random import random_config
 from .pruning import plan_for
 
 

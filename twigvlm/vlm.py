@@ -19,12 +19,12 @@ from .decoding.choose import Chooser
 from .decoding.finite import NotFinite, trace
 from .decoding.pace import Pace, measure, now
 from .errors import InputError
-from .model.describe import EMBEDDED_TWIG
-from .model.images import open_image
-from .model.load import Loaded, load_base, load_twig, pick_device, pick_dtype
-from .model.processor import build_processor, make_prompts, pads
-from .model.prompt import converse, decode
+from .loading.base import Loaded, load_base, load_twig, pick_device, pick_dtype
+from .loading.describe import EMBEDDED_TWIG
 from .model.twig import Twig
+from .prompt.images import open_image
+from .prompt.processor import build_processor, make_prompts, pads
+from .prompt.template import converse, decode
 from .pruning import Plan, plan_for
 
 CALL_STRIDE = 2**20  # rows that a call may have before its seeds meet the next call's

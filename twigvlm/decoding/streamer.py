@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..model.prompt import decode
+from ..prompt.template import decode
 from .loop import Step
 
 REPLACEMENT = "\ufffd"  # what an unfinished utf-8 sequence decodes to

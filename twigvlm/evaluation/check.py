@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..program import run_program
-from .record import ROOT
+from ..record import ROOT
 from .tasks import TASKS
 from .tasks.base import Question, Task
 
@@ -144,7 +144,7 @@ def _check_pictures(finding: Finding, label: str, questions: Sequence[Question],
 
 def _refusal(picture: Path | bytes) -> str | None:
     """Why a picture cannot be asked about."""
-    from ..model.images import open_image
+    from ..prompt.images import open_image
 
     try:
         open_image(picture)

@@ -23,11 +23,11 @@ from typing import Any
 
 from ..errors import InputError, RunError
 from ..program import print_json, run_program
-from .answers import LOGS, open_shard
-from .job import Job, default_out, find_data, find_split
-from .progress import Progress
-from .setting import DEFAULT_R, Setting
-from .shards import Ended, Placement, Stop, launch, place
+from .asking.answers import LOGS, open_shard
+from .asking.job import Job, default_out, find_data, find_split
+from .asking.progress import Progress
+from .asking.setting import DEFAULT_R, Setting
+from .asking.shards import Ended, Placement, Stop, launch, place
 from .tasks import ALIASES, OWN, TASKS, find
 from .tasks.base import Task
 from .tasks.vqa import VQA
@@ -193,7 +193,7 @@ class Models:
         """(model, seconds that opening took)."""
         from transformers.utils import logging
 
-        from .ask import open_model
+        from .asking.ask import open_model
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
@@ -212,7 +212,7 @@ def answer(job: Job, part: int, count: int, args: argparse.Namespace, models: Mo
     todo = [piece for piece in todo if piece]
     if not todo or stop:
         return
-    from .ask import Asker, batches, check_images, default_workers, dtype_name
+    from .asking.ask import Asker, batches, check_images, default_workers, dtype_name
 
     if not job.skip_broken:
         check_images(todo)
@@ -334,7 +334,7 @@ def conclude(job: Job, placement: Placement) -> dict[str, Any]:
         }
         facts |= {"score": None, "questions": len(job.questions), "missing": len(missing)}
         return facts | {"note": "other shards are still at work; the one that ends last merges and scores"}
-    from .record import provenance
+    from ..record import provenance
 
     here = provenance()
     return job.finish(here["command"], here["commit"])

@@ -29,14 +29,14 @@ from ..decoding.choose import Chooser
 from ..decoding.pace import Parts, median, now
 from ..errors import InputError
 from ..foresight import Wish, check
-from ..model.load import Loaded, pick_device, pick_dtype
-from ..model.random import random_base
+from ..loading.base import Loaded, pick_device, pick_dtype
+from ..loading.random import random_base
 from ..model.trunk import Trunk
 from ..model.twig import grow
 from ..program import print_json, run_program
+from ..record import provenance, table, write_json
 from ..threads import Clock
 from ..vlm import TwigVLM
-from .record import provenance, table, write_json
 
 MIN_TOKENS = 64  # of a description, as it would be written without a limit
 LOADED = 0.25  # cores that may be wanted beyond those there are
@@ -179,9 +179,9 @@ def _summary(name: str, timings: list[Timing]) -> dict:
 
 def _descriptions(vlm: TwigVLM, count: int) -> list[dict]:
     """Test scenes whose full description has MIN_TOKENS tokens or more."""
-    from ..sprout.draw import draw
-    from ..sprout.questions import describe
-    from ..sprout.world import sample_scene
+    from ..world.draw import draw
+    from ..world.questions import describe
+    from ..world.scenes import sample_scene
 
     prompts, seed = [], 0
     while len(prompts) < count:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from ..errors import InputError
 from ..program import print_json
-from .job import Job
+from .asking.job import Job
+from .asking.shards import Stop
 from .run import MODULE as RUN
 from .run import add_options, announce, carry_out, guarded, job_of, setting_of, stopped
-from .shards import Stop
 from .table import FORMATS, Table, collect, plot
 from .tasks import OWN, TASKS, find
 from .tasks.base import Task

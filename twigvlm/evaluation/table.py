@@ -22,7 +22,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..program import run_program
-from .answers import RESULT
+from .asking.answers import RESULT
 from .published import MODEL, ROWS, SOURCE
 from .tasks import OWN, TASKS
 

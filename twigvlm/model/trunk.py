@@ -18,8 +18,8 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from ..errors import InputError, RunError
+from ..loading.describe import visual_tokens
 from .cache import CacheGroup
-from .describe import visual_tokens
 from .stream import Stream
 from .tap import Tap, tapped
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..errors import InputError, RunError
-from ..model.images import open_image
+from ..prompt.images import open_image
 
 DIM = 0.25  # brightness of a dropped patch
 

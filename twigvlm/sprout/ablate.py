@@ -19,15 +19,15 @@ from tqdm import tqdm
 import twigvlm
 
 from ..config import TwigConfig
-from ..evaluation.record import ROOT
-from ..model.load import load_base
+from ..loading.base import load_base
 from ..model.twig import CONFIG, Init, grow, save_twig
-from ..training.loop import LoopConfig
-from .draw import draw
-from .questions import Question
+from ..record import ROOT
+from ..training.run.loop import LoopConfig
+from ..world.draw import draw
+from ..world.questions import Question
+from ..world.scenes import Scene
 from .report import Setting, descriptions, quiz, short_answers
 from .train import train_twig
-from .world import Scene
 
 PEAK_LR = 5e-4
 BUDGET = 64

@@ -19,16 +19,16 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ..errors import InputError
-from ..model.describe import EMBEDDED_BASE
+from ..loading.describe import EMBEDDED_BASE
 from ..program import run_program
-from ..training.loop import LoopConfig, fit, save_atomically
 from ..training.muon import for_decoder
-from .align import Aligner
-from .base import base_config, build, save_base
-from .language import Talk, double, start, tie
-from .lessons import Lesson, lesson_batch, window_batch
-from .tokenizer import IMAGE_TOKEN, build_tokenizer
-from .tower import SIDE
+from ..training.run.loop import LoopConfig, fit, save_atomically
+from .recipe.align import Aligner
+from .recipe.base import base_config, build, save_base
+from .recipe.language import Talk, double, start, tie
+from .recipe.lessons import Lesson, lesson_batch, window_batch
+from .recipe.tokenizer import IMAGE_TOKEN, build_tokenizer
+from .recipe.tower import SIDE
 
 HIDDEN = 128
 THETA = 500_000.0  # content must be found hundreds of patches away: most of a head's turning is slow

@@ -23,18 +23,18 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from ..errors import InputError
-from ..evaluation.record import provenance, write_json
 from ..model.trunk import rotate_half
 from ..program import run_program
-from .decoder import CELL_CENTRES
-from .draw import draw
-from .language import Talk
-from .lessons import cells
-from .questions import KINDS, Question, ask
-from .talk import Row, add_turn, collate, empty_row, single
-from .tokenizer import build_tokenizer
-from .tower import SIDE, pixels
-from .world import Scene, sample_scene
+from ..record import provenance, write_json
+from ..world.draw import draw
+from ..world.questions import KINDS, Question, ask
+from ..world.scenes import Scene, sample_scene
+from .recipe.decoder import CELL_CENTRES
+from .recipe.language import Talk
+from .recipe.lessons import cells
+from .recipe.talk import Row, add_turn, collate, empty_row, single
+from .recipe.tokenizer import build_tokenizer
+from .recipe.tower import SIDE, pixels
 
 BLOCK = 4  # layers skipped at once
 RESAMPLES = 1000

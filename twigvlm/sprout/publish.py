@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 from ..errors import InputError
-from ..evaluation.record import ROOT, provenance, table
-from ..model.describe import EMBEDDED_BASE, EMBEDDED_TWIG
+from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..program import run_program
-from .questions import KINDS
+from ..record import ROOT, provenance, table
+from ..world.questions import KINDS
 
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- figures -->", "<!-- end of figures -->"  # marks in the README

@@ -22,14 +22,14 @@ from tqdm import tqdm
 import twigvlm
 
 from ..errors import InputError
-from ..evaluation.record import provenance, table, write_json
 from ..foresight import Wish, check
-from ..model.describe import EMBEDDED_BASE, EMBEDDED_TWIG
-from ..model.prompt import decode
+from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..program import run_program
-from .draw import draw
-from .questions import KINDS, Question, ask, describe
-from .world import Scene, sample_scene
+from ..prompt.template import decode
+from ..record import provenance, table, write_json
+from ..world.draw import draw
+from ..world.questions import KINDS, Question, ask, describe
+from ..world.scenes import Scene, sample_scene
 
 BUDGETS = (192, 128, 64)
 METHODS = ("twig", "layer-attention", "random")

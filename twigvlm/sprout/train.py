@@ -22,16 +22,16 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from ..config import TwigConfig
-from ..model.load import load_base, pick_device
+from ..loading.base import load_base, pick_device
 from ..model.trunk import Trunk
 from ..model.twig import Twig, grow, save_twig
 from ..program import run_program
-from ..training.loop import LoopConfig, fit, save_atomically
-from .align import Aligner, align_batch
-from .base import CORE_PLACES, LAYERS, UPPER, base_config, build, deepen, save_base, shorten
-from .decoder import PackedAnswers, decoder_batch, sparse_batch
-from .tokenizer import IMAGE_TOKEN, build_tokenizer
-from .tower import SIDE, PatchReader, tower_batch
+from ..training.run.loop import LoopConfig, fit, save_atomically
+from .recipe.align import Aligner, align_batch
+from .recipe.base import CORE_PLACES, LAYERS, UPPER, base_config, build, deepen, save_base, shorten
+from .recipe.decoder import PackedAnswers, decoder_batch, sparse_batch
+from .recipe.tokenizer import IMAGE_TOKEN, build_tokenizer
+from .recipe.tower import SIDE, PatchReader, tower_batch
 
 CONTINUED, TWIG_SCENES = 9, 3  # offsets of the scenes that a continued base sees, and a twig
 WORTH_COMPILING = 200  # steps; a minute of compilation must pay

@@ -20,13 +20,13 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..model.load import load_base, pick_device, pick_dtype
+from ..loading.base import load_base, pick_device, pick_dtype
 from ..model.trunk import Trunk
 from ..model.twig import signature
 from ..program import run_program
-from .data import IGNORE, Collator, Example, TwigDataset
-from .material import Material, complete, gather
-from .ranks import Ranks
+from .data.examples import IGNORE, Collator, Example, TwigDataset
+from .data.loading import Material, complete, gather
+from .run.ranks import Ranks
 from .settings import Settings, parse
 
 FILE = "base_answers.npz"

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from ..errors import InputError, RunError
 from ..program import run_program
-from .data import IMAGE_LABEL, Example, Records, Skipped, TwigDataset
-from .survey import MAX_SKIPPED, counts, default_workers, in_parts
+from .data.examples import IMAGE_LABEL, Example, Records, Skipped, TwigDataset
+from .data.survey import MAX_SKIPPED, counts, default_workers, in_parts
 
 GREEN, RESET = "\033[32m", "\033[0m"
 PART = 64  # samples that a worker takes at a time: pictures are slow
@@ -91,8 +91,8 @@ def open_dataset(args: argparse.Namespace) -> tuple[TwigDataset, object]:
     if args.workers < 0:
         raise InputError(f"--workers is {args.workers}; 0 (none) or more are needed")
     records = Records(args.data)
-    from ..model.describe import visual_tokens
-    from ..model.processor import make_processor
+    from ..loading.describe import visual_tokens
+    from ..prompt.processor import make_processor
 
     folder, config, original = _base(args.base)
     tokenizer = make_processor(config, folder, original).tokenizer
@@ -103,7 +103,7 @@ def open_dataset(args: argparse.Namespace) -> tuple[TwigDataset, object]:
 
 def _base(base: str | None) -> tuple:
     """(folder, configuration, original layout) of a base of which even the vision tower may be missing."""
-    from ..model.describe import KNOWN_TOWERS, find_base, original_config, read_config
+    from ..loading.describe import KNOWN_TOWERS, find_base, original_config, read_config
 
     try:
         return read_config(base)

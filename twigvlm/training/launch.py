@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 
 from ..errors import InputError
-from ..model.describe import read_json
-from ..model.load import check_attention, check_letters, pick_device
+from ..loading.base import check_attention, check_letters, pick_device
+from ..loading.describe import read_json
 from ..model.twig import CONFIG
 from ..program import run_program
 from .agreement import FILE as ANSWERS
-from .material import complete
-from .records import Records
+from .data.loading import complete
+from .data.records import Records
 from .settings import HELD_OUT, HELD_OUT_SHARE, STOPPED, Settings, parse
 
 TRAIN, ASK = "twigvlm.training.train", "twigvlm.training.agreement"
@@ -72,9 +72,9 @@ def foresee(settings: Settings) -> None:
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("training needs the package accelerate, which is not installed: pip install -e '.[train]'")
     from ..foresight import Wish
-    from .model import INITS, Seed
     from .settings import ROWS_PER_DEVICE, split_batch
     from .train import check_export
+    from .twig import INITS, Seed
 
     Seed(settings.K, settings.T, settings.F, settings.init)
     if settings.data is None and settings.base is not None:

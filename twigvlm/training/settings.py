@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ..config import DEFAULT_K, DEFAULT_T
 from ..errors import InputError
-from ..model.load import BACKENDS
-from ..model.random import SHAPES
+from ..loading.base import BACKENDS
+from ..loading.random import SHAPES
 from .zero import read_zero
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"

@@ -24,23 +24,23 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError, RunError
-from ..model.describe import read_json
-from ..model.load import pick_device
+from ..loading.base import pick_device
+from ..loading.describe import read_json
 from ..model.twig import CONFIG, WEIGHTS, describe
 from ..workers import end_workers, workers_told
-from . import checkpoints
 from .agreement import FILE as ANSWERS
 from .agreement import hold_out, load_answers
-from .data import TwigDataset
-from .finish import export_release, finish
+from .data.examples import TwigDataset
+from .data.loading import Material, complete, gather
+from .data.sampler import LengthGroupedSampler
+from .data.survey import SkipLog, Survey
 from .lora import add_adapters
-from .material import Material, complete, gather
-from .model import Planted, Seed, TwigForTraining, checkpoint_gradients, plant
-from .ranks import Elsewhere, Ranks, alone, find, join, leave, others_told, tell_failure
-from .report import Report
-from .sampler import LengthGroupedSampler
+from .run import checkpoints
+from .run.finish import export_release, finish
+from .run.ranks import Elsewhere, Ranks, alone, find, join, leave, others_told, tell_failure
+from .run.report import Report
 from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, parse, split_batch
-from .survey import SkipLog, Survey
+from .twig import Planted, Seed, TwigForTraining, checkpoint_gradients, plant
 from .zero import read_zero, settle, stage_of
 
 NEVER = 10**9  # steps
@@ -104,7 +104,7 @@ def _main(argv: list[str] | None) -> int:
     try:
         settings, args = parse(argv, __doc__)
         if args.dry_run:
-            from .plan import print_plan
+            from .cost import print_plan
 
             return print_plan(settings, args.devices, args.samples)
         with workers_told(), others_told():
@@ -247,7 +247,7 @@ def _die_with_launcher(ranks: Ranks) -> None:
 
 
 def _signals():
-    from .trainer import Signals
+    from .run.trainer import Signals
 
     return Signals()
 
@@ -370,7 +370,7 @@ def _arguments(one: Run, split: Split, width: int):
 
 
 def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None, signals) -> int:
-    from .trainer import NotFinite, TwigTrainer
+    from .run.trainer import NotFinite, TwigTrainer
 
     ranks = one.ranks
     split, sampler = ranks.everywhere(lambda: _share(one, material))
@@ -406,7 +406,7 @@ def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None
 
 
 def _job(one: Run, planted: Planted, material: Material, skips: SkipLog | None, rows: int):
-    from .trainer import Job
+    from .run.trainer import Job
 
     answers = None
     if one.settings.agreement == "base":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...text import whole
+from ...files import whole
 
 ID = (str, int)  # ids are numbers in some benchmarks' files and text in others
 SHOWN = 5  # offenders that a message names

@@ -1,0 +1,68 @@
+"""The speed benchmark: its figures are consistent, simulated ones are labelled, bad input is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from twigvlm.config import GenerationSettings
+from twigvlm.decoding.draft import chain, walk
+from twigvlm.evaluation import speed
+from twigvlm.loading.random import random_config
+
+
+def run(capsys, *flags: str) -> tuple[dict, str]:
+    assert speed.main(["--repeats", "1", "--prompts", "1", "--device", "cpu", *flags]) == 0
+    out = capsys.readouterr().out
+    return json.loads(out.splitlines()[-1]), out
+
+
+def test_random_model_is_measured_and_simulation_is_labelled(capsys, tmp_path):
+    target = tmp_path / "speed.json"
+    facts, text = run(
+        capsys, "--random", "64x8", "--tokens", "12", "-R", "200", "--assume-acceptance", "1", "--out", str(target)
+    )
+    assert json.loads(target.read_text()) == facts
+    rows = {row["method"]: row for row in facts["rows"]}
+    assert rows["stock generate"]["tokens"] == rows["plain"]["tokens"] == 12
+    assert all("simulated" in name for name in rows if "SSD" in name)
+    assert all(row["accepted %"] == 100 for name, row in rows.items() if name.startswith(("SSD (", "SSD + TTP (")))
+    assert all(row["accepted %"] in (100, None) for name, row in rows.items() if "auto" in name), "it may not pay"
+    assert rows["stock generate"]["x stock generate"] == 1 and rows["plain"]["x plain"] == 1
+    band = facts["bandwidth"]
+    assert band["limit_tokens_per_s"] == pytest.approx(band["measured_GB_per_s"] / band["weights_GB"])
+    assert {"draft 1 token", "verify 1 token", "verify 8 tokens"} <= facts["step_ms"].keys()
+    assert {"model", "R", "threads", "torch", "transformers", "device", "commit"} <= facts.keys()
+    assert "| method |" in text
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
+def test_the_coin_accepts_as_often_as_it_is_told(probability):
+    chooser = speed.CoinChooser(GenerationSettings(), probability, seed=1)
+    logits = torch.zeros(1, 2, 5)
+    draft = chain(torch.tensor([[3]]), torch.ones(1, 1), torch.tensor([1]))
+    accepted = sum(int(walk(draft, chooser.judge(logits, draft, []))[0, 0]) == 0 for _ in range(2000))
+    assert accepted / 2000 == pytest.approx(probability, abs=0.04)
+
+
+def test_named_shapes_are_llavas():
+    small, large = random_config("llava-1.5-7b"), random_config("llava-1.5-13b")
+    assert (small.text_config.hidden_size, small.text_config.num_hidden_layers) == (4096, 32)
+    assert (large.text_config.hidden_size, large.text_config.num_hidden_layers) == (5120, 40)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--random", "huge"], ["huge", "WIDTHxLAYERS"]),
+        (["--random", "64x8", "--base-model", "x/y"], ["--random"]),
+        (["--random", "64x8", "--assume-acceptance", "2"], ["2", "0 to 1"]),
+        (["--random", "64x4"], ["K + T", "L = 4"]),
+    ],
+)
+def test_bad_flags_are_refused(flags, words, capsys):
+    assert speed.main(["--device", "cpu", *flags]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message

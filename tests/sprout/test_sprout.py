@@ -1,0 +1,392 @@
+"""The embedded world and recipe: deterministic, disjoint splits, answers that a second reading confirms."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twigvlm.prompt.template import encode
+from twigvlm.sprout import ablate, publish, report
+from twigvlm.sprout.recipe import looking, packing
+from twigvlm.sprout.recipe.base import CORE_PLACES, base_config, build, deepen, shorten
+from twigvlm.sprout.recipe.tokenizer import build_tokenizer
+from twigvlm.world.draw import IMAGE_SIZE, centre_patches, draw, patch_labels
+from twigvlm.world.questions import KINDS, ask, describe
+from twigvlm.world.scenes import COLOURS, PLACES, SHAPES, SPLITS, WORDS, allowed_pairs, sample_scene
+
+ROOT = Path(__file__).resolve().parents[2]
+seeds = st.integers(0, 10**6)
+splits = st.sampled_from(SPLITS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+def test_the_closed_lists_are_as_promised():
+    assert (len(SHAPES), len(COLOURS), len(PLACES), len(set(WORDS))) == (8, 8, 9, 64)
+
+
+def test_splits_share_no_combination():
+    for place in range(len(PLACES)):
+        parts = [set(allowed_pairs(split, place)) for split in SPLITS]
+        assert not (parts[0] & parts[1] or parts[0] & parts[2] or parts[1] & parts[2])
+        assert set.union(*parts) == {(c, s) for c in COLOURS for s in SHAPES}
+
+
+@given(splits, seeds)
+@settings(max_examples=60, deadline=None)
+def test_scenes_keep_to_their_split_and_to_the_rules(split, seed):
+    scene = sample_scene(split, seed)
+    assert scene == sample_scene(split, seed)
+    assert 2 <= len(scene.objects) <= 6
+    places = [o.place for o in scene.objects] + ([scene.word_place] if scene.word else [])
+    assert len(set(places)) == len(places)
+    assert all((o.colour, o.shape) in allowed_pairs(split, o.place) for o in scene.objects)
+    assert len({o.name for o in scene.objects}) == len(scene.objects)
+
+
+def test_pictures_repeat_and_show_their_objects():
+    for seed in range(20):
+        scene = sample_scene("test", seed)
+        picture = draw(scene)
+        assert picture.size == (IMAGE_SIZE, IMAGE_SIZE) and picture.mode == "RGB"
+        assert np.array_equal(np.asarray(picture), np.asarray(draw(scene)))
+        labels = patch_labels(scene)
+        for obj in scene.objects:
+            cell = labels[obj.row * 8 : obj.row * 8 + 8, obj.column * 8 : obj.column * 8 + 8]
+            ours = (cell[..., 0] == 1 + SHAPES.index(obj.shape)) & (cell[..., 1] == 1 + COLOURS.index(obj.colour))
+            assert ours.sum() >= 9, "an object is at least three by three patches"
+            assert cell[..., 4].sum() == 1, "and has one centre"
+
+
+def facts(scene):
+    return [(o.colour, o.shape, o.size, PLACES[o.place], o.column, o.row) for o in scene.objects]
+
+
+def find(scene, words):
+    """The one object that a phrase like 'the red circle' or 'the object at the top left' means."""
+    place = re.search(r"object (?:at|in) the ([a-z ]+)$", words)
+    hits = [
+        f
+        for f in facts(scene)
+        if (place and f[3] == place[1])
+        or (
+            not place
+            and all(w in (f[0], f[1], "the", "object") for w in words.split())
+            and (f[0] in words or f[1] in words)
+        )
+    ]
+    assert len(hits) == 1, (words, hits)
+    return hits[0]
+
+
+def second_reading(scene, text):
+    """Answer a question from its words and the scene's facts alone."""
+    text = re.split(r"\nAnswer| Please", text)[0]
+    if text.startswith(("Is there a word", "Is there any text")):
+        return "Yes" if scene.word else "No"
+    if m := re.match(
+        r"(?:Is there|Can you see) an? (?:([a-z]+) )?(object|[a-z]+)(?: in the (?:image|picture))?\?", text
+    ):
+        colour, shape = m[1], m[2]
+        return (
+            "Yes"
+            if any((not colour or f[0] == colour) and (shape == "object" or f[1] == shape) for f in facts(scene))
+            else "No"
+        )
+    if m := re.match(r"(?:What|Which) (colour|shape) (?:is|does) (the .+?)(?: have)?\?", text):
+        return find(scene, m[2])[0 if m[1] == "colour" else 1]
+    if m := re.match(r"What is the (colour|shape) of (the .+)\?", text):
+        return find(scene, m[2])[0 if m[1] == "colour" else 1]
+    if m := re.match(r"(?:How many|Count the) (.+?)(?: are there| are in the image)?[?.]", text):
+        what = m[1]
+        if what == "objects":
+            return str(len(scene.objects))
+        wanted = what.removesuffix(" objects")
+        return str(sum(f[0] == wanted or what in (f[1] + "s", f[1] + "es") for f in facts(scene)))
+    if m := re.match(r"(?:Where is|Where in the image is|In which part of the picture is) (the .+)\?", text):
+        return find(scene, m[1])[3]
+    if m := re.match(r"Is (the .+) (left of or right of|above or below) (the .+)\?", text):
+        a, b = find(scene, m[1]), find(scene, m[3])
+        if m[2].startswith("left"):
+            return "left" if a[4] < b[4] else "right"
+        return "above" if a[5] < b[5] else "below"
+    if m := re.match(r"Is (the .+) (left of|right of|above|below) (the .+)\?", text):
+        a, b = find(scene, m[1]), find(scene, m[3])
+        holds = {"left of": a[4] < b[4], "right of": a[4] > b[4], "above": a[5] < b[5], "below": a[5] > b[5]}[m[2]]
+        return "Yes" if holds else "No"
+    if m := re.match(r"Is (the .+) larger than (the .+)\?", text):
+        return "Yes" if (find(scene, m[1])[2], find(scene, m[2])[2]) == ("large", "small") else "No"
+    if m := re.match(r"Do (the .+) and (the .+) have the same (colour|shape)\?", text):
+        i = 0 if m[3] == "colour" else 1
+        return "Yes" if find(scene, m[1])[i] == find(scene, m[2])[i] else "No"
+    if m := re.match(r"Are there more (.+) than (.+)\?", text):
+        one, other = (second_reading(scene, f"How many {w} are there?") for w in (m[1], m[2]))
+        return "Yes" if int(one) > int(other) else "No"
+    assert any(w in text for w in ("word", "text say")), text
+    return scene.word
+
+
+@given(splits, seeds, st.sampled_from(KINDS), seeds)
+@settings(max_examples=400, deadline=None)
+def test_answers_agree_with_a_second_reading(split, seed, kind, draw_seed):
+    scene = sample_scene(split, seed)
+    question = ask(scene, kind, random.Random(draw_seed))
+    if question is None:
+        return
+    if kind != "choice":
+        assert second_reading(scene, question.text) == question.answer
+        return
+    text, *options = question.text.split("\n")[:5]
+    listed = {line[0]: line[3:] for line in options}
+    assert listed[question.answer] == second_reading(scene, text)
+    assert len(set(listed.values())) == 4
+
+
+def test_existence_is_balanced():
+    answers = [ask(sample_scene("train", s), "exist", random.Random(s)).answer for s in range(600)]
+    assert 0.44 < answers.count("Yes") / len(answers) < 0.56
+
+
+def test_descriptions_name_everything():
+    scene = sample_scene("test", 3)
+    text = describe(scene)
+    assert all(f"{o.size} {o.colour} {o.shape}" in text and PLACES[o.place] in text for o in scene.objects)
+
+
+def test_tokenizer_survives_saving_and_reads_every_byte(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    from twigvlm.sprout.recipe.base import save_base
+
+    save_base(
+        build(base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), layers=1, hidden=32)),
+        tokenizer,
+        tmp_path,
+    )
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    for text in (
+        "USER: <image>\nWhere is the ring? ASSISTANT: top</s>USER: ok",
+        "naïve 漢字 🙂",
+        describe(sample_scene("test", 1)),
+    ):
+        ids = tokenizer(text).input_ids
+        assert again(text).input_ids == ids
+        assert ids == encode(tokenizer, text, tokenizer.convert_tokens_to_ids("<image>"), 1)
+        assert tokenizer.decode(ids[1:]).replace(" ", "") == text.replace(" ", "")
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in WORDS)
+
+
+def test_no_text_becomes_the_image_token(tokenizer):
+    vocabulary = tokenizer.get_vocab()
+    assert len(set(vocabulary.values())) == len(vocabulary) == len(tokenizer)
+    image = vocabulary["<image>"]
+    for text in (*WORDS, *PLACES, "a\nb", *(describe(sample_scene("test", s)) for s in range(50))):
+        assert image not in tokenizer(text).input_ids
+
+
+def test_packed_questions_equal_questions_asked_alone(tokenizer):
+    torch.manual_seed(0)
+    decoder = build(
+        base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), layers=2, hidden=64)
+    ).model.language_model
+    packed = packing.pack(sample_scene("train", 1), random.Random(1), tokenizer)
+    assert packed.asked >= 20
+    prefix = torch.randn(1, 12, 64)
+    hidden = torch.cat([prefix, decoder.embed_tokens(torch.from_numpy(packed.ids)[None])], 1)
+
+    def run(values, positions, attention):
+        decoder.config._attn_implementation = attention
+        rotary = decoder.rotary_emb(values, positions[None])
+        for layer in decoder.layers:
+            values = layer(values, attention_mask=None, position_embeddings=rotary)
+        return values
+
+    with torch.no_grad():
+        together = run(hidden, torch.cat([torch.arange(12), 12 + torch.from_numpy(packed.positions)]), "sprout_packed")
+        start = 12
+        for slots, length in packing.GROUPS:
+            for _ in range(slots):
+                alone = run(
+                    torch.cat([prefix, hidden[:, start : start + length]], 1), torch.arange(12 + length), "sdpa"
+                )
+                assert torch.allclose(alone[:, 12:], together[:, start : start + length], atol=1e-5)
+                start += length
+
+
+@given(seeds, st.sampled_from(("exist", "colour", "shape", "count", "where", "read")), seeds)
+@settings(max_examples=120, deadline=None)
+def test_evidence_is_where_the_answer_lies(tokenizer, seed, kind, draw_seed):
+    scene = sample_scene("train", seed)
+    question = ask(scene, kind, random.Random(draw_seed))
+    if question is None:
+        return
+    cells = [c for c in range(9) if packing._evidence(question, scene, tokenizer) >> c & 1]
+    centres = centre_patches(scene)
+    assert all(centres[c] >= 0 for c in cells if kind != "exist" or question.answer == "Yes")
+    at = {o.place: o for o in scene.objects}
+    if question.answer in ("Yes", "No"):
+        assert bool(cells) == (question.answer == "Yes")
+    elif kind == "count":
+        assert len(cells) == int(question.answer)
+    elif kind == "where":
+        assert [PLACES[c] for c in cells] == [question.answer]
+    elif kind == "read":
+        assert cells == [scene.word_place]
+    else:
+        assert [getattr(at[c], kind) for c in cells] == [question.answer]
+
+
+@given(seeds, seeds)
+@settings(max_examples=40, deadline=None)
+def test_the_pointed_token_ends_the_right_option(tokenizer, seed, draw_seed):
+    scene = sample_scene("train", seed)
+    question = ask(scene, "choice", random.Random(draw_seed))
+    if question is None:
+        return
+    slot = packing._slot([question], scene, tokenizer)
+    (place,) = (i for i, p in enumerate(slot.points) if p >= 0)
+    option = question.options["ABCD".index(question.answer)]
+    assert tokenizer.decode(slot.ids[: slot.points[place] + 1]).endswith(f"{question.answer}. {option}")
+    assert slot.labels[place + 1] == slot.ids[place + 1] != -100 == slot.labels[place]
+
+
+def test_centre_patches_lie_on_what_they_stand_for():
+    for seed in range(50):
+        scene = sample_scene("test", seed)
+        labels, centres = patch_labels(scene).reshape(-1, 5), centre_patches(scene)
+        for obj in scene.objects:
+            assert labels[centres[obj.place], 0] == 1 + SHAPES.index(obj.shape)
+        if scene.word:
+            assert labels[centres[scene.word_place], 3] == 1 + WORDS.index(scene.word)
+        assert sum(c >= 0 for c in centres) == len(scene.objects) + bool(scene.word)
+
+
+def test_looking_is_measured_on_the_layers_own_attention(tokenizer):
+    decoder = build(base_config(len(tokenizer), 5, layers=1, hidden=96)).model.language_model
+    decoder.config._attn_implementation = "eager"
+    hidden, visual = torch.randn(2, 40, 96), slice(4, 20)
+    rotary = decoder.rotary_emb(hidden, torch.arange(40)[None])
+    layer = decoder.layers[0]
+    mask = torch.full((40, 40), -torch.inf).triu(1)
+    with torch.no_grad():
+        _, weights = layer.self_attn(layer.input_layernorm(hidden), rotary, mask)
+        rows, places = torch.tensor([0, 1]), torch.tensor([3, 17])
+        scope = looking.Scope(hidden, tuple(t.expand(2, -1, -1) for t in rotary), 20)
+        seen = looking._visual_attention(layer, scope, rows, places, 16, heads=2)
+    theirs = weights[rows, :2, 20 + places, visual]
+    assert torch.allclose(seen.exp(), theirs / theirs.sum(-1, keepdim=True), atol=1e-5)
+
+
+def test_growing_deeper_does_not_change_the_function_and_can_be_undone(tokenizer):
+    small = base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), layers=len(CORE_PLACES), hidden=32)
+    shallow = build(small).eval()
+    deep = deepen(shallow, base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), hidden=32)).eval()
+    again = shorten(deep, small).eval()
+    ids = torch.randint(3, 800, (1, 9))
+    with torch.no_grad():
+        assert torch.allclose(shallow(input_ids=ids).logits, deep(input_ids=ids).logits, atol=1e-5)
+        assert torch.equal(shallow(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
+@pytest.mark.slow
+def test_a_killed_recipe_ends_with_the_same_weights(tmp_path):
+    """SIGKILL in the middle of a stage, start again: bit for bit the run that was never disturbed."""
+    command = [
+        sys.executable,
+        "-m",
+        "twigvlm.sprout.train",
+        "--steps",
+        "cells=40",
+        "--hidden",
+        "32",
+        "--stages",
+        "cells",
+    ]
+    command += ["--no-compile", "--device", "cpu"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run([*command, "--out", whole], cwd=ROOT, check=True, capture_output=True)
+    process = subprocess.Popen([*command, "--out", broken, "--save-seconds", "0"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (broken / "cells.pt").exists():
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert not (broken / "cells-done.pt").exists(), "killed too late to prove anything"
+    subprocess.run([*command, "--out", broken], cwd=ROOT, check=True, capture_output=True)
+    one, other = (torch.load(d / "cells-done.pt", weights_only=True) for d in (whole, broken))
+    assert one.keys() == other.keys()
+    # Sums may differ in their last bits, with the processor.
+    assert all(torch.allclose(one[k], other[k], atol=1e-5, rtol=0) for k in one)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_recipe_without_a_traceback(tmp_path):
+    command = [sys.executable, "-m", "twigvlm.sprout.train", "--hidden", "32", "--stages", "cells", "--no-compile"]
+    command += ["--device", "cpu", "--save-seconds", "0.1", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "run" / "cells.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the processes that draw as well
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert "the same command goes on" in said.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_ablations(tmp_path, capsys):
+    """Twigs are grown, trained, kept and measured; every row of the tables asked for is there, with its comment."""
+    flags = ["--ablate", "initialisation,signal", "--steps", "1", "--scenes", "1", "--work", str(tmp_path / "work")]
+    flags += ["--out", str(tmp_path), "--device", "cpu"]
+    assert report.main(flags) == 0
+    made = {place: place.stat().st_mtime_ns for place in (tmp_path / "work").glob("*/model.safetensors")}
+    names = ("K2-T3-base", "K2-T3-random", "K2-T3-last", "K2-T1-base-untrained", "K2-T4-base-untrained")
+    assert {place.parent.name for place in made} == set(names)
+    result = json.loads((tmp_path / "ablations.json").read_text())
+    variants = [v for section in ("initialisation", "signal") for v in ablate.SECTIONS[section]]
+    assert [(row["ablation"], row["variant"]) for row in result["rows"]] == [(v.group, v.name) for v in variants]
+    assert all(row["RelAcc"] is not None and row["speed"] > 0 for row in result["rows"])
+    assert (result["R"], result["settings"]["steps"]) == (64, 1) and len(result["comments"]) == 3
+    assert (tmp_path / "ablations.png").stat().st_size > 10_000
+    assert report.main(flags) == 0
+    assert made == {place: place.stat().st_mtime_ns for place in made}, "trained again"
+    assert report.main([*flags, "--ablate", "colours"]) == 2
+    assert "colours" in capsys.readouterr().err
+
+
+def test_reports_go_under_runs_unless_said_otherwise(tmp_path, monkeypatch):
+    """The published figures are replaced by `publish` alone."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(report, "print_report", lambda args, _: asked.append(args.out))
+    monkeypatch.setattr(report, "print_ablations", lambda args, _: asked.append(args.out))
+    assert report.main([]) == report.main(["--ablate"]) == 0
+    assert asked == [Path("runs/report")] * 2
+
+
+def test_commands_are_shown_without_where_their_results_went():
+    command = "python -m twigvlm.evaluation.speed --prompts 2 --out benchmarks/results/speed.json --repeats 3"
+    assert publish._command({"command": command}) == "python -m twigvlm.evaluation.speed --prompts 2 --repeats 3"
+
+
+def test_nothing_is_published_without_figures_of_it(tmp_path, capsys):
+    for name in ("base", "twig"):
+        (tmp_path / name).mkdir()
+    assert publish.main(["--run", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert f"--base {tmp_path}/base --twig {tmp_path}/twig --out {tmp_path}" in message

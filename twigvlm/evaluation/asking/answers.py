@@ -1,0 +1,283 @@
+"""Answers on disk: JSON lines that survive a power cut, one file a shard, merged into one.
+
+A line is written once, whole, and is on the disk when `write` returns. What a power cut leaves
+behind, a last line without its end, counts as never written. Knows nothing of models and scores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import shortuuid
+
+from ...errors import InputError, RunError
+from ...files import hold, whole
+from ...record import write_json
+from ..tasks.base import Question
+from .setting import LATE
+
+SETTINGS, MERGED, RESULT, UPLOAD, LOGS = "settings.json", "merge.jsonl", "result.json", "upload", "logs"
+PER_QUESTION = "per_question.json"
+SHARDS, FIGURES = "[0-9]*_[0-9]*.jsonl", "[0-9]*_[0-9]*.figures"
+NAMED = 5  # offenders that an error names
+
+
+def answer_line(question: Question, text: str, model: str, setting: str, metadata: Mapping | None = None) -> dict:
+    """One line in LLaVA's format. The answer's id is a hash, so that a repeated run writes the same bytes."""
+    identity = "\0".join((model, setting, question.id, question.prompt, text))
+    line = {
+        "question_id": question.id,
+        "prompt": question.prompt,
+        "text": text,
+        "answer_id": shortuuid.uuid(name=whole(identity)),
+        "model_id": model,
+        "metadata": dict(metadata or {}),
+    } | dict(question.line)
+    if str(line["question_id"]) != question.id:  # the benchmark's own ids are not unique
+        line["metadata"] = line["metadata"] | {"id": question.id}
+    return line
+
+
+def key_of(line: Mapping[str, Any]) -> str:
+    """The id of the question that a line answers."""
+    metadata = line.get("metadata")
+    return str(metadata["id"] if isinstance(metadata, Mapping) and "id" in metadata else line.get("question_id"))
+
+
+def encode(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON objects; a last line that was cut short is not there.
+
+    Raises InputError for a damaged line before the last.
+    """
+    try:
+        rows = file.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as fault:
+        raise InputError(f"{file}: cannot be read ({fault.strerror})") from fault
+    lines = []
+    for number, row in enumerate(rows, 1):
+        try:
+            line = json.loads(row)
+            if not isinstance(line, dict):
+                raise ValueError("not an object")
+        except ValueError as fault:
+            if number == len(rows):
+                break
+            raise InputError(f"{file}: line {number} is damaged ({fault}); delete it, and it is asked again") from fault
+        lines.append(line)
+    return lines
+
+
+_OPEN: set[int] = set()  # of this process's appenders
+
+
+def close_inherited() -> None:
+    """In a forked child: let go of the parent's files, or its locks would outlive it."""
+    while _OPEN:
+        os.close(_OPEN.pop())
+
+
+class Appender:
+    """A file of JSON lines, open for one writer: repaired, locked, and, unless said otherwise, durable line by line."""
+
+    def __init__(self, file: Path, durable: bool = True):
+        self.file, self.durable = file, durable
+        new = not file.exists()
+        try:
+            self._fd = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+            lock(self._fd, f"{file}: another process is writing it; wait for its end, or stop it")
+            keep = sum(len(row) + 1 for row in _whole_rows(file))
+            os.ftruncate(self._fd, keep)
+            os.lseek(self._fd, keep, os.SEEK_SET)
+            os.fsync(self._fd)
+            if new:
+                _sync_folder(file.parent)
+        except OSError as fault:
+            raise InputError(f"{file}: cannot be written ({fault.strerror}); choose another --out") from fault
+        _OPEN.add(self._fd)
+
+    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append; on the disk when this returns, if durable. Raises RunError when the disk does not take them."""
+        rest = memoryview(b"".join(encode(line) for line in lines))
+        if not rest:
+            return
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+            if self.durable:
+                os.fsync(self._fd)
+        except OSError as fault:
+            raise RunError(
+                f"{self.file}: cannot be written ({fault.strerror}); run again when there is room"
+            ) from fault
+
+    def close(self) -> None:
+        _OPEN.discard(self._fd)
+        os.close(self._fd)
+
+    def __enter__(self) -> Appender:
+        return self
+
+    def __exit__(self, *_fault) -> None:
+        self.close()
+
+
+def lock(fd: int, refusal: str) -> None:
+    """Hold the file until it is closed. Raises InputError with `refusal` when somebody else does."""
+    if hold(fd) is False:
+        raise InputError(refusal)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """`<out>/answers/<split>/<model>/<setting>`: the answers of one run and what was made of them."""
+
+    path: Path
+
+    def prepare(self, identity: Mapping[str, Any]) -> None:
+        """Make sure that answers can be written here and that those present were made the same way.
+
+        Raises InputError otherwise. Nothing is left behind in a folder that cannot be used.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as fault:
+            raise InputError(
+                f"{self.path}: answers cannot be written here ({fault.strerror}); choose another --out"
+            ) from fault
+        self.compare(identity)
+
+    def record(self, identity: Mapping[str, Any]) -> None:
+        """Note how the answers are made, or check that it was so noted."""
+        part = self.path / f".{SETTINGS}-{os.getpid()}"
+        write_json(dict(identity), part)
+        try:
+            os.link(part, self.path / SETTINGS)  # whole or not at all, and never over another's
+            part.unlink()
+        except FileExistsError:
+            part.unlink()
+        except OSError:  # a file system without links
+            os.replace(part, self.path / SETTINGS)
+        self.compare(identity)
+
+    def compare(self, identity: Mapping[str, Any]) -> None:
+        """Raise InputError for answers here that were made another way."""
+        file = self.path / SETTINGS
+        found = self.shard_files()  # looked for first: another shard writes its settings before its first answer
+        if not file.exists():
+            if found:
+                raise InputError(f"{found[0]}: answers without {SETTINGS}, made nobody knows how; move them away")
+            return
+        try:
+            noted = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as fault:
+            raise InputError(f"{file}: cannot be read ({fault}); delete the folder to start anew") from fault
+        known = {**dict.fromkeys((*noted, *identity)), **noted}
+        asked = {**noted, **dict.fromkeys(noted.keys() - set(LATE) - identity.keys()), **identity}
+        differ = [f"{key} {known[key]!r}, not {asked[key]!r}" for key in known if known[key] != asked[key]]
+        if differ:
+            raise InputError(
+                f"{self.path}: its answers were made with {'; '.join(differ)}; choose another --out or delete the folder"
+            )
+
+    def tidy(self) -> None:
+        """Remove what `prepare` made, where nothing was written since."""
+        with contextlib.suppress(OSError):
+            for folder in (self.path, *self.path.parents[:4]):
+                folder.rmdir()
+
+    def shard_files(self) -> list[Path]:
+        return sorted(self.path.glob(SHARDS))
+
+    def answers(self, questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
+        """Question id → its line, over all shards. Raises InputError, by name, for duplicate and foreign ones."""
+        known = {q.id: q for q in questions}
+        found: dict[str, dict[str, Any]] = {}
+        duplicate, foreign, other = [], [], []
+        for file in self.shard_files():
+            for line in read_lines(file):
+                key = key_of(line)
+                if key not in known:
+                    foreign.append(f"{key} in {file.name}")
+                elif key in found:
+                    duplicate.append(f"{key} in {file.name}")
+                elif not isinstance(line.get("text"), str) or line.get("prompt") != _prompt(known[key]):
+                    other.append(f"{key} in {file.name}")
+                else:
+                    found[key] = line
+        _refuse(self.path, duplicate, "answers a question twice", "delete one of the lines")
+        _refuse(self.path, foreign, "answers a question that was not asked", "delete the line, or choose another --out")
+        _refuse(self.path, other, "answers another prompt", "delete the line, and it is asked again")
+        return found
+
+    def broken(self) -> dict[str, str]:
+        """Question id → why it could not be asked, as the shards noted."""
+        lines = [line for file in sorted(self.path.glob(FIGURES)) for line in read_lines(file)]
+        return {line["broken"]: line["reason"] for line in lines if "broken" in line}
+
+    def merge(self, questions: Sequence[Question], skipped: Mapping[str, Mapping]) -> Path:
+        """All answers in the order of the questions; `skipped` are lines that stand in for broken ones.
+
+        Raises InputError for a missing answer, and as `answers` does.
+        """
+        found = self.answers(questions)
+        missing = [q.id for q in questions if q.id not in found and q.id not in skipped]
+        _refuse(self.path, missing, "has no answer", "run again without --num-shards/--shard, and it is asked")
+        merged, part = self.path / MERGED, self.path / f"{MERGED}.part"
+        try:
+            with open(part, "wb") as file:
+                for question in questions:
+                    file.write(encode(found[question.id] if question.id in found else skipped[question.id]))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, merged)
+        except OSError as fault:
+            raise RunError(f"{merged}: cannot be written ({fault.strerror})") from fault
+        return merged
+
+
+def open_shard(folder: Folder, index: int, count: int) -> tuple[Appender, Appender]:
+    """The files of a shard's answers and figures. Raises InputError while a run with another count is going on."""
+    for file in folder.shard_files():
+        if int(file.stem.split("_")[0]) != count:
+            with open(file, "rb") as other:
+                lock(other.fileno(), f"{file}: a run with another number of shards is writing here; wait for its end")
+    name = f"{count}_{index}"
+    return Appender(folder.path / f"{name}.jsonl"), Appender(folder.path / f"{name}.figures", durable=False)
+
+
+def _prompt(question: Question) -> str:
+    return question.line.get("prompt", question.prompt)
+
+
+def _whole_rows(file: Path) -> list[bytes]:
+    """The rows that `read_lines` reads: a last one that was cut short is left out."""
+    rows = file.read_bytes().split(b"\n")[:-1]
+    return rows[: len(read_lines(file))]
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system can
+        fd = os.open(folder, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def _refuse(folder: Path, names: Sequence[str], what: str, remedy: str) -> None:
+    if names:
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        raise InputError(f"{folder}: {', '.join(names[:NAMED])}{more} {what}; {remedy}")

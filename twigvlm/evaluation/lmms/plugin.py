@@ -1,0 +1,510 @@
+"""TwigVLM as a model of lmms-eval (`--model twigvlm`), found by its entry point; docs/lmms-eval.md says how to use it.
+
+Imports nothing of lmms-eval when imported: the class `LmmsTwigVLM` comes into being when lmms-eval
+asks for it. Knows no benchmark; questions, pictures and scores are lmms-eval's.
+"""
+
+from __future__ import annotations
+
+import difflib
+import gc
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from ...errors import InputError
+from ...prompt.template import IMAGE, Talk, decode
+from ...vlm import Stats, TwigVLM, load
+
+DEFAULT_NEW_TOKENS = 1024  # where a task names no limit
+BLANK_LINE = "\n\n"
+RANK_STRIDE = 2**40  # between the sampling seeds of two processes
+
+
+def __getattr__(name: str):
+    """`LmmsTwigVLM`, made at the first look: only then lmms-eval, whose class it extends, must be installed."""
+    if name != "LmmsTwigVLM":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lmms_eval.api.model import lmms
+
+    made = type(name, (Adapter, lmms), {"__module__": __name__, "__doc__": Adapter.__doc__, "pair": _passing_pair()})
+    globals()[name] = made
+    return made
+
+
+def _passing_pair() -> type:
+    """A tuple that comes through lmms-eval's evaluator.
+
+    In 0.7.3 that turns a plain tuple, as its interface asks for, into text, on which multiple_choice
+    then fails; what is a GenerationResult is unpacked to its `text` instead.
+    """
+    from lmms_eval.api.instance import GenerationResult
+
+    class Pair(tuple, GenerationResult):
+        text = property(tuple)
+        token_counts = None
+
+        def __init__(self, values):
+            """The tuple is made already; the dataclass would set `text`."""
+
+    return Pair
+
+
+# ---------------------------------------------------------------------- model_args
+
+
+def _text(name: str, value: Any) -> str:
+    return str(value)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return value if isinstance(value, (int, float)) else float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{name} is {value!r}; a number is needed") from None
+
+
+def _whole(name: str, value: Any) -> int:
+    number = _number(name, value)
+    if not math.isfinite(number) or number != int(number):
+        raise InputError(f"{name} is {value!r}; a whole number is needed")
+    return int(number)
+
+
+def _switch(name: str, value: Any) -> bool:
+    known = {"true": True, "false": False, "1": True, "0": False, "on": True, "off": False, "yes": True, "no": False}
+    if (word := str(value).lower()) not in known:
+        raise InputError(f"{name} is {value!r}; true or false is needed")
+    return known[word]
+
+
+Reader = Callable[[str, Any], Any]
+LOADING: dict[str, Reader] = {  # arguments of twigvlm.load
+    "base": _text,
+    "twig": _text,
+    "K": _whole,
+    "T": _whole,
+    "wipe_layer": _whole,
+    "device": _text,
+    "dtype": _text,
+    "attn_implementation": _text,
+}
+WRITING: dict[str, Reader] = {  # arguments of TwigVLM.generate
+    "retained_tokens": _number,
+    "pruning": _text,
+    "query": _text,
+    "draft_length": _whole,
+    "draft_confidence": _number,
+}
+RUNNING: dict[str, Reader] = {"speculation": _switch, "batch_size": _whole, "seed": _whole, "blank_line_stops": _switch}
+OTHER_NAMES = {"pretrained": "base", "R": "retained_tokens"}
+NAMES = (*OTHER_NAMES, *LOADING, *WRITING, *RUNNING)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The model_args, sorted by who takes them; what was not given is absent."""
+
+    loading: dict[str, Any] = field(default_factory=dict)
+    writing: dict[str, Any] = field(default_factory=dict)
+    batch_size: int = 1
+    seed: int | None = None
+    speculation: bool | None = None  # None: where there is a twig
+    # lmms-eval gives a task that names no `until` the blank line, which its own LLaVA models do not heed.
+    blank_line_stops: bool = True
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Options:
+        """Raises InputError for an unknown name, a value of the wrong kind, or two that contradict."""
+        values: dict[str, Any] = {}
+        for name, value in given.items():
+            if name == "max_batch_size" or value is None or (str(value).lower() == "none" and name != "pruning"):
+                continue  # lmms-eval passes max_batch_size to every model; it belongs to batch_size=auto
+            key = OTHER_NAMES.get(name, name)
+            reader = {**LOADING, **WRITING, **RUNNING}.get(key)
+            if reader is None:
+                raise InputError(f"model_args: unknown option {name!r}{_resembling(name)}; known: {', '.join(NAMES)}")
+            if key in values:
+                both = next(f"{other} and {key}" for other in OTHER_NAMES if OTHER_NAMES[other] == key)
+                raise InputError(f"model_args: {both} are one option under two names; give one of them")
+            values[key] = reader(f"model_args: {name}", value)
+        _settle(values)
+        parts = ({k: v for k, v in values.items() if k in kind} for kind in (LOADING, WRITING, RUNNING))
+        loading, writing, running = parts
+        return cls(loading, writing, **running)
+
+
+def _settle(values: dict[str, Any]) -> None:
+    """What options mean for each other."""
+    if values.get("batch_size", 1) < 1:
+        raise InputError(f"model_args: batch_size is {values['batch_size']}; 1 or more is needed")
+    if values.get("pruning") == "none":
+        if "retained_tokens" in values:
+            raise InputError("model_args: pruning=none and R contradict each other; leave one out")
+        del values["pruning"]
+    if values.get("speculation") is False and values.setdefault("draft_length", 0) != 0:
+        raise InputError("model_args: speculation=false and draft_length contradict each other; leave one out")
+
+
+def _resembling(name: str) -> str:
+    folded = {n.lower(): n for n in NAMES}
+    close = difflib.get_close_matches(str(name).lower(), folded, 1)
+    return f" (did you mean {folded[close[0]]}?)" if close else ""
+
+
+# ---------------------------------------------------------------------- generation_kwargs of a task
+
+ONLY_ONE = ("num_beams", "n", "best_of", "num_return_sequences", "repetition_penalty")
+UNHEEDED = ("image_aspect_ratio", "skip_special_tokens")  # always LLaVA's square padding; never special tokens
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    words = (value,) if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) for word in words):
+        raise InputError(f"{name} is {value!r}; a string or a list of strings is needed")
+    return tuple(word for word in words if word)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a task wants its answers written; requests of one manner go into one batch."""
+
+    max_new_tokens: int = DEFAULT_NEW_TOKENS
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    until: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Manner:
+        """Raises InputError for what this model cannot do, beams above all.
+
+        `do_sample` decides; where it is not given, a temperature above 0 samples. Temperature 0 and
+        top_p 0 are greedy.
+        """
+        asked = {name: value for name, value in given.items() if value is not None}
+
+        def take(name: str, default: Any, reader: Reader) -> Any:
+            return reader(f"generation_kwargs: {name}", asked.pop(name, default))
+
+        for name in ONLY_ONE:
+            if take(name, 1, _number) != 1:
+                raise InputError(f"generation_kwargs: {name} is {given[name]!r}; only 1 is supported")
+        until = take("until", (), _strings)
+        limit = take("max_gen_toks", DEFAULT_NEW_TOKENS, _whole)  # its name in older tasks
+        limit = take("max_new_tokens", limit, _whole)
+        temperature = take("temperature", 1.0 if asked.get("do_sample") else 0.0, _number)
+        top_k, top_p = take("top_k", 0, _whole), take("top_p", 1.0, _number)
+        sampled = take("do_sample", temperature > 0, _switch) and temperature > 0 and top_p > 0
+        seed = take("seed", None, lambda name, value: None if value is None else _whole(name, value))
+        unknown = tuple(sorted(set(asked) - set(UNHEEDED)))
+        if not sampled:
+            return cls(limit, until=until, unknown=unknown)
+        return cls(limit, True, temperature, top_k if top_k > 0 else None, top_p, seed, until, unknown)
+
+    def settings(self) -> dict[str, Any]:
+        """Arguments of `TwigVLM.generate`; the seed is the caller's."""
+        return {name: getattr(self, name) for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")}
+
+
+class StopStrings:
+    """A stopping criterion of Hugging Face's form: an answer ends when it holds one of `words`.
+
+    It sees a whole row, prompt and answer; the prompt may hold such a word and is left out.
+    """
+
+    def __init__(self, tokenizer, words: Sequence[str], prompts: Sequence[list[int]]):
+        self.tokenizer, self.words, self.prompts = tokenizer, words, prompts
+
+    def __call__(self, input_ids: torch.Tensor, scores=None) -> bool:
+        row = input_ids[0].tolist()
+        start = max(len(prompt) for prompt in self.prompts if row[: len(prompt)] == prompt)
+        text = decode(self.tokenizer, row[start:])
+        return any(word in text for word in self.words)
+
+
+def cut(text: str, words: Sequence[str]) -> str:
+    """What stands before the first of `words`, without spaces around it."""
+    ends = [place for word in words if (place := text.find(word)) >= 0]
+    return text[: min(ends, default=len(text))].strip()
+
+
+# ---------------------------------------------------------------------- the model
+
+
+class Adapter:
+    """All that lmms-eval asks of a model, but for its base class.
+
+    Keyword arguments are the model_args (see docs/lmms-eval.md). Every process loads its own model,
+    on the CUDA device of its local rank. Raises InputError before any task is read.
+    """
+
+    is_simple = True
+    pair: type = tuple  # what a likelihood is given back in
+
+    def __init__(self, **model_args: Any):
+        self.task_dict: dict[str, Any] = {}  # filled by the evaluator: task → split → documents
+        super().__init__()
+        self._rank, self._world_size = (int(os.environ.get(n) or d) for n, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.options = Options.read(model_args)
+        self._warned: set[str] = set()
+        self._rehearse()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str | Mapping, additional_config: Mapping | None = None) -> Adapter:
+        """model_args "name=value,…" and what lmms-eval's own flags say; model_args win (--batch_size has a default)."""
+        from lmms_eval.utils import simple_parse_args_string
+
+        if isinstance(arg_string, str):
+            try:
+                arg_string = simple_parse_args_string(arg_string)
+            except ValueError:
+                raise InputError(
+                    f"model_args {arg_string!r}: name=value pairs with commas between are needed"
+                ) from None
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**flags, **arg_string})
+
+    # ------------------------------------------------------------------ what the evaluator reads
+
+    @cached_property
+    def vlm(self) -> TwigVLM:
+        loading = dict(self.options.loading)
+        wanted = loading.get("device")
+        if self._world_size > 1 and wanted in (None, "cuda") and torch.cuda.is_available():
+            loading["device"] = f"cuda:{int(os.environ.get('LOCAL_RANK') or 0)}"
+        return load(**loading)
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def batch_size(self) -> int:
+        return self.options.batch_size
+
+    @property
+    def tokenizer(self):
+        return self.vlm.tokenizer
+
+    @property
+    def chat_template(self) -> str:
+        raise InputError("the conversation template of the model is always applied; leave --apply_chat_template out")
+
+    def clean(self) -> None:
+        """Give the memory back, to a local judge say; the model loads again when it is asked again."""
+        self.__dict__.pop("vlm", None)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    # ------------------------------------------------------------------ the requests
+
+    def generate_until(self, requests: Sequence) -> list[str]:
+        """Answers in the order of the requests, whose args are (context, generation_kwargs, doc_to_visual, doc_id, task, split)."""
+        answers: list[str] = [""] * len(requests)
+        figures: list[Stats] = []
+        done = 0
+        with self._progress(len(requests)) as bar:
+            for manner, places in self._batches(requests):
+                texts, stats = self._write([requests[i] for i in places], manner, done)
+                for place, text in zip(places, texts, strict=True):
+                    answers[place] = text
+                figures.append(stats)
+                done += len(places)
+                bar.update(len(places))
+        self._report(figures)
+        return answers
+
+    def loglikelihood(self, requests: Sequence) -> list[tuple[float, bool]]:
+        """(loss of the continuation after the context, is it the greedy one) in the order of the requests.
+
+        The loss is the mean of -log p over its tokens, teacher-forced with the base under the pruning
+        asked for. A loss, though the name says otherwise: it is what lmms-eval's own models return and
+        what its multiple_choice takes the smallest of. Args are (context, continuation or doc_to_target,
+        doc_to_visual, doc_id, task, split), or (context, continuation) alone.
+        """
+        results: list[tuple[float, bool]] = []
+        with self._progress(len(requests)) as bar:
+            for start in range(0, len(requests), self.batch_size):
+                chunk = requests[start : start + self.batch_size]
+                results += self._losses(chunk)
+                bar.update(len(chunk))
+        return results
+
+    def generate_until_multi_round(self, requests: Sequence) -> list[str]:
+        raise NotImplementedError(
+            "twigvlm does not answer multi-round tasks (generate_until_multi_round); it supports generate_until, "
+            "with any number of images, and loglikelihood (multiple_choice)"
+        )
+
+    # ------------------------------------------------------------------ parts
+
+    def _rehearse(self) -> None:
+        """Load, and try every setting on one token: what is wrong shows now and not after the data is read."""
+        vlm = self.vlm
+        self._device = vlm.device
+        if self.options.speculation and vlm.twig is None:
+            raise InputError("model_args: speculation=true needs a twig, and none is loaded; give twig=")
+        start = vlm.tokenizer.bos_token_id or 0
+        vlm.generate(torch.tensor([[start]]), max_new_tokens=1, seed=self.options.seed, **self.options.writing)
+
+    def _progress(self, total: int) -> tqdm:
+        return tqdm(total=total, disable=self._rank != 0 or not total, desc="twigvlm", unit="request")
+
+    def _batches(self, requests: Sequence) -> Iterator[tuple[Manner, list[int]]]:
+        """Places of requests that are written in the same manner, up to batch_size together, in order."""
+        groups: dict[Manner, list[int]] = {}
+        for place, request in enumerate(requests):
+            manner = Manner.read(request.args[1] or {})
+            if not self.options.blank_line_stops:
+                manner = replace(manner, until=tuple(word for word in manner.until if word != BLANK_LINE))
+            groups.setdefault(manner, []).append(place)
+        for manner, places in groups.items():
+            for name in manner.unknown:
+                self._warn(f"generation_kwargs: {name} is not known to twigvlm and has no effect")
+            for start in range(0, len(places), self.batch_size):
+                yield manner, places[start : start + self.batch_size]
+
+    def _write(self, requests: Sequence, manner: Manner, done: int) -> tuple[list[str], Stats]:
+        """The answers to one batch; `done` requests were answered before, so that each has a seed of its own."""
+        prompts = [self._prompt(request) for request in requests]
+        rows = [p["input_ids"][0].tolist() for p in prompts]
+        stop = StopStrings(self.tokenizer, manner.until, rows) if manner.until else None
+        settings = {**self.options.writing, **manner.settings(), "seed": self._seed(manner, done)}
+        with _blamed_on(requests):
+            out = self.vlm.generate(**_together(prompts), stopping_criteria=stop, **settings)
+        decoded = [decode(self.tokenizer, tokens) for tokens in out.tokens]
+        return [cut(text, manner.until) for text in decoded], out.stats
+
+    def _seed(self, manner: Manner, done: int) -> int | None:
+        if not manner.do_sample:
+            return self.options.seed
+        first = manner.seed if manner.seed is not None else self.options.seed
+        if first is None:
+            first = torch.initial_seed()  # lmms-eval's --seed
+        return first + self._rank * RANK_STRIDE + done
+
+    def _losses(self, requests: Sequence) -> list[tuple[float, bool]]:
+        prompts, targets = [], []
+        for request in requests:
+            wanted = request.args[1]
+            if callable(wanted):
+                wanted = wanted(self._document(request.args[2:]))
+            prompts.append(self._prompt(request))
+            targets.append(self._continuation(str(wanted)))
+        asked = {
+            name: self.options.writing[name] for name in ("retained_tokens", "pruning") if name in self.options.writing
+        }
+        with _blamed_on(requests):
+            found = self.vlm.score(**_together(prompts), targets=targets, seed=self.options.seed, **asked)
+        return [
+            self.pair((float(-f.log_probabilities.mean()) if t else 0.0, bool(f.greedy.all())))
+            for f, t in zip(found, targets, strict=True)
+        ]
+
+    def _continuation(self, text: str) -> list[int]:
+        """Token ids of an answer as they follow the template's last word."""
+        if not text.strip():
+            return []
+        return self.vlm.prompts.continuation(text)
+
+    def _prompt(self, request) -> dict[str, torch.Tensor]:
+        """Arguments of generate [1, S]: the template around the context, the pictures of its document."""
+        context, source = request.args[0], request.args[2:]
+        with _blamed_on([request]):
+            images = self._images(source)
+            marks = context.count(IMAGE)
+            if marks not in (0, len(images)):
+                self._warn(f"a context has {marks} {IMAGE} marks for {len(images)} images; these go to its beginning")
+                context = context.replace(IMAGE, "")
+            if not context.strip():
+                context = f"{IMAGE}\n" * len(images)
+            if context:
+                return self.vlm.prepare(images, context)
+        # Nothing to ask, nothing to see: what an unconditional likelihood is measured on.
+        return {"input_ids": torch.tensor([self.vlm.prompts.ids(Talk([("", None)]))])}
+
+    def _images(self, source: Sequence) -> list:
+        """The pictures of a request's document: PIL images, files or URLs."""
+        if not source or source[0] is None:
+            return []
+        images: list = []
+        for visual in source[0](self._document(source)) or []:
+            images += visual if isinstance(visual, (list, tuple)) else [visual]
+        images = [image for image in images if image is not None]
+        if strange := [image for image in images if not isinstance(image, (str, Path, Image.Image))]:
+            raise InputError(f"the task gives a {type(strange[0]).__name__} to look at; twigvlm sees images only")
+        return images
+
+    def _document(self, source: Sequence) -> Any:
+        """What a request is about; `source` is its args from doc_to_visual on: (doc_to_visual, doc_id, task, split)."""
+        _, doc_id, task, split = source
+        return self.task_dict[task][split][doc_id]
+
+    def _warn(self, text: str) -> None:
+        """Once, by the first process."""
+        if self._rank == 0 and text not in self._warned:
+            self._warned.add(text)
+            warnings.warn(text, stacklevel=2)
+
+    def _report(self, figures: Sequence[Stats]) -> None:
+        """Speed and budget as measured, into lmms-eval's log and its results under "throughput"."""
+        try:
+            from lmms_eval.models.model_utils.gen_metrics import log_metrics
+        except ImportError:  # lmms-eval before 0.7 has no such place
+            return
+        if figures:
+            measured = summary(figures, self.vlm.config.V)
+            log_metrics(measured.pop("seconds"), measured.pop("tokens"), measured.pop("tokens_per_second"), measured)
+
+
+def summary(figures: Sequence[Stats], V: int) -> dict[str, float]:
+    """Figures of several batches as those of one; what nothing was measured of is absent."""
+    tokens, prefill = sum(s.new_tokens for s in figures), sum(s.prefill_seconds for s in figures)
+    seconds = prefill + sum(s.decode_seconds for s in figures)
+    drafted, images = sum(s.drafted for s in figures), sum(s.visual_tokens for s in figures) / V
+    out = {"seconds": seconds, "tokens": tokens, "tokens_per_second": tokens / seconds, "prefill_seconds": prefill}
+    if drafted:
+        out["acceptance"] = sum(s.accepted for s in figures) / drafted
+    if images:
+        out["visual_tokens_measured"] = sum(s.visual_measured * s.visual_tokens for s in figures) / V / images
+        out["visual_twig_share"] = max(s.visual_twig_share for s in figures)
+        if figures[0].visual_asked is not None:
+            out["visual_tokens_asked"] = figures[0].visual_asked
+    return out
+
+
+@contextmanager
+def _blamed_on(requests: Sequence) -> Iterator[None]:
+    """Errors of input name the documents."""
+    try:
+        yield
+    except InputError as fault:
+        about = [f"document {r.args[-3]} of task {r.args[-2]}" for r in requests if len(r.args) > 2]
+        raise InputError(f"{', '.join(about)}: {fault}" if about else str(fault)) from fault
+
+
+def _together(prompts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Prompts [1, S] as one batch: right-padded ids with their mask, the pictures of all rows in order."""
+    rows = [p["input_ids"][0] for p in prompts]
+    ids = pad_sequence(rows, batch_first=True)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    pixels = [p["pixel_values"] for p in prompts if "pixel_values" in p]
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat(pixels) if pixels else None}

@@ -1,0 +1,139 @@
+"""What a run learns from: the usable samples, those that are held out, and the batches of this process."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from transformers import LlavaProcessor
+
+from ...errors import InputError
+from ...loading.base import Loaded
+from ...prompt.processor import build_processor, make_prompts
+from ...prompt.template import VicunaPrompts
+from ...world.conversations import CONVERSATIONS, DRAWN, IMAGES, ensure_drawn
+from ..run.ranks import Ranks
+from ..settings import HELD_OUT, HELD_OUT_SHARE, Settings
+from .examples import Collator, Records, TwigDataset
+from .sampler import LengthGroupedSampler
+from .survey import Survey, survey
+
+ALONE = Ranks()
+
+
+@dataclass
+class Material:
+    """The data of a run. `held_out` are dataset places that are not in `usable`."""
+
+    dataset: TwigDataset
+    found: Survey
+    usable: np.ndarray
+    held_out_set: TwigDataset
+    held_out: np.ndarray
+    collate: Collator
+
+    def sampler(self, rows: int, world: int, rank: int, accumulation: int, seed: int) -> LengthGroupedSampler:
+        """Micro-batches of this process; every usable sample once an epoch."""
+        chosen = self.usable
+        return LengthGroupedSampler(
+            self.found.lengths[chosen], self.found.images[chosen], chosen, rows, world, rank, accumulation, seed
+        )
+
+    def fingerprint(self) -> dict:
+        """By which a resumed run knows its data again."""
+        return {
+            "samples": len(self.usable),
+            "content": self.dataset.records.digest(),
+            "lengths": self.found.fingerprint(),
+            "held_out": len(self.held_out),
+        }
+
+
+def gather(
+    settings: Settings,
+    loaded: Loaded,
+    ranks: Ranks = ALONE,
+    judge: Callable[[TwigDataset, Survey], None] = lambda dataset, found: None,
+    cache: Path | None = None,
+    progress: bool = True,
+) -> Material:
+    """Open the data, find what is usable, and set the held-out samples aside.
+
+    One process looks and tells all; `judge` sees there what is unusable. Raises InputError for files
+    that are not there or hold nothing usable.
+    """
+    processor = build_processor(loaded)
+    if not isinstance(make_prompts(processor, loaded.trunk.model.config), VicunaPrompts):
+        raise InputError(
+            f"{loaded.folder}: this model is asked in its own chat template, but a twig is trained on conversations in "
+            "vicuna_v1; give a LLaVA-1.5 model"
+        )
+    images = settings.held_out_images or settings.images
+    dataset = ranks.everywhere(lambda: open_data(settings, settings.data, settings.images, processor, loaded))
+    aside = dataset
+    if settings.held_out_data and settings.held_out != 0:
+        aside = ranks.everywhere(lambda: open_data(settings, settings.held_out_data, images, processor, loaded))
+
+    def look() -> Survey:
+        found = survey(dataset, cache, progress=progress)
+        judge(dataset, found)
+        return found
+
+    found = ranks.on_first(look)
+    usable = found.usable
+    if not len(usable):
+        raise InputError(f"{settings.data}: none of its {len(found)} samples can be used; see the list of skipped ones")
+    if aside is not dataset:
+        places = ranks.on_first(lambda: survey(aside, cache, progress=False)).usable
+        places = places[: settings.held_out or HELD_OUT]
+    else:
+        places = choose_held_out(usable, settings.held_out, settings.seed)
+        usable = np.setdiff1d(usable, places)
+    dataset.usable = usable
+    trunk = loaded.trunk
+    pad = processor.tokenizer.pad_token_id
+    collate = Collator(trunk.image_token_id, trunk.V, 0 if pad is None else pad)
+    return Material(dataset, found, usable, aside, places, collate)
+
+
+def complete(settings: Settings) -> Settings:
+    """Fill in what nobody gave: without a base there are drawn conversations to learn from; the folder of the run."""
+    if settings.base is None and settings.data is None:
+        train, aside = (DRAWN / split for split in ("train", "validation"))
+        settings = replace(
+            settings,
+            data=str(train / CONVERSATIONS),
+            images=str(train / IMAGES),
+            held_out_data=settings.held_out_data or str(aside / CONVERSATIONS),
+            held_out_images=settings.held_out_images or str(aside / IMAGES),
+        )
+        ensure_drawn()
+    if settings.out is None:
+        name = re.sub(r"[^\w.-]+", "-", Path(settings.base or settings.random or "sprout").name)
+        settings = replace(settings, out=f"runs/twig-{name}-K{settings.K}-T{settings.T}")
+    return settings
+
+
+def open_data(
+    settings: Settings, data: str | None, images: str | None, processor: LlavaProcessor, loaded: Loaded
+) -> TwigDataset:
+    if data is None:
+        raise InputError("no data: give --data FILE (LLaVA's instruction JSON) and --images FOLDER")
+    trunk = loaded.trunk
+    limit = min(settings.max_length, trunk.context)
+    dataset = TwigDataset(Records(data), images, processor.tokenizer, processor.image_processor, limit, trunk.V)
+    if settings.drop_indices and data == settings.data:
+        dataset.drop(settings.drop_indices)
+    return dataset
+
+
+def choose_held_out(usable: np.ndarray, asked: int | None, seed: int) -> np.ndarray:
+    """Places set aside: as many as asked, by default HELD_OUT, but none of a small set, which is needed whole."""
+    count = asked if asked is not None else HELD_OUT if len(usable) >= HELD_OUT * HELD_OUT_SHARE else 0
+    if count >= len(usable):
+        raise InputError(f"{count} samples to hold out of {len(usable)} usable ones leave nothing to train on")
+    return usable[sorted(random.Random(seed).sample(range(len(usable)), count))]
