@@ -21,7 +21,8 @@ from statistics import median
 
 import torch
 
-from twigvlm.record import provenance, write_json
+from twigvlm.files import write_json
+from twigvlm.record import provenance
 from twigvlm.training.cost import make_plan
 from twigvlm.training.data.loading import complete, gather
 from twigvlm.training.settings import Settings

@@ -22,6 +22,7 @@ LONG_FILES = {
     "evaluation/lmms/plugin.py": 528,
     "training/train.py": 518,
 }
+LATE = {"twigvlm.files imports filelock"}  # with the first lock, which no score takes
 FULL_FOLDERS: dict[str, int] = {}
 # Imports within a function that close a circle: the report's program hands over to the ablations, which measure with it.
 CLOSING = {("twigvlm.sprout.report", "twigvlm.sprout.ablate")}
@@ -120,7 +121,7 @@ def test_tasks_need_the_standard_library_only():
         for other in imports(name, *trees()[name])
         if other.split(".")[0] not in sys.stdlib_module_names | {"twigvlm"}
     }
-    assert not foreign
+    assert foreign == LATE
     assert f"{TASKS}.gqa" in reached and "twigvlm.errors" in reached
 
 

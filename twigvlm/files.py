@@ -1,46 +1,99 @@
-"""Files that one process holds: the only place that knows how a system locks them.
+"""The one way to write a file (whole or not at all) and to hold a lock. Knows nothing of what is in them.
 
-Windows has no such locks in Python; there a second process is not kept out.
+filelock is imported with the first lock: reading and scoring need the standard library alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+if TYPE_CHECKING:
+    from filelock import FileLock
 
-
-def hold(file: int, wait: bool = False) -> bool | None:
-    """Lock an open file (its descriptor) until it is closed; False where another process holds it.
-
-    None where the system or the file system has no locks, so that nobody knows.
-    """
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as fault:
-        return False if fault.errno in (errno.EWOULDBLOCK, errno.EAGAIN) else None
-    return True
+PART = ".part-"  # begins the name of what is not whole yet
 
 
 @contextlib.contextmanager
-def alone(file: Path) -> Iterator[bool]:
-    """One process at a time, the others wait; gives whether that is sure."""
-    opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside `path` for somebody to write to; it becomes `path` when all went well, even if the power fails.
+
+    The suffix is the same, since libraries choose a format by it. Whatever goes wrong leaves `path` as it was.
+    """
+    part = path.with_name(f"{PART}{os.getpid()}-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield bool(hold(opened, wait=True))
+        yield part
+        os.chmod(part, 0o666 & ~_umask())  # some libraries write for the owner's eyes only
+        flush(part)
+        os.replace(part, path)
+        flush(path.parent)
     finally:
-        os.close(opened)
+        part.unlink(missing_ok=True)
+
+
+def write_bytes(data: bytes, path: Path) -> None:
+    """Whole or not at all."""
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
+def write_text(text: str, path: Path) -> None:
+    """UTF-8, lines ended by \\n on every system; whole or not at all."""
+    write_bytes(whole(text).encode(), path)
+
+
+def write_json(facts: Any, path: Path) -> None:
+    """Whole or not at all."""
+    write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", path)
+
+
+def flush(path: Path) -> None:
+    """Have a file or folder on the disk when this returns."""
+    if os.name == "nt":  # flushes neither a folder nor what is open for reading
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as fault:  # some file systems cannot flush a folder
+        if fault.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def hold(path: Path) -> FileLock | None:
+    """Lock `path`, a file for this purpose alone, until `release` or the end of the process; None if another has it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path, mode=0o644)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return None
+    return lock
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """One process at a time, the others wait; `path` is a file for this purpose alone."""
+    from filelock import FileLock
+
+    with FileLock(path, mode=0o644):
+        yield
 
 
 def whole(text: str) -> str:
     """The text with U+FFFD for half a character (a lone surrogate, which JSON can write and no encoding can)."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _umask() -> int:
+    now = os.umask(0)
+    os.umask(now)
+    return now

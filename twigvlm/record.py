@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-
-from .files import whole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,14 +27,6 @@ def provenance() -> dict:
         "device": device,
         "threads": torch.get_num_threads(),
     }
-
-
-def write_json(facts: dict, path: Path) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(whole(json.dumps(facts, indent=1, ensure_ascii=False)) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def table(rows: list[dict], digits: int = 1) -> str:

@@ -26,8 +26,8 @@ from twigvlm.evaluation.asking.answers import Appender, Folder, answer_line, rea
 from twigvlm.evaluation.asking.setting import EMBEDDED_DATA, REAL_DATA, Setting, default_data, fingerprint
 from twigvlm.evaluation.tasks import OWN, TASKS
 from twigvlm.evaluation.tasks.base import Question, Score
+from twigvlm.files import write_json
 from twigvlm.model.twig import save_twig
-from twigvlm.record import write_json
 from twigvlm.vlm import TwigVLM
 
 SCRIPTS = ROOT / "scripts" / "v1_5" / "eval"

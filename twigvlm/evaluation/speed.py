@@ -28,13 +28,14 @@ from ..config import AUTO, DEFAULT_K, DEFAULT_T, TwigConfig
 from ..decoding.choose import Chooser
 from ..decoding.pace import Parts, median, now
 from ..errors import InputError
+from ..files import write_json
 from ..foresight import Wish, check
 from ..loading.base import Loaded, pick_device, pick_dtype
 from ..loading.random import random_base
 from ..model.trunk import Trunk
 from ..model.twig import grow
 from ..program import print_json, run_program
-from ..record import provenance, table, write_json
+from ..record import provenance, table
 from ..threads import Clock
 from ..vlm import TwigVLM
 

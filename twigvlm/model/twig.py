@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..config import FORMAT_VERSION, TwigConfig
+from ..files import replacing
 from .trunk import Trunk
 
 WEIGHTS, CONFIG = "model.safetensors", "twig_config.json"
@@ -100,13 +99,9 @@ def describe(twig: Twig, base: str, base_signature: list[float]) -> dict:
 
 def write_twig(folder: Path, state: dict[str, torch.Tensor], facts: dict) -> None:
     """Tensors on the CPU and `describe`'s facts to a folder; each file is written whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights, config = (folder / f"{name}.part" for name in (WEIGHTS, CONFIG))
-    config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    save_file(state, weights, metadata={"format": "pt"})
-    shutil.copymode(config, weights)  # safetensors lets nobody else read what it writes
-    os.replace(weights, folder / WEIGHTS)
-    os.replace(config, folder / CONFIG)
+    with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:  # the weights take place first
+        config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        save_file(state, weights, metadata={"format": "pt"})
 
 
 def signature(trunk: Trunk, samples: int = 16) -> list[float]:

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from ..errors import InputError, RunError
+from ..files import replacing
 from ..prompt.images import open_image
 
 DIM = 0.25  # brightness of a dropped patch
@@ -51,12 +52,10 @@ def check_target(path: Path) -> None:
 
 def save_kept(image: Image.Image, kept: torch.Tensor | None, visual: int, path: Path, padded: bool = True) -> None:
     """Write `kept_picture` as PNG, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
     try:
-        kept_picture(image, kept, visual, padded).save(part, format="PNG")
-        part.replace(path)
+        with replacing(path) as part:
+            kept_picture(image, kept, visual, padded).save(part, format="PNG")
     except OSError as fault:
-        part.unlink(missing_ok=True)
         raise RunError(
             f"{path}: cannot be written ({fault.strerror or fault}); free some space or choose another place"
         ) from fault

@@ -23,9 +23,10 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from ..errors import InputError
+from ..files import write_json
 from ..model.trunk import rotate_half
 from ..program import run_program
-from ..record import provenance, write_json
+from ..record import provenance
 from ..world.draw import draw
 from ..world.questions import KINDS, Question, ask
 from ..world.scenes import Scene, sample_scene

@@ -22,11 +22,12 @@ from tqdm import tqdm
 import twigvlm
 
 from ..errors import InputError
+from ..files import write_json
 from ..foresight import Wish, check
 from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..program import run_program
 from ..prompt.template import decode
-from ..record import provenance, table, write_json
+from ..record import provenance, table
 from ..world.draw import draw
 from ..world.questions import KINDS, Question, ask, describe
 from ..world.scenes import Scene, sample_scene

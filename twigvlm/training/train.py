@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import signal
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 
 from ..errors import InputError, RunError
+from ..files import write_json
 from ..loading.base import pick_device
 from ..loading.describe import read_json
 from ..model.twig import CONFIG, WEIGHTS, describe
@@ -160,14 +160,14 @@ def run(settings: Settings) -> int:
     locks: list = []
     try:
         ranks.on_first(lambda: locks.append(checkpoints.occupy(one.out)))
-        token = ranks.on_first(lambda: (one.out / checkpoints.LOCK).read_text(encoding="utf-8"))
+        token = ranks.on_first(lambda: (one.out / checkpoints.TOKEN).read_text(encoding="utf-8"))
         ranks.everywhere(lambda: checkpoints.same_folder(one.out, token))
         code = _run(one, signals)
         leave(ranks)
     finally:
         signals.forget()
         for lock in locks:
-            lock.close()
+            lock.release()
     return code
 
 
@@ -507,7 +507,7 @@ def _stopped(one: Run, step: int, number: int | None) -> int:
     name = signal.Signals(number).name if number else "another process's signal"
     if one.ranks.first:
         told = {"step": step, "by": name, "time": time.time()}
-        checkpoints.write(one.out / STOPPED, json.dumps(told) + "\n")
+        write_json(told, one.out / STOPPED)
         print(
             f"stopped by {name} after step {step}: saved {one.out / f'checkpoint-{step}'}; the same command continues"
         )

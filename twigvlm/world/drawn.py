@@ -22,15 +22,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import InputError, RunError
-from ..files import alone
+from ..files import PART, alone, write_json
 from ..program import run_program
 from .benchmarks import gqa, mmbench, mme, mmmu, mmvet, pope, scienceqa, seed, textvqa, vqav2
-from .benchmarks.folder import Folder, write_whole
+from .benchmarks.folder import Folder
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = ROOT / "playground" / "data" / "sprout"
 STAMP = "sprout.json"
-PICTURES, LOCK, PART = ".pictures", ".lock", ".part-"
+PICTURES, LOCK = ".pictures", ".lock"
 HERE = Path(__file__).resolve().parent
 SOURCES = sorted([*HERE.glob("*.py"), *HERE.glob("benchmarks/*.py")])
 
@@ -147,7 +147,7 @@ def _write_stamp(folder: Path, names: list[str], written: str | None = None) -> 
         "version": version() if written is None else written,
         "files": [name for name in names if name != STAMP],
     }
-    write_whole(folder / STAMP, (json.dumps(facts, indent=1) + "\n").encode())
+    write_json(facts, folder / STAMP)
 
 
 def _remove(path: Path) -> None:
@@ -167,10 +167,9 @@ def _umask() -> int:
 def _alone(root: Path) -> Iterator[None]:
     """One writer at a time; what killed ones left behind is swept away."""
     root.mkdir(parents=True, exist_ok=True)
-    with alone(root / LOCK) as locked:  # where there are no locks, the renames alone keep concurrent writers apart
-        if locked:
-            for rest in [*root.glob(f"{PART}*"), *(root / PICTURES).glob("*.part")]:
-                _remove(rest)
+    with alone(root / LOCK):
+        for rest in [*root.glob(f"{PART}*"), *(root / PICTURES).glob(f"{PART}*")]:
+            _remove(rest)
         yield
 
 

@@ -12,15 +12,17 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import shortuuid
 
 from ...errors import InputError, RunError
-from ...files import hold, whole
-from ...record import write_json
+from ...files import hold, whole, write_json
 from ..tasks.base import Question
 from .setting import LATE
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 SETTINGS, MERGED, RESULT, UPLOAD, LOGS = "settings.json", "merge.jsonl", "result.json", "upload", "logs"
 PER_QUESTION = "per_question.json"
@@ -79,24 +81,15 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-_OPEN: set[int] = set()  # of this process's appenders
-
-
-def close_inherited() -> None:
-    """In a forked child: let go of the parent's files, or its locks would outlive it."""
-    while _OPEN:
-        os.close(_OPEN.pop())
-
-
 class Appender:
     """A file of JSON lines, open for one writer: repaired, locked, and, unless said otherwise, durable line by line."""
 
     def __init__(self, file: Path, durable: bool = True):
         self.file, self.durable = file, durable
         new = not file.exists()
+        self._lock = lock(file)
         try:
             self._fd = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-            lock(self._fd, f"{file}: another process is writing it; wait for its end, or stop it")
             keep = sum(len(row) + 1 for row in _whole_rows(file))
             os.ftruncate(self._fd, keep)
             os.lseek(self._fd, keep, os.SEEK_SET)
@@ -105,7 +98,6 @@ class Appender:
                 _sync_folder(file.parent)
         except OSError as fault:
             raise InputError(f"{file}: cannot be written ({fault.strerror}); choose another --out") from fault
-        _OPEN.add(self._fd)
 
     def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append; on the disk when this returns, if durable. Raises RunError when the disk does not take them."""
@@ -123,8 +115,8 @@ class Appender:
             ) from fault
 
     def close(self) -> None:
-        _OPEN.discard(self._fd)
         os.close(self._fd)
+        self._lock.release()
 
     def __enter__(self) -> Appender:
         return self
@@ -133,10 +125,15 @@ class Appender:
         self.close()
 
 
-def lock(fd: int, refusal: str) -> None:
-    """Hold the file until it is closed. Raises InputError with `refusal` when somebody else does."""
-    if hold(fd) is False:
-        raise InputError(refusal)
+def lock(file: Path) -> FileLock:
+    """Hold a file of answers. Raises InputError when somebody else does."""
+    try:
+        held = hold(file.with_name(f".{file.name}.lock"))
+    except OSError as fault:
+        raise InputError(f"{file}: cannot be written ({fault.strerror}); choose another --out") from fault
+    if held is None:
+        raise InputError(f"{file}: another process is writing it; wait for its end, or stop it")
+    return held
 
 
 @dataclass(frozen=True)
@@ -254,8 +251,7 @@ def open_shard(folder: Folder, index: int, count: int) -> tuple[Appender, Append
     """The files of a shard's answers and figures. Raises InputError while a run with another count is going on."""
     for file in folder.shard_files():
         if int(file.stem.split("_")[0]) != count:
-            with open(file, "rb") as other:
-                lock(other.fileno(), f"{file}: a run with another number of shards is writing here; wait for its end")
+            lock(file).release()  # a run with another number of shards may be writing here
     name = f"{count}_{index}"
     return Appender(folder.path / f"{name}.jsonl"), Appender(folder.path / f"{name}.figures", durable=False)
 

@@ -29,7 +29,7 @@ from ...vlm import Output, TwigVLM
 from ...workers import batches as loaded
 from ...workers import loader, named, workers_told
 from ..tasks.base import Question
-from .answers import Appender, answer_line, close_inherited
+from .answers import Appender, answer_line
 from .setting import Setting
 from .shards import Stop, cores
 
@@ -201,7 +201,7 @@ class Asker:
 
     def _ready(self, batches: Sequence[Sequence[Question]]) -> Iterator[Ready]:
         workers = min(self.workers, len(batches))
-        return loaded(loader(Prepared(batches, self.vlm), _as_it_is, workers, AHEAD, close_inherited, batch_size=None))
+        return loaded(loader(Prepared(batches, self.vlm), _as_it_is, workers, AHEAD, batch_size=None))
 
     def _answer(self, ready: Ready) -> tuple[Output, list[str]]:
         width = max(map(len, ready.ids))

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...files import alone
-from ...record import write_json
+from ...files import alone, write_json
 from ..tasks.base import Question, Score, Task
 from ..tasks.reading import write_whole
 from .answers import PER_QUESTION, RESULT, UPLOAD, Folder, answer_line

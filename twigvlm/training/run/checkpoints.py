@@ -7,7 +7,6 @@ the disk, sealed with a list of its files and their checksums, and renamed.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import platform
@@ -19,13 +18,14 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from ...errors import InputError, RunError
-from ...files import hold
+from ...files import flush, hold, write_json, write_text
 
 SEAL, RUN = "whole.json", "run.json"
-SAVING, DOOMED, LOCK = ".saving", ".doomed", ".lock"
+SAVING, DOOMED, LOCK, TOKEN = ".saving", ".doomed", ".lock", ".token"
 CHUNK = 1 << 22
 OURS = re.compile(
     r"checkpoint-\d+|run\.json|log\.jsonl|skipped\.jsonl|base_answers\.npz|tensorboard|plan\.json|stopped\.json|"
@@ -66,15 +66,15 @@ def seal(part: Path, place: Path, told: dict) -> None:
     """Flush every file of `part` to the disk, list them, and make the folder `place` in one step."""
     files = {}
     for file in sorted(p for p in part.rglob("*") if p.is_file()):
-        _flush(file)
+        flush(file)
         files[str(file.relative_to(part))] = _checksum(file)
     (part / SEAL).write_text(json.dumps({**told, "files": files}, indent=1) + "\n", encoding="utf-8")
-    _flush(part / SEAL)
+    flush(part / SEAL)
     for folder in (part, *(p for p in part.rglob("*") if p.is_dir())):
-        _flush(folder)
+        flush(folder)
     remove(place)  # a damaged one of the same step
     os.rename(part, place)
-    _flush(place.parent)
+    flush(place.parent)
 
 
 def prune(out: Path, keep: int) -> None:
@@ -106,19 +106,6 @@ def _checksum(file: Path) -> tuple[int, int]:
     return size, total
 
 
-def _flush(path: Path) -> None:
-    if os.name == "nt":  # flushes neither a folder nor what is open for reading
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as fault:  # some file systems cannot flush a folder
-        if fault.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
 @contextlib.contextmanager
 def writing(what: str, out: Path, remedy: str = "free space and give the same command again") -> Iterator[None]:
     """Turn a failing disk into a RunError that says where the last whole checkpoint is."""
@@ -142,17 +129,17 @@ def _failed(what: str, out: Path, fault: Exception, remedy: str) -> RunError:
     )
 
 
-def occupy(out: Path) -> object:
+def occupy(out: Path) -> FileLock:
     """Make the folder of a run and lock it; gives the lock to hold.
 
     Raises InputError when it is no folder of a training, or is in use.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / LOCK, "w")  # noqa: SIM115 (held until the process ends)
+        lock = hold(out / LOCK)
     except OSError as fault:
         raise InputError(f"output folder {out}: cannot be used ({fault.strerror}); choose another --out") from fault
-    if hold(lock.fileno()) is False:
+    if lock is None:
         raise InputError(
             f"output folder {out}: another training is writing there; wait for it, or choose another --out"
         )
@@ -164,8 +151,7 @@ def occupy(out: Path) -> object:
             f"output folder {out}: holds {', '.join((strange + results)[:3])}, but no {RUN} of a training; "
             "choose an empty --out"
         )
-    lock.write(uuid.uuid4().hex)
-    lock.flush()
+    write_text(uuid.uuid4().hex, out / TOKEN)
     return lock
 
 
@@ -174,7 +160,7 @@ def same_folder(out: Path, token: str, patience: float = 30.0) -> None:
     end = time.monotonic() + patience
     while True:
         with contextlib.suppress(OSError):
-            if (out / LOCK).read_text(encoding="utf-8") == token:
+            if (out / TOKEN).read_text(encoding="utf-8") == token:
                 return
         if time.monotonic() > end:
             raise InputError(
@@ -193,7 +179,7 @@ def identify(out: Path, identity: dict, whole: bool = True) -> None:
     if not file.exists():
         if whole:
             with writing(RUN, out):
-                write(file, json.dumps({"identity": identity}, indent=1) + "\n")
+                write_json({"identity": identity}, file)
         return
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))["identity"]
@@ -211,11 +197,3 @@ def identify(out: Path, identity: dict, whole: bool = True) -> None:
             f"output folder {out} belongs to another run: {'; '.join(differing)}; "
             "choose another --out, or give the settings of that run to continue it"
         )
-
-
-def write(file: Path, text: str) -> None:
-    """Whole or not at all, even if the power fails."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    _flush(part)
-    os.replace(part, file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from ...files import write_json, write_text
 from ...loading.describe import read_json
 from ...model.twig import CONFIG, WEIGHTS, Twig, write_twig
 from ...record import provenance
@@ -38,10 +38,10 @@ def finish(job, last: Path, twig: Twig, made: dict, timing: dict) -> None:
         write_twig(out, tensors, job.facts)
         job.skips.write()
         plot(told, out / CURVE, f"Twig of {job.facts['base']}, K = {job.facts['K']}, T = {job.facts['T']}")
-        checkpoints.write(out / CARD, card(job.facts, asdict(settings), facts, told))
+        write_text(card(job.facts, asdict(settings), facts, told), out / CARD)
         stored = read_json(out / checkpoints.RUN)
         stored["finished"] = facts | {"settings": asdict(settings), "last": told[-1] if told else {}}
-        checkpoints.write(out / checkpoints.RUN, json.dumps(stored, indent=1) + "\n")
+        write_json(stored, out / checkpoints.RUN)
     _say(out, timing, counts(skipped))
     if settings.export_release:
         export_release(out, Path(settings.export_release))

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from ...files import write_bytes
 from ..draw import draw
 from .pool import scene
 
@@ -40,7 +41,7 @@ class Folder:
         form = "png" if name.endswith(".png") else "jpeg"
         kept, data = self.pictures / f"{seed}.{form}", encoded(seed, form)
         if not kept.exists() or kept.read_bytes() != data:
-            write_whole(kept, data)
+            write_bytes(data, kept)
         place = self.path / name
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.exists():
@@ -57,9 +58,3 @@ def encoded(seed: int, form: str) -> bytes:
     data = io.BytesIO()
     draw(scene(seed)).save(data, form, **FORMATS[form])
     return data.getvalue()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
