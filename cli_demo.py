@@ -18,7 +18,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 DEFAULT_IMAGE = ROOT / "assets" / "image.png"
 DEFAULT_QUESTION = "Describe the image in detail."
-DEFAULT_R = 64
 USE_LLAVA = (
     "Embedded model. For LLaVA-1.5-7B: python cli_demo.py --base-model liuhaotian/llava-v1.5-7b "
     "--twig-block FOLDER --image-file PICTURE"
@@ -27,28 +26,10 @@ GREEN, RESET = "\033[32m", "\033[0m"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--base-model", metavar="ID", help="hub id or folder of a LLaVA-1.5 model (default: the embedded one)"
-    )
-    model.add_argument(
-        "--twig-block",
-        metavar="ID",
-        help="hub id, folder or .safetensors of its twig (default: none, or the embedded one)",
-    )
-    model.add_argument(
-        "--twig-K", type=int, metavar="K", help="base layers below the twig (default: from the twig's files, else 2)"
-    )
-    model.add_argument("--twig-T", type=int, metavar="T", help="layers of the twig (default: from the twig's files)")
-    model.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the device likes)")
-    model.add_argument(
-        "--attn-implementation",
-        default="sdpa",
-        metavar="NAME",
-        help="sdpa, eager or flash_attention_2 (default %(default)s)",
-    )
+    from twigvlm import flags
+
+    parser = flags.parser(None, __doc__, flags.model(), flags.writing())
+    flags.add_switches(parser)
     ask = parser.add_argument_group("what to ask")
     ask.add_argument(
         "--image-file",
@@ -61,38 +42,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="TEXT",
         help="ask this and stop (default: a conversation, ended by an empty line or Ctrl-D)",
     )
-    how = parser.add_argument_group("how to answer")
-    how.add_argument(
-        "-R",
-        "--retained-tokens",
-        type=float,
-        default=DEFAULT_R,
-        metavar="R",
-        help="average of visual tokens per layer (default %(default)s)",
-    )
-    how.add_argument(
-        "--pruning",
-        default="twig",
-        metavar="NAME",
-        help="twig, fastv, pdrop, layer-attention or random (default %(default)s)",
-    )
-    how.add_argument("--no-pruning", action="store_true", help="keep all visual tokens")
-    how.add_argument("--no-speculation", action="store_true", help="no drafts: one forward per token")
-    how.add_argument(
-        "--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default %(default)s)"
-    )
-    how.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="sample at this temperature (default 0: greedy)"
-    )
-    how.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
-    how.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
     show = parser.add_argument_group("what to show")
     show.add_argument(
         "--stream", action="store_true", help="print words as they come, drafted ones in green on a terminal"
     )
     show.add_argument("--json", action="store_true", help="print one JSON object per answer and nothing else")
     show.add_argument("--show-kept", metavar="FILE.png", help="write the picture with the dropped patches dimmed")
-    return parser.parse_args(argv)
+    return flags.parse(parser, argv)
 
 
 def coloured() -> bool:
@@ -130,27 +86,6 @@ def questions(args: argparse.Namespace) -> Iterator[str]:
         if not line:
             return
         yield line
-
-
-def settings(args: argparse.Namespace, has_twig: bool) -> dict:
-    """Flags → arguments of `generate`."""
-    from twigvlm.errors import TOP_P_ALONE, InputError
-
-    if not args.temperature >= 0:
-        raise InputError(f"--temperature is {args.temperature:g}; 0 (greedy) or more is needed")
-    if args.top_p is not None and not args.temperature:
-        raise InputError(TOP_P_ALONE)
-    prune = not args.no_pruning and (has_twig or args.pruning != "twig")
-    return {
-        "retained_tokens": args.retained_tokens if prune else None,
-        "pruning": args.pruning,
-        "draft_length": 0 if args.no_speculation else 5,
-        "max_new_tokens": args.max_new_tokens,
-        "do_sample": args.temperature > 0,
-        "temperature": args.temperature or 1.0,
-        "top_p": args.top_p,
-        "seed": args.seed,
-    }
 
 
 def figures(stats) -> str:
@@ -215,6 +150,7 @@ def run(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     import twigvlm
+    from twigvlm import flags
     from twigvlm.foresight import Wish, check
     from twigvlm.prompt.images import open_image
     from twigvlm.pruning.show import check_target
@@ -225,18 +161,13 @@ def run(args: argparse.Namespace) -> None:
         check_target(Path(args.show_kept))
     if args.question is not None and not args.question.strip():
         raise twigvlm.InputError("--question is empty; ask something")
-    wish = Wish(
-        args.base_model, args.twig_block, args.twig_K, args.twig_T, args.device, args.dtype, args.attn_implementation
-    )
-    options = settings(args, wish.has_twig)
+    wish = Wish(**vars(flags.model_settings(args)))
+    options = flags.generation(args, wish.has_twig)
     check(wish, options)
     image = open_image(args.image_file)
     if args.base_model is None and args.twig_block is None:
         print(USE_LLAVA, file=sys.stderr if args.json else sys.stdout, flush=True)
-    vlm = twigvlm.load(
-        args.base_model, args.twig_block, args.twig_K, args.twig_T,
-        device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation,
-    )  # fmt: skip
+    vlm = twigvlm.load(**vars(flags.model_settings(args)))
     if vlm.twig is None:
         print("No twig given (--twig-block): plain decoding, nothing pruned.", file=sys.stderr)
     converse(vlm, image, options, args)
@@ -256,10 +187,9 @@ def converse(vlm, image, options: dict, args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
     from twigvlm.program import run_program
 
-    return run_program(lambda: run(args))
+    return run_program(lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

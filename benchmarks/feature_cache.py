@@ -21,6 +21,7 @@ from statistics import median
 
 import torch
 
+from twigvlm import flags
 from twigvlm.files import write_json
 from twigvlm.record import provenance
 from twigvlm.training.cost import make_plan
@@ -95,7 +96,7 @@ def speedups(trunk: float, twig: float, write: float, read: float) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/feature_cache.json"))
-    args = parser.parse_args()
+    args = flags.parse(parser, None)
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder))

@@ -16,6 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from twigvlm import flags
+
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
     "torch's default": {},
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--busy", default="0,1,2", help="cores that others keep busy (default %(default)s)")
     parser.add_argument("--answers", type=int, default=8, help="of each process (default %(default)s)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = flags.parse(parser, None)
     if args.inside:
         return answers(args.answers)
     for cores in map(int, args.busy.split(",")):

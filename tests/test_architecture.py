@@ -19,7 +19,6 @@ UNBOUNDED = {"evaluation/tasks", "pruning/methods"}  # one file a benchmark, one
 # limit; none may grow or be added.
 LONG_FUNCTIONS = {"training/settings.py:_add_flags": 82}
 LONG_FILES = {
-    "evaluation/lmms/plugin.py": 528,
     "training/train.py": 518,
 }
 LATE = {"twigvlm.files imports filelock"}  # with the first lock, which no score takes

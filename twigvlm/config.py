@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
 
 from .errors import InputError
 
@@ -46,21 +48,73 @@ class TwigConfig:
             )
 
 
+def option(default: Any, text: str, **more: Any) -> Any:
+    """A field with the text that helps whoever sets it; `more` is for its flag: see `twigvlm.flags`."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+def whole_or_auto(text: str) -> int | str:
+    """A draft length as people write it."""
+    return AUTO if text == AUTO else int(text)
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model: the arguments of `twigvlm.load`."""
+
+    base: str | Path | None = option(
+        None,
+        "hub id or folder of a LLaVA-1.5 model (default: the embedded one)",
+        flag="base_model",
+        parse=str,
+        metavar="ID",
+    )
+    twig: str | Path | None = option(
+        None, "hub id, folder or .safetensors of its twig (default: none, or the embedded one)",
+        flag="twig_block", parse=str, metavar="ID",
+    )  # fmt: skip
+    K: int | None = option(
+        None, "base layers below the twig (default: from the twig's files, else 2)", flag="twig_K", metavar="K"
+    )
+    T: int | None = option(None, "layers of the twig (default: from the twig's files)", flag="twig_T", metavar="T")
+    wipe_layer: int | None = option(
+        None, "layer before which the image is wiped when decoding, F (default: from the twig's files, else 0.75 L)",
+        aliases=["--twig-F"], metavar="F",
+    )  # fmt: skip
+    device: str | None = option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
+    dtype: str | None = option(None, "float32, bfloat16 or float16 (default: what the device likes)")
+    attn_implementation: str = option("sdpa", "sdpa, eager or flash_attention_2", metavar="NAME")
+
+    @property
+    def has_twig(self) -> bool:
+        return self.twig is not None or self.base is None
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to write an answer; the defaults are the paper's (greedy, drafts of 5, confidence 0.6).
+    """How an answer comes about: the options of `TwigVLM.generate`, said here and nowhere else.
 
-    `top_k` and `top_p` None switch the filter off. Raises InputError on values outside their range.
+    The defaults are the paper's (greedy, drafts of 5, confidence 0.6). Raises InputError on values outside their
+    range; whether a budget or a method can be is the method's business.
     """
 
-    draft_length: int | Literal["auto"] = 5  # delta: drafted tokens per step at most; "auto": as many as pay here
-    draft_confidence: float = 0.6  # theta: drafting stops after a token less probable than this
-    max_new_tokens: int = 512
+    retained_tokens: float | None = option(
+        None, "R, average of visual tokens per base layer", aliases=["-R"], metavar="R", unless=64.0
+    )  # None prunes nothing; with several images so many per image, shared between them by score
+    pruning: str = option("twig", "how visual tokens are chosen", metavar="NAME")  # a name in twigvlm.pruning.METHODS
+    query: str = option("last", "whose attention chooses: last (text token) or text (all of it, paper Eq. 3)")
+    draft_length: int | Literal["auto"] = option(
+        5, "drafted tokens per step at most; auto: as many as pay on this machine", parse=whole_or_auto, metavar="N"
+    )  # delta; 0, or no twig, is plain decoding
+    draft_confidence: float = option(0.6, "drafting stops after a token less probable than this", metavar="X")  # theta
+    max_new_tokens: int = option(512, "longest answer", metavar="N")
     do_sample: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | Sequence[int] | None = None  # of the first row, or one a row
+    temperature: float = option(1.0, "sample at this temperature; 0 is greedy", metavar="X", unless=0.0)
+    top_k: int | None = option(None, "sample from the N likeliest tokens (default: all)", metavar="N")
+    top_p: float | None = option(None, "sample from the likeliest tokens that make up P (default: all)", metavar="P")
+    seed: int | Sequence[int] | None = option(  # of the first row, or one a row
+        None, "of sampling and of random pruning; makes them repeatable", parse=int, metavar="N"
+    )
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, legal: str) -> None:
@@ -81,3 +135,16 @@ class GenerationSettings:
 
 def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def takes(settings: type) -> Callable:
+    """Show the fields of a dataclass, which a function takes as `**options`, in its signature."""
+
+    def shown(function: Callable) -> Callable:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        made = [inspect.Parameter(f.name, own[-1].kind, default=f.default, annotation=f.type) for f in fields(settings)]
+        function.__signature__ = signature.replace(parameters=[*own, *made])
+        return function
+
+    return shown

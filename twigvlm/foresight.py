@@ -7,13 +7,12 @@ file). What only the weights can tell, loading finds out.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import LlavaConfig
 
-from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
+from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, ModelSettings, TwigConfig
 from .loading.base import check_attention, pick_device, pick_dtype, read_twig_letters
 from .loading.describe import EMBEDDED_TWIG, HUB_DESCRIPTION, read_config, visual_tokens
 from .loading.random import random_config
@@ -21,21 +20,10 @@ from .pruning import plan_for
 
 
 @dataclass(frozen=True)
-class Wish:
-    """The model that flags name; `shape` is one with random weights (`model.random`) instead."""
+class Wish(ModelSettings):
+    """The model that flags name; `shape` is one with random weights (`loading.random`) instead."""
 
-    base: str | Path | None = None
-    twig: str | Path | None = None
-    K: int | None = None
-    T: int | None = None
-    device: str | None = None
-    dtype: str | None = None
-    attention: str = "sdpa"
     shape: str | None = None
-
-    @property
-    def has_twig(self) -> bool:
-        return self.twig is not None or self.base is None
 
     def letters(self) -> tuple[int, TwigConfig]:
         """(V, L with the twig's letters), those of the paper's default twig where there is none.
@@ -49,7 +37,7 @@ class Wish:
             facts = read_twig_letters(twig, L, text.hidden_size, self.K, self.T, HUB_DESCRIPTION)
         K = facts.get("K", DEFAULT_K if self.K is None else self.K)
         T = facts.get("T", DEFAULT_T if self.T is None else self.T)
-        return visual_tokens(config), TwigConfig(L, K, T, facts.get("F", 0))
+        return visual_tokens(config), TwigConfig(L, K, T, self.wipe_layer or facts.get("F", 0))
 
     def base_letters(self, K: int, T: int, F: int) -> TwigConfig:
         """L with the letters of a twig that is to be grown. Raises InputError where the base has too few layers."""
@@ -62,11 +50,10 @@ class Wish:
 def check(wish: Wish, *generations: Mapping[str, Any]) -> None:
     """Raise InputError for a model or for arguments of `TwigVLM.generate` that cannot be."""
     pick_dtype(wish.dtype, pick_device(wish.device))
-    check_attention(wish.attention)
-    known = {field.name for field in fields(GenerationSettings)}
-    for options in generations:
-        GenerationSettings(**{name: value for name, value in options.items() if name in known})
-        plan_for(options["pruning"], None, 1, TwigConfig(L=10**6))  # the name alone needs no file
+    check_attention(wish.attn_implementation)
+    settings = [GenerationSettings(**options) for options in generations]
+    for one in settings:
+        plan_for(one.pruning, None, 1, TwigConfig(L=10**6))  # the name alone needs no file
     V, twig = wish.letters()
-    for options in generations:
-        plan_for(options["pruning"], options["retained_tokens"], V, twig)
+    for one in settings:
+        plan_for(one.pruning, one.retained_tokens, V, twig)

@@ -8,12 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
 from PIL import Image
 
-from .config import AUTO, DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
+from .config import AUTO, DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig, takes
 from .decoding import Decoder, Likelihood, Step, embed, score
 from .decoding.choose import Chooser
 from .decoding.finite import NotFinite, trace
@@ -127,39 +126,32 @@ class TwigVLM:
     def dtype(self) -> torch.dtype:
         return self.trunk.dtype
 
+    @takes(GenerationSettings)
     def generate(
         self,
         input_ids: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        retained_tokens: float | None = None,
-        pruning: str = "twig",
-        draft_length: int | Literal["auto"] = 5,
-        draft_confidence: float = 0.6,
-        max_new_tokens: int = 512,
+        *,
         eos_token_id: int | Sequence[int] | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | Sequence[int] | None = None,
         streamer=None,
         logits_processor: Sequence | None = None,
         stopping_criteria: Sequence | Callable | None = None,
-        query: str = "last",
         chooser: Callable | None = None,
+        **options,
     ) -> Output:
         """Write answers to a batch of prompts.
 
         input_ids [B, S] hold `image_token_id` V times per image; pixel_values [images, 3, h, w] follow
         the order of the image tokens; attention_mask [B, S] (0 = padding, on either side) is needed
-        when rows differ in length. `retained_tokens` is R, the average of visual tokens per base
-        layer (None prunes nothing; with several images, r per image, shared between them by score);
-        `pruning` a name in twigvlm.pruning.METHODS; `query` "last" or "text" (paper Eq. 3).
-        `seed` repeats an answer: sampling and random pruning draw from it, row b from seed + b, or from the
-        b-th of a list; random pruning draws from the row's pictures too, and without a seed from the
-        number of this call. `draft_length` 0, or no twig, is plain decoding; "auto" drafts as
-        many tokens as pay on this machine (measured at the first call). `eos_token_id` None means the generation
+        when rows differ in length. `options` are the fields of `config.GenerationSettings`:
+        `retained_tokens` is R, the average of visual tokens per base layer (None prunes nothing; with several
+        images, r per image, shared between them by score); `pruning` a name in twigvlm.pruning.METHODS;
+        `query` "last" or "text" (paper Eq. 3); `draft_length` 0, or no twig, is plain decoding, "auto" drafts as
+        many tokens as pay on this machine (measured at the first call); `seed` repeats an answer: sampling and
+        random pruning draw from it, row b from seed + b, or from the b-th of a list; random pruning draws from the
+        row's pictures too, and without a seed from the number of this call; and draft_confidence,
+        max_new_tokens, do_sample, temperature, top_k, top_p. `eos_token_id` None means the generation
         config's. The prompt and the answer share the context: an answer ends where it is full.
 
         `chooser` replaces twigvlm.decoding.choose.Chooser, which accepts and samples tokens.
@@ -167,23 +159,21 @@ class TwigVLM:
         Raises InputError for impossible arguments, before anything is computed, and RunError where
         logits are not finite, naming the layer that they come from.
         """
-        settings = GenerationSettings(
-            draft_length, draft_confidence, max_new_tokens, do_sample, temperature, top_k, top_p, seed
-        )
+        settings = GenerationSettings(**options)
         ids = self._rows(input_ids, attention_mask)
-        plan = self._plan(pruning, retained_tokens, query)
+        plan = self._plan(settings.pruning, settings.retained_tokens, settings.query)
         self._check_bare(plan, ids)
         if streamer is not None and len(ids) > 1:
             raise InputError(f"a streamer takes one row, but input_ids have {len(ids)}; call generate row by row")
         one = callable(stopping_criteria) and not isinstance(stopping_criteria, list)
         rules = [stopping_criteria] if one else stopping_criteria
         chosen = (chooser or Chooser)(settings, logits_processor)
-        pace = self._pace(len(ids)) if draft_length == AUTO and self.twig is not None else None
+        pace = self._pace(len(ids)) if settings.draft_length == AUTO and self.twig is not None else None
         decoder = Decoder(self.trunk, self.twig, plan, settings, self._eos(eos_token_id), chosen, rules, pace=pace)
-        seeds = self._seeds(seed, len(ids))
+        seeds = self._seeds(settings.seed, len(ids))
         draws = self._draws(plan, seeds, ids, pixel_values)
         with torch.inference_mode():
-            return self._run(decoder, ids, pixel_values, seeds, draws, streamer, retained_tokens)
+            return self._run(decoder, ids, pixel_values, seeds, draws, streamer, settings.retained_tokens)
 
     def score(
         self,

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from conftest import ROOT, speaking, write_base
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from twigvlm.config import GenerationSettings, ModelSettings
 from twigvlm.errors import InputError
 from twigvlm.evaluation import run, suite
 from twigvlm.evaluation.asking import shards
@@ -455,7 +457,7 @@ def test_a_fingerprint_sees_a_byte_anywhere(tmp_path):
         (("--pruning", "sorcery"), ("sorcery", "random")),
         (("--temperature", "-1"), ("--temperature",)),
         (("--top-p", "3", "--temperature", "1"), ("top_p",)),
-        (("--max-new-tokens", "0"), ("--max-new-tokens",)),
+        (("--max-new-tokens", "0"), ("max_new_tokens",)),
         (("--dtype", "float12"), ("float12",)),
         (("--device", "toaster"), ("toaster",)),
         (("--base-model", "/nowhere/at/all"), ("/nowhere/at/all",)),
@@ -530,7 +532,7 @@ def test_R_has_a_clear_default(capsys):
     assert run.parse(["--task", "gqa"]).retained_tokens == 64
     with pytest.raises(SystemExit):
         run.parse(["--help"])
-    assert "default 64" in capsys.readouterr().out
+    assert "default 64" in " ".join(capsys.readouterr().out.split())
 
 
 # ---------------------------------------------------------------------- lines
@@ -835,10 +837,26 @@ def test_torchrun_style_processes_end_in_one_score(model, data, tmp_path):
 def test_settings_of_the_embedded_model():
     setting = Setting()
     assert setting.model_name == "sprout" and setting.name == "twig-R64" and setting.twig_name == "sprout"
-    assert Setting(baseline=True).name == "base" and Setting(baseline=True).generation()["draft_length"] == 0
-    assert Setting(R=None).name == "ssd" and Setting(R=192, limit=4).name == "twig-R192-first4"
-    assert Setting(base="org/llava-v1.5-7b", twig="/x/my-twig").name == "twig-R64@my-twig"
-    assert Setting(base="org/llava-v1.5-7b", twig="/x/my-twig").model_name == "llava-v1.5-7b"
+    assert Setting(baseline=True).name == "base" and Setting(baseline=True).writing.draft_length == 0
+    assert Setting(writing=writing(retained_tokens=None)).name == "ssd"
+    assert Setting(writing=writing(retained_tokens=192), limit=4).name == "twig-R192-first4"
+    other = ModelSettings("org/llava-v1.5-7b", "/x/my-twig")
+    assert Setting(other).name == "twig-R64@my-twig" and Setting(other).model_name == "llava-v1.5-7b"
+
+
+def test_options_that_change_answers_have_folders_of_their_own():
+    """Whatever `generate` takes: one that is new is in the name and the identity by being a field."""
+    usual = Setting()
+    for name, value in {"query": "text", "draft_length": 3, "draft_confidence": 0.5, "top_k": 7}.items():
+        made = Setting(writing=replace(usual.writing, **{name: value}))
+        assert made.name != usual.name and str(value) in made.name
+        assert made.identity("gqa", "s", []) == {**usual.identity("gqa", "s", []), name: value}
+    assert "wipe_layer" not in usual.identity("gqa", "s", [])
+    assert Setting(ModelSettings(wipe_layer=9)).identity("gqa", "s", [])["wipe_layer"] == 9
+
+
+def writing(**options) -> GenerationSettings:
+    return replace(Setting().writing, **options)
 
 
 def test_a_shard_that_begins_while_another_writes_its_first_answer(tmp_path, monkeypatch):

@@ -25,8 +25,10 @@ from PIL import Image
 
 import twigvlm
 from twigvlm.errors import InputError, RunError
+from twigvlm.evaluation.lmms import CLASS_PATH
 from twigvlm.evaluation.lmms import plugin as lmms
-from twigvlm.evaluation.lmms.plugin import Adapter, Manner, StopStrings
+from twigvlm.evaluation.lmms.options import NAMES, Manner
+from twigvlm.evaluation.lmms.plugin import Adapter, StopStrings
 from twigvlm.evaluation.lmms.task import main as write_task
 from twigvlm.model.twig import save_twig
 from twigvlm.prompt.template import VICUNA_V1, encode
@@ -487,7 +489,7 @@ def test_the_entry_point_names_the_class():
 
     entries = importlib.metadata.entry_points(group="lmms_eval.models")
     assert [e.value for e in entries if e.name == "twigvlm"] == ["twigvlm.evaluation.lmms:manifest"]
-    assert get_model_manifest("twigvlm").simple_class_path == lmms.CLASS_PATH
+    assert get_model_manifest("twigvlm").simple_class_path == CLASS_PATH
     assert issubclass(get_model("twigvlm"), base) and get_model("twigvlm") is lmms.LmmsTwigVLM
     assert "torchvision" not in sys.modules
 
@@ -586,4 +588,4 @@ def test_the_commands_of_its_page_run(tmp_path):
 
 def test_its_page_names_every_option():
     page = (ROOT / "docs" / "lmms-eval.md").read_text(encoding="utf-8")
-    assert [name for name in lmms.NAMES if f"`{name}`" not in page] == []
+    assert [name for name in NAMES if f"`{name}`" not in page] == []

@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .. import flags
 from ..errors import InputError
 from ..program import run_program
 from ..record import ROOT
@@ -183,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--task", action="append", choices=list(TASKS), help="only this one; may be given again")
     parser.add_argument("--deep", action="store_true", help="also open every picture")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments = parser.parse_args(argv)
+    arguments = flags.parse(parser, argv)
     return run_program(lambda: _print_check(arguments))
 
 

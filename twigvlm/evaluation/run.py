@@ -17,16 +17,19 @@ import contextlib
 import os
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import flags
+from ..config import GenerationSettings
 from ..errors import InputError, RunError
 from ..program import print_json, run_program
 from .asking.answers import LOGS, open_shard
 from .asking.job import Job, default_out, find_data, find_split
 from .asking.progress import Progress
-from .asking.setting import DEFAULT_R, Setting
+from .asking.setting import Setting
 from .asking.shards import Ended, Placement, Stop, launch, place
 from .tasks import ALIASES, OWN, TASKS, find
 from .tasks.base import Task
@@ -40,12 +43,8 @@ TIMED_ALONE = ("mmvet",)  # the paper's benchmark of speed: one question at a ti
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    writing = flags.writing(max_new_tokens=None, seed=0)
+    parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
     names = (*TASKS, *OWN, *ALIASES)
     parser.add_argument("--task", required=True, choices=names, metavar="T", help=f"one of {', '.join(names)}")
     own = parser.add_argument_group("your own questions (--task vqa)")
@@ -55,24 +54,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     own.add_argument("--image-folder", type=Path, metavar="DIR", help="the folder that its images lie in")
     parser.add_argument("--split", metavar="S", help="of the benchmark (default: the first whose files are there)")
-    method = parser.add_argument_group("what to prune and draft")
-    method.add_argument(
-        "-R", "--retained-tokens", type=float, default=DEFAULT_R, metavar="R",
-        help="average of visual tokens kept per layer (default %(default)g)",
-    )  # fmt: skip
-    method.add_argument(
-        "--pruning", default="twig", metavar="M", help="twig, fastv, pdrop, layer-attention or random (default twig)"
-    )
-    method.add_argument("--no-pruning", action="store_true", help="keep all visual tokens")
-    method.add_argument("--no-speculation", action="store_true", help="no drafts: one forward per token")
-    method.add_argument("--baseline", action="store_true", help="the base alone: no twig, nothing pruned (no -R)")
+    flags.add_switches(parser)
+    parser.add_argument("--baseline", action="store_true", help="the base alone: no twig, nothing pruned (no -R)")
     parser.add_argument("--json", action="store_true", help="end with the JSON line on a terminal too")
     add_options(parser)
-    return parser.parse_args(argv)
+    return flags.parse(parser, argv)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The flags that hold for one benchmark and for all of them."""
+    """The flags that hold for one benchmark and for all of them, beside those of the model and of writing."""
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", type=Path, metavar="DIR",
@@ -84,19 +74,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--out", type=Path, metavar="DIR", help="answers go to DIR/answers/… (default: the benchmark's data folder)"
     )
-    model = parser.add_argument_group("model")
-    model.add_argument("--base-model", metavar="ID", help="hub id or folder (default: the embedded model)")
-    model.add_argument("--twig-block", metavar="ID", help="its twig (default: none, or the embedded one)")
-    model.add_argument("--twig-K", type=int, metavar="K", help="base layers below the twig (default: from its files)")
-    model.add_argument("--twig-T", type=int, metavar="T", help="layers of the twig (default: from its files)")
-    model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: what the device likes)")
-    model.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: the best there is)")
-    model.add_argument("--attn-implementation", default="sdpa", metavar="NAME", help="default %(default)s")
-    how = parser.add_argument_group("how to answer")
-    how.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer (default: the benchmark's)")
-    how.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0: greedy")
-    how.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that make up P")
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling and of random pruning (default 0)")
     work = parser.add_argument_group("how to work")
     work.add_argument(
         "--batch-size", type=int, metavar="N",
@@ -115,24 +92,11 @@ def setting_of(args: argparse.Namespace, task: Task) -> Setting:
     limit = args.limit
     if limit is not None and task.name == "mme":
         limit += limit % 2  # its questions come in pairs
-    return Setting(
-        base=args.base_model,
-        twig=args.twig_block,
-        K=args.twig_K,
-        T=args.twig_T,
-        R=None if args.no_pruning else args.retained_tokens,
-        pruning=args.pruning,
-        speculation=not args.no_speculation,
-        baseline=args.baseline,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        max_new_tokens=task.max_new_tokens if args.max_new_tokens is None else args.max_new_tokens,
-        attention=args.attn_implementation,
-        dtype=args.dtype,
-        device=args.device,
-        limit=limit,
+    asked = (
+        args if args.max_new_tokens is not None else Namespace(**vars(args) | {"max_new_tokens": task.max_new_tokens})
     )
+    writing = GenerationSettings(**flags.generation(asked))
+    return Setting(flags.model_settings(args), writing, args.baseline, limit)
 
 
 def job_of(args: argparse.Namespace, task: Task, setting: Setting, out: Path | None, split: str | None = None) -> Job:
@@ -163,18 +127,15 @@ def foresee(settings: Iterable[Setting]) -> None:
 
     wishes: dict[Wish, list[dict[str, Any]]] = {}
     for s in settings:
-        if s.baseline:  # no twig is read, and none is needed
-            wish = Wish(s.base, None, device=s.device, dtype=s.dtype, attention=s.attention)
-        else:
-            wish = Wish(s.base, s.twig, s.K, s.T, s.device, s.dtype, s.attention)
-        wishes.setdefault(wish, []).append(s.generation())
+        facts = vars(s.model) | ({"twig": None, "K": None, "T": None} if s.baseline else {})  # needs and reads no twig
+        wishes.setdefault(Wish(**facts), []).append(vars(s.writing))
     for wish, generations in wishes.items():
         check(wish, *generations)
 
 
 def announce(setting: Setting, data: Path, given: bool) -> None:
     """The one line that says which model meets which data."""
-    model = "embedded model sprout" if setting.embedded else f"model {setting.base}"
+    model = "embedded model sprout" if setting.embedded else f"model {setting.model.base}"
     twig = f"twig {setting.twig_name}" if setting.twig_name else "no twig"
     why = "as asked" if given else "its default"
     print(f"{model} ({twig}) on data {data} ({why})", flush=True)
@@ -197,7 +158,7 @@ class Models:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        key = (setting.base, setting.twig, setting.K, setting.T, setting.baseline)
+        key = (setting.model, setting.baseline)
         start = time.perf_counter()
         if key != self._key:
             self._vlm = None  # the old one's memory first
@@ -226,6 +187,7 @@ def answer(job: Job, part: int, count: int, args: argparse.Namespace, models: Mo
     job.folder.record(job.identity | late)
     size = args.batch_size or asker.default_batch(job.task.name in TIMED_ALONE)
     lines, figures = open_shard(job.folder, part, count)
+    flags.save(args, job.folder.path)
     with lines, figures, Progress(job, found, score=not args.answer_only) as progress:
         asker.begin(figures, seconds, size, part, count)
         asker.ask(batches(todo, size), lines, figures, stop, progress.look)
@@ -416,8 +378,7 @@ def guarded(work: Callable[[Stop], int]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parse(argv)
-    return guarded(lambda stop: evaluate(args, argv, stop))
+    return guarded(lambda stop: evaluate(parse(argv), argv, stop))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import flags
 from ..errors import InputError
 from ..program import run_program
 from .tasks import ALIASES, OWN, TASKS, find
@@ -24,7 +25,7 @@ LONG = 40  # entries of a part that a table for people does not list
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _arguments().parse_args(argv)
+    args = flags.parse(_arguments(), argv)
     return run_program(lambda: _print_score(args))
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import twigvlm
 
+from .. import flags
 from ..config import AUTO, DEFAULT_K, DEFAULT_T, TwigConfig
 from ..decoding.choose import Chooser
 from ..decoding.pace import Parts, median, now
@@ -39,6 +40,7 @@ from ..record import provenance, table
 from ..threads import Clock
 from ..vlm import TwigVLM
 
+DESCRIPTION_TOKENS = 160
 MIN_TOKENS = 64  # of a description, as it would be written without a limit
 LOADED = 0.25  # cores that may be wanted beyond those there are
 QUESTION = "Describe the image in detail."
@@ -76,10 +78,11 @@ class Timing:
 
 
 class Bench:
-    """The prompts and the methods that are timed on them."""
+    """The prompts and the methods that are timed on them; `options` are those of `generate`."""
 
-    def __init__(self, vlm: TwigVLM, R: float, tokens: int, prompts: int, endless: bool, coin: float | None):
-        self.vlm, self.R, self.tokens, self.endless, self.coin = vlm, R, tokens, endless, coin
+    def __init__(self, vlm: TwigVLM, options: dict, prompts: int, endless: bool, coin: float | None):
+        self.vlm, self.options, self.endless, self.coin = vlm, options, endless, coin
+        self.R, self.length, self.tokens = (options[n] for n in ("retained_tokens", "draft_length", "max_new_tokens"))
         self.prompts = _random_prompts(vlm, prompts) if endless else _descriptions(vlm, prompts)
 
     def methods(self) -> dict[str, Callable[[dict], Timing]]:
@@ -88,8 +91,8 @@ class Bench:
             "stock generate": self.stock,
             "plain": lambda p: self.ours(p, None, 0),
             "plain + TTP": lambda p: self.ours(p, self.R, 0),
-            "SSD": lambda p: self.ours(p, None, 5),
-            "SSD + TTP": lambda p: self.ours(p, self.R, 5),
+            "SSD": lambda p: self.ours(p, None, self.length),
+            "SSD + TTP": lambda p: self.ours(p, self.R, self.length),
             "SSD auto": lambda p: self.ours(p, None, AUTO),
             "SSD auto + TTP": lambda p: self.ours(p, self.R, AUTO),
         }
@@ -118,7 +121,7 @@ class Bench:
             chooser = lambda settings, _processors: CoinChooser(settings, self.coin)  # noqa: E731
         end = {"eos_token_id": []} if self.endless else {}
         out = self.vlm.generate(
-            **prompt, retained_tokens=R, draft_length=draft_length, max_new_tokens=self.tokens, chooser=chooser, **end
+            **prompt, **self.options | {"retained_tokens": R, "draft_length": draft_length}, chooser=chooser, **end
         )
         s = out.stats
         late = s.new_tokens - len(out.steps[0][0].tokens)
@@ -242,8 +245,7 @@ def step_costs(
 def open_model(args: argparse.Namespace) -> TwigVLM:
     """The model that the flags name."""
     if args.random is None:
-        return twigvlm.load(args.base_model, args.twig_block, args.twig_K, args.twig_T, device=args.device, dtype=args.dtype,
-                            attn_implementation=args.attn_implementation)  # fmt: skip
+        return twigvlm.load(**vars(flags.model_settings(args)))
     device = pick_device(args.device)
     trunk = Trunk(random_base(args.random, device, pick_dtype(args.dtype, device), args.attn_implementation))
     twig = grow(trunk, TwigConfig(trunk.L, DEFAULT_K if args.twig_K is None else args.twig_K, args.twig_T or DEFAULT_T))
@@ -262,11 +264,14 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--random builds its own base and twig; leave --base-model and --twig-block away")
     if args.out is not None and (args.out.is_dir() or not os.access(_existing(args.out.parent), os.W_OK)):
         raise InputError(f"--out {args.out}: no file can be written there; name a file in a folder that may be written")
-    wish = Wish(
-        args.base_model, args.twig_block, args.twig_K, args.twig_T, args.device, args.dtype, args.attn_implementation,
-        args.random,
-    )  # fmt: skip
-    check(wish, {"pruning": "twig", "retained_tokens": args.retained_tokens if wish.has_twig else None})
+    wish = Wish(**vars(flags.model_settings(args)), shape=args.random)
+    check(wish, options_of(args, wish.has_twig))
+
+
+def options_of(args: argparse.Namespace, has_twig: bool = True) -> dict:
+    """Of `generate`."""
+    tokens = args.tokens or (MIN_TOKENS if args.random is not None else DESCRIPTION_TOKENS)
+    return flags.generation(args, has_twig) | {"max_new_tokens": tokens}
 
 
 def _existing(folder: Path) -> Path:
@@ -282,14 +287,13 @@ def measure(args: argparse.Namespace) -> dict:
     vlm = open_model(args)
     before = Clock.now()
     endless = args.random is not None
-    tokens = args.tokens or (MIN_TOKENS if endless else 160)
-    bench = Bench(vlm, args.retained_tokens, tokens, args.prompts, endless, args.assume_acceptance)
+    bench = Bench(vlm, options_of(args), args.prompts, endless, args.assume_acceptance)
     rows = bench.run(args.repeats)
     taken = Clock.now().cores_taken(before)
     speed, needed = bandwidth(vlm.device), weight_bytes(vlm.trunk)
     plain = next(r for r in rows if r["method"] == "plain")
     facts = {
-        "model": vlm.base_name, "letters": vars(vlm.config), "R": args.retained_tokens, "dtype": str(vlm.dtype).removeprefix("torch."),
+        "model": vlm.base_name, "settings": flags.resolved(args), "letters": vars(vlm.config), "R": args.retained_tokens, "dtype": str(vlm.dtype).removeprefix("torch."),
         "attention": args.attn_implementation, "prompts": args.prompts, "repeats": args.repeats,
         "simulated_acceptance": args.assume_acceptance, "cores_taken_by_others": None if taken is None else round(taken, 2),
     }  # fmt: skip
@@ -303,16 +307,12 @@ def measure(args: argparse.Namespace) -> dict:
     return provenance() | facts | {"rows": rows, "step_ms": step_costs(vlm, vlm.config.V + 55)}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base-model", metavar="ID", help="hub id or folder (default: the embedded model)")
-    parser.add_argument("--twig-block", metavar="ID", help="its twig")
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    writing = flags.writing(leave=("max_new_tokens", "temperature", "top_k", "top_p"))
+    parser = flags.parser("python -m twigvlm.evaluation.speed", __doc__, flags.model(), writing)
     parser.add_argument(
         "--random", metavar="SHAPE", help="random weights instead: llava-1.5-7b, llava-1.5-13b or WIDTHxLAYERS"
     )
-    parser.add_argument("--twig-K", type=int)
-    parser.add_argument("--twig-T", type=int)
-    parser.add_argument("-R", "--retained-tokens", type=float, default=64)
     parser.add_argument("--tokens", type=int, help="longest answer (default: a whole description; 64 with --random)")
     parser.add_argument("--prompts", type=int, default=3, help="different pictures (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs per picture (default %(default)s)")
@@ -320,13 +320,13 @@ def main(argv: list[str] | None = None) -> int:
         "--assume-acceptance", type=float, metavar="P", help="a seeded coin accepts drafts; figures are simulated"
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype")
-    parser.add_argument("--attn-implementation", default="sdpa")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     parser.add_argument("--json", action="store_true", help="end with the JSON line on a terminal too")
-    args = parser.parse_args(argv)
-    return run_program(lambda: _print_speed(args))
+    return flags.parse(parser, argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_program(lambda: _print_speed(parse(argv)))
 
 
 def _print_speed(args: argparse.Namespace) -> None:

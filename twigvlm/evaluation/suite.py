@@ -13,6 +13,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import flags
 from ..errors import InputError
 from ..program import print_json
 from .asking.job import Job
@@ -29,12 +30,8 @@ BUDGETS = "192,128,64"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {MODULE}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    writing = flags.writing(leave=("retained_tokens",), max_new_tokens=None, seed=0)
+    parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
     parser.add_argument(
         "-R", "--retained-tokens", type=_budgets, default=_budgets(BUDGETS), metavar="R,R,…",
         help=f"averages of visual tokens kept per layer (default {BUDGETS})",
@@ -43,17 +40,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--tasks", type=_tasks, default=_tasks(",".join(MAIN)), metavar="T,T,…",
         help=f"benchmarks, or 'all' (default {','.join(MAIN)})",
     )  # fmt: skip
-    parser.add_argument(
-        "--pruning", default="twig", metavar="M", help="twig, fastv, pdrop, layer-attention or random (default twig)"
-    )
     parser.add_argument("--baseline", action="store_true", help="the base alone")
-    parser.add_argument("--no-pruning", action="store_true", help="only the settings that keep all visual tokens")
-    parser.add_argument("--no-speculation", action="store_true", help="only the settings without drafts")
+    flags.add_switches(parser)
     parser.add_argument("--format", choices=FORMATS, default="markdown", help="of the table (default markdown)")
     parser.add_argument("--published", action="store_true", help="with the paper's rows, marked as such")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="also draw accuracy against R and against speed")
     add_options(parser)
-    return parser.parse_args(argv)
+    return flags.parse(parser, argv)
 
 
 def _budgets(text: str) -> list[float]:
@@ -130,8 +123,7 @@ def run(args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parse(argv)
-    return guarded(lambda stop: run(args, argv, stop))
+    return guarded(lambda stop: run(parse(argv), argv, stop))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .. import flags
 from ..errors import InputError
 from ..program import run_program
 from .asking.answers import RESULT
@@ -377,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", choices=FORMATS, default="markdown", help="default %(default)s")
     parser.add_argument("--published", action="store_true", help="with the paper's rows, marked as such")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw accuracy against R and against speed")
-    args = parser.parse_args(argv)
+    args = flags.parse(parser, argv)
     return run_program(lambda: _print_table(args))
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
+from .. import flags
 from ..errors import InputError
 from ..loading.describe import EMBEDDED_BASE
 from ..program import run_program
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--steps", default="", metavar="NAME=N,…", help="other numbers of steps than the recipe's, by stage"
     )
-    args = parser.parse_args(argv)
+    args = flags.parse(parser, argv)
     stages = tuple(args.stages.split(","))
     if unknown := set(stages) - set(names):
         parser.error(f"--stages: unknown {sorted(unknown)}; choose from {', '.join(names)}")

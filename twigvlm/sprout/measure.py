@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from .. import flags
 from ..errors import InputError
 from ..files import write_json
 from ..model.trunk import rotate_half
@@ -271,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=60, help="how many (default %(default)s)")
     parser.add_argument("--what", default=",".join(WHAT), help="besides short answers (default %(default)s)")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
-    args = parser.parse_args(argv)
+    args = flags.parse(parser, argv)
 
     def body() -> None:
         what = tuple(w for w in args.what.split(",") if w)

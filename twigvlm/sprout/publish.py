@@ -13,6 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from .. import flags
 from ..errors import InputError
 from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..program import run_program
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         "--report", type=Path, metavar="FILE", help="figures of this base and twig (default RUN/sprout_report.json)"
     )
     parser.add_argument("--readme-only", action="store_true", help="leave checkpoints/ as they are")
-    args = parser.parse_args(argv)
+    args = flags.parse(parser, argv)
 
     def body() -> None:
         if not args.readme_only:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import twigvlm
 
+from .. import flags
 from ..errors import InputError
 from ..files import write_json
 from ..foresight import Wish, check
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=int, default=240, help="of each ablated twig (default %(default)s, as the published one)"
     )
-    args = parser.parse_args(argv)
+    args = flags.parse(parser, argv)
     return run_program(lambda: (print_ablations if args.ablate else print_report)(args, time.monotonic()))
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from .. import flags
 from ..config import TwigConfig
 from ..loading.base import load_base, pick_device
 from ..model.trunk import Trunk
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         "--save-seconds", type=float, default=120.0, help="time between checkpoints (default %(default)s)"
     )
     parser.add_argument("--no-compile", action="store_true", help="do not compile the layers (half the speed)")
-    args = parser.parse_args(argv)
+    args = flags.parse(parser, argv)
     stages = tuple(args.stages.split(","))
     if args.start:
         if not (args.start / "config.json").exists():

@@ -21,6 +21,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from .. import flags
 from ..errors import InputError, RunError
 from ..program import run_program
 from .data.examples import IMAGE_LABEL, Example, Records, Skipped, TwigDataset
@@ -245,7 +246,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=int, default=default_workers(), metavar="N", help="processes (default %(default)s)"
     )
-    return parser.parse_args(argv)
+    return flags.parse(parser, argv)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import importlib.util
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from .. import flags
 from ..config import DEFAULT_K, DEFAULT_T
 from ..errors import InputError
 from ..loading.base import BACKENDS
@@ -171,7 +172,7 @@ def parse(argv: list[str] | None, doc: str) -> tuple[Settings, argparse.Namespac
         allow_abbrev=False,
     )
     _add_flags(parser)
-    args = parser.parse_args(argv)
+    args = flags.parse(parser, argv)
     chosen = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
     return Settings(**chosen), args
 

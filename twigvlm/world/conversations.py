@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .. import flags
 from ..errors import InputError, RunError
 from ..files import alone
 from ..program import run_program
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--samples", type=int, default=SAMPLES["train"], help="of the training split (default %(default)s)"
     )
-    args = parser.parse_args(argv)
+    args = flags.parse(parser, argv)
 
     def body() -> None:
         if args.samples < 1:

@@ -21,6 +21,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .. import flags
 from ..errors import InputError, RunError
 from ..files import PART, alone, write_json
 from ..program import run_program
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, default=DEFAULT, help="where one folder a benchmark is written (%(default)s)"
     )
     parser.add_argument("--task", choices=sorted(FOLDERS), help="only this one (default: all)")
-    arguments = parser.parse_args(argv)
+    arguments = flags.parse(parser, argv)
     return run_program(lambda: _write(arguments))
 
 

@@ -44,16 +44,14 @@ AHEAD = 2  # batches that each worker prepares in advance
 
 def open_model(setting: Setting, local: int | None = None) -> TwigVLM:
     """The model of a setting; `local` is the node's device that falls to this process."""
-    device = setting.device
+    model = setting.model
+    device = model.device
     if device is None and local is not None and torch.cuda.is_available():
         device = f"cuda:{local % torch.cuda.device_count()}"
     if setting.baseline:
         where = pick_device(device)
-        return TwigVLM(load_base(setting.base, where, pick_dtype(setting.dtype, where), setting.attention), None)
-    return load(
-        setting.base, setting.twig, setting.K, setting.T,
-        device=device, dtype=setting.dtype, attn_implementation=setting.attention,
-    )  # fmt: skip
+        return TwigVLM(load_base(model.base, where, pick_dtype(model.dtype, where), model.attn_implementation), None)
+    return load(**vars(model) | {"device": device})
 
 
 def default_workers(vlm: TwigVLM, shards: int) -> int:
@@ -156,7 +154,7 @@ class Asker:
 
     def warm_up(self) -> None:
         """An untimed question. Raises InputError for a setting that this model cannot do."""
-        options = self.setting.generation() | {"max_new_tokens": WARM_TOKENS}
+        options = vars(self.setting.writing) | {"max_new_tokens": WARM_TOKENS}
         side = self.vlm.model.config.vision_config.image_size
         self.vlm.generate(**self.vlm.prepare(Image.new("RGB", (side, side), "grey"), "What is this?"), **options)
 
@@ -210,8 +208,8 @@ class Asker:
             ids[b, : len(row)], mask[b, : len(row)] = torch.tensor(row), 1
         pixels = None if ready.pixels is None else torch.from_numpy(ready.pixels)
         # Each question draws from its own seed, whatever is asked before or beside it.
-        seeds = [question_seed(self.setting.seed, question.id) for question in ready.questions]
-        options = self.setting.generation() | {"seed": seeds}
+        seeds = [question_seed(self.setting.writing.seed, question.id) for question in ready.questions]
+        options = vars(self.setting.writing) | {"seed": seeds}
         out = self.vlm.generate(ids, pixels, mask, **options)
         return out, [self.clean(decode(self.vlm.tokenizer, tokens)) for tokens in out.tokens]
 

@@ -220,7 +220,7 @@ class Job:
 
     def _configuration(self) -> dict[str, Any]:
         facts = asdict(self.setting) | {"data": str(self.data), "identity": self.identity}
-        facts |= {"base": self.setting.base or EMBEDDED_NAME, "skip_broken": self.skip_broken}
+        facts |= {"base": self.setting.model.base or EMBEDDED_NAME, "skip_broken": self.skip_broken}
         facts["twig"] = self.setting.twig_name
         return {"configuration": facts}
 

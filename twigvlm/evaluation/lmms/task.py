@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ... import flags
 from ...errors import InputError, RunError
 from ...program import run_program
 from ..tasks.pope import ENDING, PREFIX, SETTINGS
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder for the task; give it to lmms-eval as --include_path")
     parser.add_argument("--pope", type=Path, help="folder with coco/ and val2014/ (default: the embedded world's)")
     parser.add_argument("--name", default=NAME, help="of the task (%(default)s)")
-    arguments = parser.parse_args(argv)
+    arguments = flags.parse(parser, argv)
 
     def body() -> None:
         file = write_task(arguments.out, arguments.pope, arguments.name)

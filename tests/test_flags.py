@@ -1,0 +1,127 @@
+"""Flags come from the settings that they set, for every program alike, and a file may stand for them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+from dataclasses import dataclass, fields
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import ROOT
+
+import twigvlm
+from twigvlm import flags
+from twigvlm.config import GenerationSettings, ModelSettings, option
+from twigvlm.errors import InputError
+from twigvlm.evaluation.lmms.options import Options
+
+DOORS = {"twigvlm.sprout.benchmarks", "twigvlm.sprout.conversations", "twigvlm.evaluation.lmms_task"}
+COMMANDS = sorted(
+    str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
+    for file in (ROOT / "twigvlm").rglob("*.py")
+    if '__name__ == "__main__"' in file.read_text()
+)
+WRITERS = ("cli_demo", "twigvlm.evaluation.run", "twigvlm.evaluation.suite", "twigvlm.evaluation.speed")
+
+
+@pytest.mark.parametrize("command", ["cli_demo", *(c for c in COMMANDS if c not in DOORS)])
+def test_every_command_takes_a_file_and_refuses_what_it_does_not_know(command, tmp_path, capsys):
+    (tmp_path / "flags.yaml").write_text("tempratur: 1\n")
+    try:
+        code = importlib.import_module(command).main(["--config", str(tmp_path / "flags.yaml")])
+    except SystemExit as end:
+        code = end.code
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and "unknown key 'tempratur'" in last and "known are " in last
+
+
+@pytest.mark.parametrize("door", sorted(DOORS))
+def test_moved_commands_keep_a_door(door, capsys):
+    assert door in COMMANDS
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(door).main(["--help"])
+    assert "--config" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", WRITERS)
+def test_every_option_of_generate_reaches_every_program(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(command).parse(["--help"])
+    shown = capsys.readouterr().out
+    left = {"do_sample", *(("max_new_tokens", "temperature", "top_k", "top_p") if "speed" in command else ())}
+    for one in fields(GenerationSettings):
+        assert (f"--{one.name.replace('_', '-')} " in shown) == (one.name not in left), one.name
+    for one in fields(ModelSettings):
+        assert f"--{one.metadata.get('flag', one.name).replace('_', '-')} " in shown
+    assert {f.name for f in fields(GenerationSettings)} <= set(inspect.signature(twigvlm.TwigVLM.generate).parameters)
+
+
+def test_lmms_eval_takes_every_option_that_a_task_does_not_say():
+    given = {"draft_length": "auto", "query": "text", "R": "64", "pruning": "random", "draft_confidence": "0.5"}
+    read = Options.read(given).writing
+    assert read == {
+        "draft_length": "auto", "query": "text", "retained_tokens": 64.0, "pruning": "random", "draft_confidence": 0.5,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="draft_length is 'many'"):
+        Options.read({"draft_length": "many"})
+
+
+@dataclass
+class Some:
+    """For a parser of its own."""
+
+    width: int = option(3, "of it", aliases=["-w"])
+    heat: float | None = option(None, "of it")
+    places: list[int] = option((), "some")
+    loud: bool = option(False, "or not")
+    silent: int = 4  # no help: no flag
+
+
+def some() -> argparse.ArgumentParser:
+    parser = flags.parser("some", None, flags.group("some", Some))
+    parser.add_argument("--names", type=lambda text: text.split(","), default=["a"])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--no-colour", dest="colour", action="store_false")
+    parser.add_argument("--pair", nargs=2, type=float)
+    return parser
+
+
+def test_a_file_is_read_before_the_command_line(tmp_path):
+    file = tmp_path / "f.yaml"
+    told = {"width": 5, "heat": -0.5, "places": [1, 2], "loud": True, "names": ["x", "y"], "quick": True}
+    file.write_text(yaml.safe_dump({**told, "colour": False, "pair": [1, 2]}))
+    args = flags.parse(some(), ["--config", str(file), "-w", "7"])
+    assert (args.width, args.heat, args.places, args.loud) == (7, -0.5, [1, 2], True)
+    assert (args.names, args.quick, args.colour, args.pair) == (["x", "y"], True, False, [1.0, 2.0])
+    args = flags.parse(some(), [])
+    assert (args.width, args.names, args.colour, args.quick, args.loud) == (3, ["a"], True, False, False)
+    assert not hasattr(args, "silent")
+
+
+def test_what_is_saved_asks_for_the_same(tmp_path):
+    args = flags.parse(some(), ["--width", "9", "--names", "p,q", "--pair", "1", "2", "--no-colour", "--places", "3"])
+    flags.save(args, tmp_path)
+    again = flags.parse(some(), ["--config", str(tmp_path / flags.CONFIG)])
+    assert {**vars(again), "config": None} == vars(args)
+
+
+@pytest.mark.parametrize("text, word", [("- a\n", "mapping"), ("a: [\n", "cannot be read"), (None, "cannot be read")])
+def test_files_that_are_none(text, word, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "f.yaml").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        flags.parse(some(), ["--config", str(tmp_path / "f.yaml")])
+    assert word in capsys.readouterr().err
+
+
+def test_flags_that_contradict_each_other():
+    args = dict.fromkeys(f.name for f in fields(GenerationSettings))
+    args |= {"temperature": 0.0, "pruning": "twig", "draft_length": 5}
+    for name in ("top_p", "top_k"):
+        with pytest.raises(InputError, match=name.replace("_", "-")):
+            flags.generation(SimpleNamespace(**args | {name: 0.5}))
+    assert flags.generation(SimpleNamespace(**args), has_twig=False)["retained_tokens"] is None
+    assert not flags.generation(SimpleNamespace(**args))["do_sample"]

@@ -1,0 +1,184 @@
+"""Flags of every program: dataclasses whose fields say what they are, and files that stand for flags.
+
+The fields of `config.ModelSettings` and `config.GenerationSettings` become flags here, so that a new option of
+`generate` reaches every program by being there. Metadata of a field: its flag's name (`flag`) where it differs,
+`parse` for texts, `unless` for what programs take where nobody says anything, and what argparse knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from .config import GenerationSettings, ModelSettings
+from .errors import TOP_P_ALONE, InputError
+from .files import write_text
+
+CONFIG = "config.yaml"  # the resolved flags, in the folder of a run or of its results
+NOT_KEPT = {"config", "json"}  # of what a command is asked: nothing that its result depends on
+
+
+def group(title: str, kind: type, leave: Collection[str] = (), **defaults: Any) -> type:
+    """The fields of a dataclass that carry help, as a group of flags for `parser`; `defaults` by the field's name."""
+    hints, made = get_type_hints(kind), []
+    for one in fields(kind):
+        more = dict(one.metadata)
+        if "help" not in more or one.name in leave:
+            continue
+        usual = more.pop("unless", one.default)
+        default = defaults.get(one.name, usual if one.default is not MISSING else one.default_factory())
+        if not isinstance(default, bool) and default not in (None, (), []) and "default" not in more["help"]:
+            shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+            more["help"] += f" (default {shown:g})" if isinstance(shown, float) else f" (default {shown})"
+        more["help"] = more["help"].replace("%", "%%")
+        name, read = more.pop("flag", one.name), more.pop("parse", None)
+        keep = {"default_factory": lambda d=default: d} if isinstance(default, list) else {"default": default}
+        made.append((name, read or hints[one.name], field(**keep, metadata=more)))
+    flags = make_dataclass(title, made)
+    flags._argument_group_name = title
+    return flags
+
+
+def model() -> type:
+    """Which model: the arguments of `twigvlm.load`."""
+    return group("model", ModelSettings)
+
+
+def writing(leave: Collection[str] = (), **defaults: Any) -> type:
+    """How to answer: the options of `generate`, with other defaults where they are given."""
+    from .pruning import METHODS
+
+    flags = group("how to answer", GenerationSettings, leave, **defaults)
+    for one in fields(flags):
+        if one.name == "pruning":
+            one.metadata = {**one.metadata, "help": f"{', '.join(METHODS)} (default {one.default})"}
+    return flags
+
+
+def add_switches(parser: argparse.ArgumentParser) -> None:
+    """What switches pruning and drafts off."""
+    parser.add_argument("--no-pruning", action="store_true", help="keep all visual tokens")
+    parser.add_argument("--no-speculation", action="store_true", help="no drafts: one forward per token")
+
+
+def parser(prog: str | None, text: str | None, *groups: type) -> argparse.ArgumentParser:
+    """A parser with these groups of flags; programs add their own and read them with `parse`."""
+    shape = {"prog": prog, "description": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    if not groups:  # without transformers
+        return argparse.ArgumentParser(**shape, allow_abbrev=False)
+    from transformers.hf_argparser import HfArgumentParser
+
+    made = HfArgumentParser(groups, **shape, allow_abbrev=False)
+    for action in made._actions:
+        action.option_strings.sort(key=lambda name: "_" in name)  # --a-b is shown first, --a_b means the same
+    return made
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, those of `--config FILE.yaml` first, so that the command line has the last word.
+
+    The file maps names of flags to values. An unknown one is refused with the list of those that are known.
+    """
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE.yaml", help="flags from a file; those on the command line come after"
+    )
+    argv = list(sys.argv[1:] if argv is None else argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    file = early.parse_known_args(argv)[0].config
+    return parser.parse_args([*(_words(parser, file) if file else ()), *argv])
+
+
+def _words(parser: argparse.ArgumentParser, file: Path) -> list[str]:
+    """What a file of flags would be on the command line."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError) as fault:
+        parser.error(f"--config {file}: cannot be read ({' '.join(str(fault).split())})")
+    if not isinstance(found, dict):
+        parser.error(f"--config {file}: a mapping of flags to values is expected, found {type(found).__name__}")
+    known = {}
+    for action in parser._actions:
+        if action.option_strings and action.help is not argparse.SUPPRESS and action.dest not in ("help", "config"):
+            for name in (action.dest, *action.option_strings):
+                known.setdefault(_plain(name), action)
+    words = []
+    for name, value in found.items():
+        if _plain(str(name)) not in known:
+            names = sorted({action.dest for action in known.values()})
+            parser.error(f"--config {file}: unknown key {name!r}; known are {', '.join(names)}")
+        words += _word(known[_plain(str(name))], value)
+    return words
+
+
+def _word(action: argparse.Action, value: Any) -> list[str]:
+    option = max(action.option_strings, key=len)
+    if value is None:
+        return []
+    if action.nargs == 0:  # a switch; `no_x` among them
+        return [option] if value == action.const else []
+    items = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return [f"{option}={','.join(items)}"] if action.nargs in (None, "?") else [option, *items]
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_")
+
+
+def resolved(args: argparse.Namespace) -> dict[str, Any]:
+    """All flags with their values, as `--config` takes them."""
+    return {name: _value(value) for name, value in vars(args).items() if name not in NOT_KEPT and value is not None}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_value(item) for item in value]
+    return value if isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def save(args: argparse.Namespace, folder: Path) -> None:
+    """Write the resolved flags into the folder of a run."""
+    import yaml
+
+    write_text(yaml.safe_dump(resolved(args), sort_keys=False, allow_unicode=True), folder / CONFIG)
+
+
+# ---------------------------------------------------------------------- what they mean
+
+
+def model_settings(args: argparse.Namespace) -> ModelSettings:
+    return ModelSettings(**{f.name: getattr(args, f.metadata.get("flag", f.name)) for f in fields(ModelSettings)})
+
+
+def generation(args: argparse.Namespace, has_twig: bool = True) -> dict[str, Any]:
+    """Options of `TwigVLM.generate`; without a twig nothing is pruned by it. Raises InputError for contradictions."""
+    options = {f.name: getattr(args, f.name) for f in fields(GenerationSettings) if hasattr(args, f.name)}
+    if not options.get("temperature", 0) >= 0:
+        raise InputError(f"--temperature is {options['temperature']:g}; 0 (greedy) or more is needed")
+    whole = getattr(args, "no_pruning", False) or (args.pruning == "twig" and not has_twig)
+    return settle(options, whole, getattr(args, "no_speculation", False))
+
+
+def settle(options: Mapping[str, Any], whole: bool = False, plain: bool = False) -> dict[str, Any]:
+    """Options as people give them (temperature 0 is greedy) as `generate` takes them; `whole` prunes nothing, `plain` drafts nothing.
+
+    Raises InputError for filters of a sampling that there is none of.
+    """
+    made = dict(options)
+    heat = made.get("temperature", 0.0)
+    if not heat and made.get("top_p") is not None:
+        raise InputError(TOP_P_ALONE)
+    if not heat and made.get("top_k") is not None:
+        raise InputError(TOP_P_ALONE.replace("top-p", "top-k"))
+    made |= {"do_sample": heat > 0, "temperature": heat or 1.0}
+    if whole:
+        made["retained_tokens"] = None
+    if plain:
+        made["draft_length"] = 0
+    return made
