@@ -20,6 +20,7 @@ from transformers import LlavaForConditionalGeneration
 from ..errors import InputError, RunError
 from ..loading.describe import visual_tokens
 from .cache import CacheGroup
+from .skinny import quick
 from .stream import Stream
 from .tap import Tap, tapped
 
@@ -193,8 +194,9 @@ class Trunk:
             return stream
         attention = attention or self.attend(stream)
         hidden = stream.hidden
-        for layer in layers:
-            hidden = self._call(layer, hidden, attention, [t for t in taps if t.module is layer.self_attn])
+        with quick(layers):
+            for layer in layers:
+                hidden = self._call(layer, hidden, attention, [t for t in taps if t.module is layer.self_attn])
         return replace(stream, hidden=hidden)
 
     def peek(self, layer: nn.Module, stream: Stream, rows: torch.Tensor) -> Tap:
@@ -210,7 +212,8 @@ class Trunk:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] that left the last layer → fp32 [..., vocabulary]."""
-        return self.model.lm_head(self.decoder.norm(hidden)).float()
+        with quick([self.model.lm_head]):
+            return self.model.lm_head(self.decoder.norm(hidden)).float()
 
     def _call(self, layer: nn.Module, hidden: torch.Tensor, attention: Attention, taps: list[Tap]) -> torch.Tensor:
         facts = (attention.mask, attention.rotary, attention.cache)

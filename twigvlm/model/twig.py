@@ -19,6 +19,7 @@ from torch import nn
 
 from ..config import FORMAT_VERSION, TwigConfig
 from ..files import replacing
+from .skinny import quick
 from .trunk import Trunk
 
 WEIGHTS, CONFIG = "model.safetensors", "twig_config.json"
@@ -44,7 +45,8 @@ class Twig(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] that left the last twig layer → fp32 [..., vocabulary]."""
-        return self.lm_head(self.model.norm(hidden)).float()
+        with quick([self.lm_head]):
+            return self.lm_head(self.model.norm(hidden)).float()
 
 
 def grow(trunk: Trunk, config: TwigConfig, init: Init = "base") -> Twig:
