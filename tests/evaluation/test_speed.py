@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from conftest import IMAGE, one, tiny
 
 from twigvlm.config import GenerationSettings
 from twigvlm.decoding.draft import chain, walk
@@ -28,14 +29,41 @@ def test_random_model_is_measured_and_simulation_is_labelled(capsys, tmp_path):
     rows = {row["method"]: row for row in facts["rows"]}
     assert rows["stock generate"]["tokens"] == rows["plain"]["tokens"] == 12
     assert all("simulated" in name for name in rows if "SSD" in name)
-    assert all(row["accepted %"] == 100 for name, row in rows.items() if name.startswith(("SSD (", "SSD + TTP (")))
-    assert all(row["accepted %"] in (100, None) for name, row in rows.items() if "auto" in name), "it may not pay"
+    assert all(row["accepted %"] == 100 for name, row in rows.items() if "SSD" in name)
     assert rows["stock generate"]["x stock generate"] == 1 and rows["plain"]["x plain"] == 1
+    assert rows["plain + TTP"]["x plain + TTP"] == 1 and facts["draft_length"] == 5
     band = facts["bandwidth"]
     assert band["limit_tokens_per_s"] == pytest.approx(band["measured_GB_per_s"] / band["weights_GB"])
     assert {"draft 1 token", "verify 1 token", "verify 8 tokens"} <= facts["step_ms"].keys()
     assert {"model", "R", "threads", "torch", "transformers", "device", "commit"} <= facts.keys()
     assert "| method |" in text
+
+
+def test_drafts_as_long_as_they_pay(capsys):
+    facts, _ = run(capsys, "--random", "64x8", "--tokens", "6", "-R", "200", "--draft-length", "auto")
+    rows = {row["method"]: row for row in facts["rows"]}
+    assert facts["draft_length"] == "auto"
+    assert {"SSD auto", "SSD auto + TTP"} <= rows.keys() and "SSD" not in rows
+    assert rows["SSD auto"]["tokens"] == 6
+
+
+def test_short_answers(capsys):
+    facts, _ = run(capsys, "--short", "--draft-length", "2", "--tokens", "3")
+    assert facts["short"] and facts["draft_length"] == 2
+    assert all(row["tokens"] <= 3 for row in facts["rows"])
+
+
+def test_every_run_has_its_own_luck(monkeypatch):
+    """One coin for all runs would make a figure of its first few tosses."""
+    seeds = []
+    monkeypatch.setattr(
+        speed, "CoinChooser", lambda settings, coin, seed: seeds.append(seed) or speed.Chooser(settings)
+    )
+    vlm = tiny()
+    options = {"retained_tokens": 2, "draft_length": 5, "max_new_tokens": 2}
+    bench = speed.Bench(vlm, options, [one(vlm, 3, IMAGE, 2)] * 2, True, 0.5)
+    bench.run(2)
+    assert seeds[2:] == [1, 1, 2, 2, 3, 3, 4, 4], "SSD and SSD + TTP share it"
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
@@ -60,6 +88,8 @@ def test_named_shapes_are_llavas():
         (["--random", "64x8", "--base-model", "x/y"], ["--random"]),
         (["--random", "64x8", "--assume-acceptance", "2"], ["2", "0 to 1"]),
         (["--random", "64x4"], ["K + T", "L = 4"]),
+        (["--draft-length", "-1"], ["draft_length", "-1", "auto"]),
+        (["--random", "64x8", "--short"], ["--short"]),
     ],
 )
 def test_bad_flags_are_refused(flags, words, capsys):

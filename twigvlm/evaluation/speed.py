@@ -43,7 +43,7 @@ from ..vlm import TwigVLM
 DESCRIPTION_TOKENS = 160
 MIN_TOKENS = 64  # of a description, as it would be written without a limit
 LOADED = 0.25  # cores that may be wanted beyond those there are
-QUESTION = "Describe the image in detail."
+QUESTION, SHORT = "Describe the image in detail.", "How many objects are there?"
 
 
 class CoinChooser(Chooser):
@@ -80,21 +80,20 @@ class Timing:
 class Bench:
     """The prompts and the methods that are timed on them; `options` are those of `generate`."""
 
-    def __init__(self, vlm: TwigVLM, options: dict, prompts: int, endless: bool, coin: float | None):
-        self.vlm, self.options, self.endless, self.coin = vlm, options, endless, coin
+    def __init__(self, vlm: TwigVLM, options: dict, prompts: list[dict], endless: bool, coin: float | None):
+        self.vlm, self.options, self.prompts, self.endless, self.coin = vlm, options, prompts, endless, coin
         self.R, self.length, self.tokens = (options[n] for n in ("retained_tokens", "draft_length", "max_new_tokens"))
-        self.prompts = _random_prompts(vlm, prompts) if endless else _descriptions(vlm, prompts)
+        self.turn = 0  # of prompts x repeats: each has its own luck, the same for all methods
 
     def methods(self) -> dict[str, Callable[[dict], Timing]]:
         """Name → how to time it."""
+        ssd = "SSD auto" if self.length == AUTO else "SSD"
         return {
             "stock generate": self.stock,
             "plain": lambda p: self.ours(p, None, 0),
             "plain + TTP": lambda p: self.ours(p, self.R, 0),
-            "SSD": lambda p: self.ours(p, None, self.length),
-            "SSD + TTP": lambda p: self.ours(p, self.R, self.length),
-            "SSD auto": lambda p: self.ours(p, None, AUTO),
-            "SSD auto + TTP": lambda p: self.ours(p, self.R, AUTO),
+            ssd: lambda p: self.ours(p, None, self.length),
+            f"{ssd} + TTP": lambda p: self.ours(p, self.R, self.length),
         }
 
     def stock(self, prompt: dict) -> Timing:
@@ -118,7 +117,7 @@ class Bench:
         """One of our own settings."""
         chooser = None
         if self.coin is not None and draft_length:
-            chooser = lambda settings, _processors: CoinChooser(settings, self.coin)  # noqa: E731
+            chooser = lambda settings, _processors: CoinChooser(settings, self.coin, self.turn)  # noqa: E731
         end = {"eos_token_id": []} if self.endless else {}
         out = self.vlm.generate(
             **prompt, **self.options | {"retained_tokens": R, "draft_length": draft_length}, chooser=chooser, **end
@@ -135,11 +134,12 @@ class Bench:
             method(self.prompts[0])
         for _ in tqdm(range(repeats), desc="speed", leave=False):
             for prompt in self.prompts:
+                self.turn += 1
                 for name, method in methods.items():
                     timings[name].append(method(prompt))
         rows = [_summary(name, timings[name]) for name in methods]
         for row in rows:
-            for other in ("stock generate", "plain"):
+            for other in list(methods)[:3]:
                 ratios = [
                     (a.tokens / a.total) / (b.tokens / b.total)
                     for a, b in zip(timings[row["method"]], timings[other], strict=True)
@@ -181,8 +181,8 @@ def _summary(name: str, timings: list[Timing]) -> dict:
     }
 
 
-def _descriptions(vlm: TwigVLM, count: int) -> list[dict]:
-    """Test scenes whose full description has MIN_TOKENS tokens or more."""
+def _questions(vlm: TwigVLM, count: int, short: bool) -> list[dict]:
+    """Test scenes whose full description has MIN_TOKENS tokens or more; asked for it, or for a number."""
     from ..world.draw import draw
     from ..world.questions import describe
     from ..world.scenes import sample_scene
@@ -191,7 +191,7 @@ def _descriptions(vlm: TwigVLM, count: int) -> list[dict]:
     while len(prompts) < count:
         scene = sample_scene("test", seed)
         if len(vlm.tokenizer(describe(scene)).input_ids) > MIN_TOKENS:
-            prompts.append(vlm.prepare(draw(scene), QUESTION))
+            prompts.append(vlm.prepare(draw(scene), SHORT if short else QUESTION))
         seed += 1
     return prompts
 
@@ -262,6 +262,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError(f"--assume-acceptance is {args.assume_acceptance:g}; 0 to 1 is needed")
     if args.random is not None and (args.base_model or args.twig_block):
         raise InputError("--random builds its own base and twig; leave --base-model and --twig-block away")
+    if args.random is not None and args.short:
+        raise InputError("--short asks about drawn pictures, which random weights know nothing of; leave it away")
     if args.out is not None and (args.out.is_dir() or not os.access(_existing(args.out.parent), os.W_OK)):
         raise InputError(f"--out {args.out}: no file can be written there; name a file in a folder that may be written")
     wish = Wish(**vars(flags.model_settings(args)), shape=args.random)
@@ -287,14 +289,15 @@ def measure(args: argparse.Namespace) -> dict:
     vlm = open_model(args)
     before = Clock.now()
     endless = args.random is not None
-    bench = Bench(vlm, options_of(args), args.prompts, endless, args.assume_acceptance)
+    prompts = _random_prompts(vlm, args.prompts) if endless else _questions(vlm, args.prompts, args.short)
+    bench = Bench(vlm, options_of(args), prompts, endless, args.assume_acceptance)
     rows = bench.run(args.repeats)
     taken = Clock.now().cores_taken(before)
     speed, needed = bandwidth(vlm.device), weight_bytes(vlm.trunk)
     plain = next(r for r in rows if r["method"] == "plain")
     facts = {
         "model": vlm.base_name, "settings": flags.resolved(args), "letters": vars(vlm.config), "R": args.retained_tokens, "dtype": str(vlm.dtype).removeprefix("torch."),
-        "attention": args.attn_implementation, "prompts": args.prompts, "repeats": args.repeats,
+        "attention": args.attn_implementation, "prompts": args.prompts, "repeats": args.repeats, "draft_length": bench.length, "short": args.short,
         "simulated_acceptance": args.assume_acceptance, "cores_taken_by_others": None if taken is None else round(taken, 2),
     }  # fmt: skip
     limit = speed / needed
@@ -319,6 +322,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--assume-acceptance", type=float, metavar="P", help="a seeded coin accepts drafts; figures are simulated"
     )
+    parser.add_argument("--short", action="store_true", help="ask for a number instead of a description")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file")
     parser.add_argument("--json", action="store_true", help="end with the JSON line on a terminal too")

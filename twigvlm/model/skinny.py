@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 LEAST = 2**22  # weights of a layer: with fewer the call itself costs what the product saves
+MOST = 256  # tokens: with more the usual product is as good
 _found: WeakKeyDictionary[nn.Module, list[tuple[nn.Linear, Callable]]] = WeakKeyDictionary()
 
 
@@ -49,8 +50,8 @@ def quick(modules: Iterable[nn.Module]) -> Iterator[None]:
 def product(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """What `linear` makes of `x` [..., in]: the same but for the last bits."""
     weight, bias = linear.weight, linear.bias
-    one = x.numel() <= x.shape[-1]  # a single token (or none): the usual product reads the weights once as well
-    if one or not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32):
+    tokens = x.numel() // x.shape[-1]  # a single one reads the weights once in the usual product as well
+    if not 1 < tokens <= MOST or not (x.is_cpu and weight.is_cpu and x.dtype == weight.dtype == torch.float32):
         return nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 

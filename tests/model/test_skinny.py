@@ -1,0 +1,167 @@
+"""oneDNN's product: the layer's own numbers, the same answers, nothing left behind, and only where it pays."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import IMAGE, batch, prompts, stock, tiny, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from twigvlm.model import skinny
+from twigvlm.pruning import METHODS, Shape
+
+needs_op = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
+    reason="this torch has no oneDNN",
+)
+
+
+@pytest.fixture
+def used(monkeypatch) -> list[int]:
+    """oneDNN wherever it can be, however small the layer; tokens of every call that it answered."""
+    calls: list[int] = []
+    real = torch.ops.mkldnn._linear_pointwise
+
+    def counted(x, weight, bias, *rest):
+        calls.append(x.numel() // x.shape[-1])
+        return real(x, weight, bias, *rest)
+
+    monkeypatch.setattr(skinny, "pays", lambda: True)
+    monkeypatch.setattr(skinny, "LEAST", 1)
+    monkeypatch.setattr(skinny, "_found", type(skinny._found)())
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted, raising=False)
+    return calls
+
+
+def linear(inside: int, outside: int, bias: bool = False, dtype=torch.float32) -> nn.Linear:
+    generator = torch.Generator().manual_seed(inside * 1000 + outside)
+    layer = nn.Linear(inside, outside, bias=bias, dtype=dtype).requires_grad_(False)
+    layer.weight.copy_(torch.randn(outside, inside, generator=generator))
+    return layer
+
+
+@needs_op
+@settings(max_examples=60)
+@given(
+    rows=st.lists(st.integers(1, 12), min_size=1, max_size=2),
+    inside=st.integers(1, 300),
+    outside=st.integers(1, 300),
+    bias=st.booleans(),
+    turned=st.booleans(),
+)
+def test_the_product_is_the_layers(rows, inside, outside, bias, turned):
+    layer = linear(inside, outside, bias)
+    x = torch.randn(*rows, inside, generator=torch.Generator().manual_seed(1))
+    if turned:  # the same numbers, in another order in memory
+        x = x.transpose(0, -1).contiguous().transpose(0, -1)
+    exact = nn.functional.linear(x.double(), layer.weight.double(), None if layer.bias is None else layer.bias.double())
+    with torch.inference_mode():
+        found = skinny.product(layer, x)
+    assert found.shape == exact.shape and found.is_contiguous()
+    assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-5 * inside**0.5)
+
+
+@needs_op
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("draft_length", [0, 4])
+def test_the_answers_stay(method, draft_length, used, monkeypatch):
+    vlm = tiny(side=56, noise=0.1)
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4), (5,), (2, IMAGE, 1, IMAGE, 3)], seed=3)
+    config = vlm.config
+    low, high = METHODS[method]().legal(Shape(config.L, config.V, config.K, config.F))
+    wish = {"retained_tokens": (low + high) / 2, "pruning": method, "seed": 1, "max_new_tokens": 16, "eos_token_id": []}
+
+    def answers():
+        pruned = vlm.generate(**batch(rows, pictures), **wish, draft_length=draft_length)
+        whole = vlm.generate(**batch(rows, pictures), max_new_tokens=16, eos_token_id=[], draft_length=draft_length)
+        return pruned.tokens, whole.tokens
+
+    quick = answers()
+    assert len(used) > 100, "the layers were not taken"
+    monkeypatch.setattr(skinny, "pays", lambda: False)
+    count = len(used)
+    assert answers() == quick
+    assert len(used) == count
+    assert quick[1] == [stock(vlm, row, p, eos=-1, max_new_tokens=16) for row, p in zip(rows, pictures, strict=True)]
+
+
+@needs_op
+def test_nothing_is_left_behind(used):
+    vlm = tiny()
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in vlm.model.state_dict().items()}
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4)])
+    vlm.generate(**batch(rows, pictures), max_new_tokens=4)
+    assert used
+    after = vlm.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(after[name].data_ptr() == place and after[name].equal(old) for name, (place, old) in before.items())
+    assert not [name for name, m in vlm.model.named_modules() if "forward" in m.__dict__]
+    count = len(used)
+    stock(vlm, rows[0], pictures[0])
+    pickle.loads(pickle.dumps(vlm.trunk.layers[0]))
+    copied = copy.deepcopy(vlm.trunk.layers[0])
+    assert len(used) == count, "the stock model's own way is its own"
+    assert not [m for m in copied.modules() if "forward" in m.__dict__]
+
+
+@needs_op
+def test_a_failure_in_between_leaves_nothing_either(used):
+    layer = linear(8, 8)
+    with torch.inference_mode(), pytest.raises(ZeroDivisionError), skinny.quick([layer]):
+        assert "forward" in layer.__dict__
+        raise ZeroDivisionError
+    assert "forward" not in layer.__dict__
+
+
+@needs_op
+def test_one_token_gradients_and_other_numbers_go_the_usual_way(used):
+    with torch.inference_mode():
+        for layer, x in [
+            (linear(8, 8), torch.ones(1, 1, 8)),
+            (linear(8, 8), torch.ones(0, 8)),
+            (linear(8, 8, dtype=torch.bfloat16), torch.ones(3, 8, dtype=torch.bfloat16)),
+            (linear(8, 8, dtype=torch.float64), torch.ones(3, 8, dtype=torch.float64)),
+            (nn.Linear(8, 8, device="meta"), torch.ones(3, 8, device="meta")),
+        ]:
+            with skinny.quick([layer]):
+                out = layer(x)
+            assert out.shape == (*x.shape[:-1], 8) and out.dtype == x.dtype and out.device == x.device
+    learning = linear(8, 8).requires_grad_(True)
+    with skinny.quick([learning]):
+        learning(torch.ones(3, 8)).sum().backward()
+    assert learning.weight.grad is not None
+    assert not used
+
+
+@needs_op
+def test_a_foreign_forward_and_subclasses_stay(used):
+    class Quantised(nn.Linear):
+        def forward(self, x):
+            return torch.full_like(x, 7)
+
+    hooked, special = linear(8, 8), Quantised(8, 8)
+    hooked.forward = lambda x: torch.full_like(x, 5)
+    with torch.inference_mode(), skinny.quick([nn.ModuleList([hooked, special])]):
+        assert hooked(torch.ones(3, 8)).unique().tolist() == [5]
+        assert special(torch.ones(3, 8)).unique().tolist() == [7]
+    assert "forward" in hooked.__dict__ and not used
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
+def test_the_processor_decides(capability, expected, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None, raising=False)
+    assert skinny.pays.__wrapped__() is expected
+
+
+def test_small_layers_are_not_taken(monkeypatch):
+    monkeypatch.setattr(skinny, "pays", lambda: True)
+    assert not skinny._large(tiny_model())
+    with torch.device("meta"):
+        assert len(skinny._large(nn.ModuleList([nn.Linear(2048, 2048), nn.Linear(1024, 2048)]))) == 1
