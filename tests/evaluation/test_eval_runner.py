@@ -30,6 +30,7 @@ from twigvlm.evaluation.tasks import OWN, TASKS
 from twigvlm.evaluation.tasks.base import Question, Score
 from twigvlm.files import write_json
 from twigvlm.model.twig import save_twig
+from twigvlm.processes import Stop, cores, place
 from twigvlm.vlm import TwigVLM
 
 SCRIPTS = ROOT / "scripts" / "v1_5" / "eval"
@@ -550,53 +551,6 @@ def test_an_answers_id_is_a_function_of_the_answer():
 # ---------------------------------------------------------------------- parts
 
 
-@pytest.mark.parametrize(
-    ("env", "expected"),
-    [
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
-        ({"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_COUNT": "6", "SLURM_ARRAY_TASK_MIN": "0"}, (5, 6, None)),
-        ({"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "10"}, (2, 3, None)),
-        ({"SLURM_PROCID": "9", "SLURM_NTASKS": "16", "SLURM_LOCALID": "1"}, (9, 16, 1)),
-        (
-            {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_PROCID": "3", "SLURM_NTASKS": "4"},
-            (7, 8, 0),
-        ),
-    ],
-)
-def test_a_process_of_many_knows_its_part(env, expected):
-    placement = shards.place(None, None, env)
-    assert (placement.parts[0], placement.count, placement.local) == expected
-    assert not placement.launch and not placement.alone
-    flags = shards.place(4, 2, env)
-    assert (flags.parts, flags.count) == ((2,), 4)  # flags come first
-    with pytest.raises(InputError, match="--num-shards is 99"):
-        shards.place(99, None, env)
-
-
-def test_alone_one_process_does_everything():
-    for env in ({}, {"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}):
-        placement = shards.place(None, None, env, "cpu")
-        assert placement.parts == (0,) and placement.alone and not placement.launch
-    with pytest.raises(InputError, match="RANK is 'x'"):
-        shards.place(None, None, {"RANK": "x", "WORLD_SIZE": "2"})
-
-
-def test_one_part_per_visible_device(monkeypatch, capsys):
-    import torch
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    placement = shards.place(None, None, {"CUDA_VISIBLE_DEVICES": "4,6,7"})
-    assert placement.count == 3 and placement.launch and placement.devices == ("4", "6", "7")
-    assert shards.place(None, None, {}).devices == ("0", "1")
-    assert shards.place(None, None, {"CUDA_VISIBLE_DEVICES": "5"}).launch is False
-    assert shards.place(None, None, {"CUDA_VISIBLE_DEVICES": "4,6"}, "cuda:1").count == 1
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(shards, "cores", lambda: 2)
-    assert shards.place(None, None, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}).count == 2
-    assert "no CUDA" in capsys.readouterr().out
-
-
 def child(tmp_path: Path, body: str) -> list[str]:
     """A command that runs `body` with the shard's number in `i`, in place of a shard."""
     file = tmp_path / "child.py"
@@ -606,8 +560,8 @@ def child(tmp_path: Path, body: str) -> list[str]:
 
 def test_a_killed_child_is_a_failure_with_the_tail_of_its_log_and_the_others_go_on(tmp_path):
     body = f"print('line', i, flush=True)\nif i == 1: os.kill(os.getpid(), 9)\ntime.sleep(.5)\nopen(r'{tmp_path}/' + str(i), 'w')"
-    placement = shards.place(3, None, {}, "cpu")
-    with shards.Stop() as stop:
+    placement = place(3, None, {}, "cpu")
+    with Stop() as stop:
         failed = shards.launch(child(tmp_path, body), placement, tmp_path / "logs", stop, lambda: None)
     assert [(end.part, end.status, end.tail) for end in failed] == [(1, -9, "line 1")]
     assert "SIGKILL" in failed[0].reason
@@ -619,7 +573,7 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path):
         "ends = []\nsignal.signal(signal.SIGTERM, lambda *_: ends.append(1))\nprint('up', flush=True)\n"
         f"while not ends: time.sleep(.02)\nopen(r'{tmp_path}/' + str(i), 'w')\nsys.exit(143)"
     )
-    placement = shards.place(2, None, {}, "cpu")
+    placement = place(2, None, {}, "cpu")
     logs = tmp_path / "logs"
 
     def when_up() -> None:
@@ -627,7 +581,7 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with shards.Stop() as stop:
+    with Stop() as stop:
         threading.Thread(target=when_up).start()
         failed = shards.launch(child(tmp_path, body), placement, logs, stop, lambda: None)
         assert failed == [] and stop.code == 143
@@ -637,10 +591,10 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path):
 def test_threads_are_divided_among_children(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(shards, "cores", lambda: 8)
-    with shards.Stop() as stop:
+    with Stop() as stop:
         shards.launch(
             child(tmp_path, "print(os.environ['OMP_NUM_THREADS'])"),
-            shards.place(2, None, {}, "cpu"), tmp_path, stop, lambda: None,
+            place(2, None, {}, "cpu"), tmp_path, stop, lambda: None,
         )  # fmt: skip
     assert shards.log_file(tmp_path, 2, 1).read_text() == "4\n"
 
@@ -729,7 +683,7 @@ def test_the_command_that_users_type(model, data, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["letters"]["K"] == 2 and result["questions"] == QUESTIONS
-    assert result["shards"] == min(2, shards.cores())
+    assert result["shards"] == min(2, cores())
 
 
 @pytest.fixture

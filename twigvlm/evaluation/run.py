@@ -25,12 +25,13 @@ from typing import Any
 from .. import flags
 from ..config import GenerationSettings
 from ..errors import InputError, RunError
-from ..program import print_json, run_program
+from ..processes import Placement, Stop, guarded, place
+from ..program import print_json
 from .asking.answers import LOGS, open_shard
 from .asking.job import Job, default_out, find_data, find_split
 from .asking.progress import Progress
 from .asking.setting import Setting
-from .asking.shards import Ended, Placement, Stop, launch, place
+from .asking.shards import Ended, launch
 from .tasks import ALIASES, OWN, TASKS, find
 from .tasks.base import Task
 from .tasks.vqa import VQA
@@ -364,16 +365,6 @@ def stopped(stop: Stop, jobs: Sequence[Job]) -> int:
     done, total = sum(len(j.questions) - len(j.missing()) for j in jobs), sum(len(j.questions) for j in jobs)
     print(f"stopped: {done} of {total} answers are written; the same command goes on from there", file=sys.stderr)
     return stop.code
-
-
-def guarded(work: Callable[[Stop], int]) -> int:
-    """Run a program's body, which ends at a clean place when it is told to stop."""
-
-    def body() -> int:
-        with Stop() as stop:
-            return work(stop)
-
-    return run_program(body)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,11 +15,11 @@ from pathlib import Path
 
 from .. import flags
 from ..errors import InputError
+from ..processes import Stop, guarded
 from ..program import print_json
 from .asking.job import Job
-from .asking.shards import Stop
 from .run import MODULE as RUN
-from .run import add_options, announce, carry_out, guarded, job_of, setting_of, stopped
+from .run import add_options, announce, carry_out, job_of, setting_of, stopped
 from .table import FORMATS, Table, collect, plot
 from .tasks import OWN, TASKS, find
 from .tasks.base import Task

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from ... import load
 from ...errors import InputError
 from ...loading.base import load_base, pick_device, pick_dtype
+from ...processes import Stop, cores
 from ...prompt.images import open_image
 from ...prompt.template import converse, decode
 from ...record import provenance
@@ -31,7 +32,6 @@ from ...workers import loader, named, workers_told
 from ..tasks.base import Question
 from .answers import Appender, answer_line
 from .setting import Setting
-from .shards import Stop, cores
 
 CPU_BATCH = 8  # in fp32 on a CPU; long answers gain, short ones lose nothing
 CUDA_WORKERS = 4
