@@ -11,8 +11,8 @@ import pytest
 
 from twigvlm.errors import InputError
 from twigvlm.evaluation import table
-from twigvlm.evaluation.published import BASE, ROWS, SIX
 from twigvlm.evaluation.table import Table, collect, find_results, plot
+from twigvlm.evaluation.tasks.published import BASE, ROWS, SIX
 
 SETTINGS = {
     "base": ("base", None),

@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 from twigvlm.errors import InputError
 from twigvlm.evaluation import score as command
 from twigvlm.evaluation.tasks import TASKS, find
-from twigvlm.evaluation.tasks.base import PER_QUESTION
+from twigvlm.evaluation.tasks.base import PER_QUESTION, Source
 from twigvlm.evaluation.tasks.llava import distinct
 from twigvlm.evaluation.tasks.mme import RELEASE, label
 from twigvlm.evaluation.tasks.pope import yes_or_no
@@ -630,11 +630,11 @@ def test_pope_pairs_by_position(tmp_path):
 def test_a_run_on_the_first_questions_is_scored_on_these(scorers, tmp_path, case):
     name, questions, annotations, answers = (CASES[case][0], *(scorers / path for path in CASES[case][1:]))
     task = find(name)
-    few = task.shorten(questions, 4, tmp_path / "first.jsonl")
-    asked = {str(line.get("question_id", line.get("id"))) for line in read_records(few)}
-    rows = [row for row in read_records(answers) if str(row["question_id"]) in asked]
-    said = lines_of(tmp_path / "said.jsonl", rows) if case != "vqav2" else table_of(tmp_path / "said.json", rows)
-    score = task.score(few, annotations, said, strict=True)
+    few = task.read_questions(questions).first(4)
+    asked = {str(line.get("question_id", line.get("id"))) for line in few.rows}
+    said = task.read_answers(answers)
+    rows = [row for row in said.rows if str(row["question_id"]) in asked]
+    score = task.score_records(few, task.read_truth(annotations, questions), Source(answers, rows), strict=True)
     assert len(rows) == 4 and score.score is not None and not score.doubts
 
 

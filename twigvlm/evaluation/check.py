@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from ..errors import InputError
 from ..program import run_program
 from ..record import ROOT
 from .tasks import TASKS
-from .tasks.base import Question, Task
+from .tasks.base import Question, Source, Task
 
 ABSENT, PRESENT, COMPLETE, BROKEN = "absent", "present", "complete", "broken"
 SAMPLE = 3  # names of missing pictures that are shown
@@ -164,16 +163,13 @@ def _check_truth(finding: Finding, task: Task, root: Path, split: str, questions
     truth = files.get("annotations")
     if truth is None or not truth.exists():
         return
-    with tempfile.TemporaryDirectory() as folder:
-        answers = Path(folder) / "answers.jsonl"
-        with open(answers, "w", encoding="utf-8") as file:
-            for question in questions:
-                line = {"question_id": question.id, "prompt": question.prompt, "text": DUMMY, "metadata": {}}
-                file.write(json.dumps({**line, **question.line}) + "\n")
-        try:
-            finding.doubts = dict(task.score(files["questions"], truth, answers).doubts)
-        except InputError as error:
-            finding.fault(f"annotations: {truth}: {str(error).replace(str(answers), 'answers to all questions')}")
+    lines = [{"question_id": q.id, "prompt": q.prompt, "text": DUMMY, "metadata": {}, **q.line} for q in questions]
+    try:
+        asked, known = task.read_questions(files["questions"]), task.read_truth(truth, files["questions"])
+        said = Source(Path("answers to all questions"), lines)
+        finding.doubts = dict(task.score_records(asked, known, said).doubts)
+    except InputError as error:
+        finding.fault(f"annotations: {truth}: {error}")
 
 
 def main(argv: list[str] | None = None) -> int:

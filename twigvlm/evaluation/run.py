@@ -34,10 +34,8 @@ from .asking.setting import Setting
 from .asking.shards import Ended, launch
 from .tasks import ALIASES, OWN, TASKS, find
 from .tasks.base import Task
-from .tasks.vqa import VQA
 
 MODULE = "twigvlm.evaluation.run"
-TIMED_ALONE = ("mmvet",)  # the paper's benchmark of speed: one question at a time, so that each has its time
 
 
 # ---------------------------------------------------------------------- flags
@@ -91,8 +89,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def setting_of(args: argparse.Namespace, task: Task) -> Setting:
     """Flags → what is asked of the model. Raises InputError for flags that contradict each other."""
     limit = args.limit
-    if limit is not None and task.name == "mme":
-        limit += limit % 2  # its questions come in pairs
+    if limit is not None:
+        limit += -limit % task.together
     asked = (
         args if args.max_new_tokens is not None else Namespace(**vars(args) | {"max_new_tokens": task.max_new_tokens})
     )
@@ -104,22 +102,14 @@ def job_of(args: argparse.Namespace, task: Task, setting: Setting, out: Path | N
     for name, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; {least} or more is needed")
-    data = task.home if isinstance(task, VQA) else find_data(setting, task, args.data)
+    data = find_data(setting, task, args.data)
     split = find_split(task, data, split)
     return Job(task, setting, data, split, out or default_out(task, data, split), args.skip_broken)
 
 
 def task_of(args: argparse.Namespace) -> Task:
     """The benchmark, or the questions in the files that were given."""
-    task = find(args.task)
-    own = {"--question-file": args.question_file, "--image-folder": args.image_folder}
-    if isinstance(task, VQA):
-        if args.data is not None:
-            raise InputError("--data is a folder of benchmarks; --task vqa takes --question-file and --image-folder")
-        return task.given(args.question_file, args.image_folder)
-    if given := [flag for flag, value in own.items() if value is not None]:
-        raise InputError(f"{given[0]} goes with --task vqa; {task.name} has its own files (--data)")
-    return task
+    return find(args.task).given(args.question_file, args.image_folder, args.data)
 
 
 def foresee(settings: Iterable[Setting]) -> None:
@@ -186,7 +176,7 @@ def answer(job: Job, part: int, count: int, args: argparse.Namespace, models: Mo
         return
     late = {"dtype": dtype_name(vlm), "K": vlm.config.K, "T": vlm.config.T, "F": vlm.config.F}
     job.folder.record(job.identity | late)
-    size = args.batch_size or asker.default_batch(job.task.name in TIMED_ALONE)
+    size = args.batch_size or asker.default_batch(job.task.timed_alone)
     lines, figures = open_shard(job.folder, part, count)
     flags.save(args, job.folder.path)
     with lines, figures, Progress(job, found, score=not args.answer_only) as progress:
@@ -351,7 +341,7 @@ def evaluate(args: argparse.Namespace, argv: Sequence[str], stop: Stop) -> int:
     task = task_of(args)
     setting = setting_of(args, task)
     job = job_of(args, task, setting, args.out, args.split)
-    announce(setting, job.data, args.data is not None or isinstance(task, VQA))
+    announce(setting, job.data, args.data is not None or task.own_files)
     command = [sys.executable, "-m", MODULE, *argv]
     results = carry_out([job], args, command, stop)
     if stop and not results:

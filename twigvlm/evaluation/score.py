@@ -17,8 +17,7 @@ from .. import flags
 from ..errors import InputError
 from ..program import run_program
 from .tasks import ALIASES, OWN, TASKS, find
-from .tasks.base import Score, Task
-from .tasks.llava import LlavaTask
+from .tasks.base import Score, Source, Task
 from .tasks.reading import write_whole
 
 LONG = 40  # entries of a part that a table for people does not list
@@ -31,13 +30,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_score(args: argparse.Namespace) -> None:
     task = find(args.task)
-    score = _score(task, args)
-    if args.export:
-        print(f"upload file: {_export(task, args)}", file=sys.stderr)
+    asked, truth, said = _read(task, args)
+    score = task.score_records(asked, truth, said, args.strict)
     if args.per_question:
         write_whole(args.per_question, json.dumps(score.per_question, ensure_ascii=False) + "\n")
         print(f"per question: {args.per_question}", file=sys.stderr)
-    print(json.dumps(_facts(task, score)) if args.json else "\n".join(_lines(task, score)))
+    print(json.dumps(_facts(task, score)) if args.json else "\n".join(_lines(task, score)), flush=True)
+    if args.export:  # last: a score is worth having without it
+        written = task.upload(task.upload_questions(asked), truth, said, args.export)
+        if written is None:
+            raise InputError(f"--export: nothing is uploaded for {task.name}; its tools take the answers as they are")
+        print(f"upload file: {written}", file=sys.stderr)
 
 
 def _facts(task: Task, score: Score) -> dict[str, Any]:
@@ -86,7 +89,8 @@ def _arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def _score(task: Task, args: argparse.Namespace) -> Score:
+def _read(task: Task, args: argparse.Namespace) -> tuple[Source, Source | None, Source]:
+    """Questions, truth and answers in the files that were given."""
     if args.split is not None and args.split not in task.splits:
         raise InputError(f"--split {args.split}: {task.name} has {', '.join(task.splits)}")
     for flag, path in (("--questions", args.questions), ("--answers", args.answers)):
@@ -94,34 +98,8 @@ def _score(task: Task, args: argparse.Namespace) -> Score:
             raise InputError(f"{flag} {path}: no such file")
     if args.annotations is not None and not args.annotations.exists():
         raise InputError(f"--annotations {args.annotations}: no such file or folder")
-    return task.score(args.questions, args.annotations, args.answers, strict=args.strict)
-
-
-def _export(task: Task, args: argparse.Namespace) -> Path:
-    """Below a data folder the task knows which files its server wants; elsewhere those given are taken."""
-    place = None if task.name in OWN else _place(task, args)
-    if place is not None:
-        written = task.export(*place, args.answers, args.export)
-    elif task.name in OWN:
-        written = None
-    elif isinstance(task, LlavaTask):
-        written = task.upload(args.questions, args.annotations, args.answers, args.export)
-    else:
-        wanted = task.files(Path("DATA"), args.split or task.splits[0])["questions"]
-        raise InputError(f"--export: {task.name} needs --questions in its place, {wanted}")
-    if written is None:
-        raise InputError(f"--export: nothing is uploaded for {task.name}; its tools take the answers as they are")
-    return written
-
-
-def _place(task: Task, args: argparse.Namespace) -> tuple[Path, str] | None:
-    """Data folder and split whose question file was given."""
-    given = args.questions.resolve()
-    for split in [args.split] if args.split else task.splits:
-        below = task.files(Path(), split)["questions"].parts
-        if given.parts[-len(below) :] == below:
-            return Path(*given.parts[: -len(below)]), split
-    return None
+    truth = task.read_truth(args.annotations, args.questions)
+    return task.read_questions(args.questions), truth, task.read_answers(args.answers)
 
 
 def _lines(task: Task, score: Score) -> Iterator[str]:

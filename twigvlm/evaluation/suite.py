@@ -25,7 +25,7 @@ from .tasks import OWN, TASKS, find
 from .tasks.base import Task
 
 MODULE = "twigvlm.evaluation.suite"
-MAIN = ("gqa", "mme", "mmbench", "sqa", "textvqa", "vqav2", "pope", "mmvet")
+MAIN = tuple(name for name, task in TASKS.items() if task.in_suite)
 BUDGETS = "192,128,64"
 
 

@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,14 +25,12 @@ from .. import flags
 from ..errors import InputError
 from ..program import run_program
 from .asking.answers import RESULT
-from .published import MODEL, ROWS, SOURCE
 from .tasks import OWN, TASKS
+from .tasks.published import MODEL, ROWS, SOURCE
 
 FORMATS = ("markdown", "csv", "latex", "json")
-SPEED_TASK = "mmvet"
-ORDER = ("gqa", "mmbench", "mmbench_cn", "mme", "textvqa", "sqa", "vqav2", "pope", "mmmu", "seed", "mmvet")
+KNOWN = TASKS | OWN
 NEEDED = ("task", "split", "model", "setting", "method", "R", "score", "questions")
-POINTS = ("mme",)  # shown without decimals
 
 Column = tuple[str, str]  # task, split
 
@@ -149,11 +148,11 @@ class Table:
         if self.published:
             known = {task for task, _ in scored}
             scored |= {(task, "") for row in ROWS for task in row.scores if task not in known}
-        return sorted(scored, key=lambda c: (ORDER.index(c[0]) if c[0] in ORDER else len(ORDER), c))
+        return sorted(scored, key=lambda c: (KNOWN[c[0]].column if c[0] in KNOWN else math.inf, c))
 
     def title(self, column: Column) -> str:
         task, split = column
-        name = (TASKS | OWN)[task].title if task in TASKS | OWN else task
+        name = KNOWN[task].title if task in KNOWN else task
         return f"{name} ({split})" if sum(task == other for other, _ in self.columns) > 1 else name
 
     def baseline(self, row: Row) -> Row | None:
@@ -185,10 +184,11 @@ class Table:
             return None
         pairs = [(c[0], speed(row.results[c], base.results[c])) for c in row.results if c in base.results]
         ratios = {task: 100 * ratio for task, ratio in pairs if ratio is not None}
-        if SPEED_TASK in ratios:
-            return ratios[SPEED_TASK]
+        (speaks,) = (task for task in TASKS.values() if task.timed_alone)
+        if speaks.name in ratios:
+            return ratios[speaks.name]
         if ratios:
-            self._note("RelSpd is averaged over benchmarks: MM-Vet, where the paper measures it, was not run")
+            self._note(f"RelSpd is averaged over benchmarks: {speaks.title}, where the paper measures it, was not run")
         return statistics.mean(ratios.values()) if ratios else None
 
     def _same_questions(self, one: Mapping[str, Any], two: Mapping[str, Any]) -> None:
@@ -235,7 +235,7 @@ class Table:
         return "\n".join([text, *(f"{'% ' if form == 'latex' else ''}{note}" for note in self._legend())])
 
     def _whole(self) -> set[str]:
-        return {self.title(c) for c in self.columns if c[0] in POINTS}
+        return {self.title(c) for c in self.columns if c[0] in KNOWN and not KNOWN[c[0]].decimals}
 
     def _legend(self) -> list[str]:
         notes = ["RelAcc, RelSpd: % of the baseline; measured: visual tokens per layer; accepted: % of drafted tokens."]

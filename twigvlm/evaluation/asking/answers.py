@@ -226,25 +226,25 @@ class Folder:
         lines = [line for file in sorted(self.path.glob(FIGURES)) for line in read_lines(file)]
         return {line["broken"]: line["reason"] for line in lines if "broken" in line}
 
-    def merge(self, questions: Sequence[Question], skipped: Mapping[str, Mapping]) -> Path:
-        """All answers in the order of the questions; `skipped` are lines that stand in for broken ones.
+    def merge(self, questions: Sequence[Question], skipped: Mapping[str, dict]) -> list[dict[str, Any]]:
+        """Write all answers in the order of the questions; their lines. `skipped` stand in for broken ones.
 
         Raises InputError for a missing answer, and as `answers` does.
         """
         found = self.answers(questions)
         missing = [q.id for q in questions if q.id not in found and q.id not in skipped]
         _refuse(self.path, missing, "has no answer", "run again without --num-shards/--shard, and it is asked")
+        lines = [found[q.id] if q.id in found else skipped[q.id] for q in questions]
         merged, part = self.path / MERGED, self.path / f"{MERGED}.part"
         try:
             with open(part, "wb") as file:
-                for question in questions:
-                    file.write(encode(found[question.id] if question.id in found else skipped[question.id]))
+                file.writelines(map(encode, lines))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, merged)
         except OSError as fault:
             raise RunError(f"{merged}: cannot be written ({fault.strerror})") from fault
-        return merged
+        return lines
 
 
 def open_shard(folder: Folder, index: int, count: int) -> tuple[Appender, Appender]:

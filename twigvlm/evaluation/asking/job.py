@@ -16,11 +16,10 @@ from typing import Any
 
 from ...errors import InputError
 from ...files import alone, write_json
-from ..tasks.base import Question, Score, Task
+from ..tasks.base import Question, Score, Source, Task
 from ..tasks.reading import write_whole
-from .answers import PER_QUESTION, RESULT, UPLOAD, Folder, answer_line
+from .answers import MERGED, PER_QUESTION, RESULT, UPLOAD, Folder, answer_line
 from .costs import summary
-from .partial import Head
 from .setting import EMBEDDED_DATA, EMBEDDED_NAME, Setting, default_data
 
 PIECE = 8  # neighbouring questions that go to one shard, unless batches are larger
@@ -67,8 +66,20 @@ class Job:
         return self.split if told else f"{self.task.name}_{self.split}"
 
     @cached_property
-    def head(self) -> Head:
-        return Head(self.task, self.files)
+    def _sources(self) -> tuple[Source, Source | None]:
+        """Question records and truth, as scorers take them."""
+        questions = self.files["questions"]
+        return self.task.read_questions(questions), self.task.read_truth(self.files.get("annotations"), questions)
+
+    def score(self, lines: list[dict[str, Any]], strict: bool = False) -> Score:
+        """Of answer lines to the first questions, in their order."""
+        asked, truth = self._sources
+        said = Source(self.folder.path / MERGED, lines)
+        return self.task.score_records(asked.first(len(lines)), truth, said, strict)
+
+    def _forget_sources(self) -> None:
+        """A list of many jobs holds no benchmark's annotations but those that it is busy with."""
+        self.__dict__.pop("_sources", None)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -92,14 +103,15 @@ class Job:
         Scores empty answers to all that is asked, so that it stops at whatever the score would stop at.
         """
         self.check()
-        lines = [self._empty_answer(question) for question in self.questions]
         try:
-            self.head.score_lines(lines, strict=True)
+            self.score([self._empty_answer(question) for question in self.questions], strict=True)
         except InputError as fault:
             raise InputError(
                 f"{self.task.title} could not be scored, so nothing is asked: {fault}; "
                 f"{self.task.remedy}, or ask without scoring (--answer-only)"
             ) from fault
+        finally:
+            self._forget_sources()
 
     def open(self) -> dict[str, dict[str, Any]]:
         """Check data, folder and answers before anything is loaded; question id → answer line there is."""
@@ -141,18 +153,18 @@ class Job:
         with alone(self.folder.path / ".lock"):
             found = self.folder.answers(self.questions)
             broken = {k: v for k, v in self.folder.broken().items() if k not in found} if self.skip_broken else {}
-            merged = self.folder.merge(
+            lines = self.folder.merge(
                 self.questions,
                 {q.id: self._empty_answer(q, {"broken": True}) for q in self.questions if q.id in broken},
             )
-            score = self._score(merged)
+            score = self.score(lines, strict=True)
             note, upload = "; ".join(filter(None, (self._partial(), score.note))), None
             if self.setting.limit is None:
                 try:
-                    upload = self._upload(merged)
+                    upload = self._upload(lines)
                 except InputError as fault:
                     note = "; ".join(filter(None, (note, f"no upload file: {fault}")))
-            result = self._describe(score, merged) | {"note": note, "upload": str(upload) if upload else None}
+            result = self._describe(score) | {"note": note, "upload": str(upload) if upload else None}
             result["broken"] = {"count": len(broken), "ids": list(broken)}
             if broken:
                 result["doubts"]["broken_images_answered_empty"] = len(broken)
@@ -160,6 +172,7 @@ class Job:
             result |= _provenance(result.pop("sessions"), command, commit)
             result["per_question"] = self._write_per_question(score)
             write_json(result, self.folder.path / RESULT)
+        self._forget_sources()
         return result
 
     def _partial(self) -> str:
@@ -184,18 +197,15 @@ class Job:
         """Stands in for an answer that there is not, as where a picture is broken."""
         return answer_line(question, self.task.clean(""), self.setting.model_name, self.setting.name, metadata)
 
-    def _score(self, merged: Path) -> Score:
-        if self.setting.limit is not None:
-            return self.head.score(merged, len(self.questions), strict=True)
-        return self.task.score(self.files["questions"], self.files.get("annotations"), merged, strict=True)
-
-    def _upload(self, merged: Path) -> Path | None:
+    def _upload(self, lines: list[dict[str, Any]]) -> Path | None:
         out = self.folder.path / (UPLOAD + self.task.upload_suffix)
         if out.is_dir():
             shutil.rmtree(out)
-        return self.task.export(self.data, self.split, merged, out)
+        asked, truth = self._sources
+        said = Source(self.folder.path / MERGED, lines)
+        return self.task.upload(self.task.upload_questions(asked), truth, said, out)
 
-    def _describe(self, score: Score, merged: Path) -> dict[str, Any]:
+    def _describe(self, score: Score) -> dict[str, Any]:
         setting = self.setting
         return {
             "task": self.task.name,
@@ -214,7 +224,7 @@ class Job:
             "method": setting.method,
             "R": setting.R,
             "published": dict(self.task.published),
-            "answers": str(merged),
+            "answers": str(self.folder.path / MERGED),
             "result": str(self.folder.path / RESULT),
         }
 
@@ -261,10 +271,12 @@ def _provenance(sessions: list[Mapping[str, Any]], command: str, commit: str | N
 
 
 def find_data(setting: Setting, task: Task, data: Path | None) -> Path:
-    """The folder of all benchmarks: the one given, else the one that belongs to the model.
+    """The folder of all benchmarks: the one given, else the one that belongs to the model; of own files their folder.
 
     The embedded data are made at their first use. Raises InputError where there is nothing.
     """
+    if task.own_files:
+        return default_out(task, Path(), task.splits[0])
     folder = data if data is not None else default_data(setting.embedded)
     if folder.resolve() == EMBEDDED_DATA.resolve():
         from ...world.drawn import ensure

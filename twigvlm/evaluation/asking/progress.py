@@ -72,10 +72,10 @@ class Progress:
         questions = self.job.questions
         while self._head < len(questions) and questions[self._head].id in self.found:
             self._head += 1
-        count = self._head - self._head % 2 if self.job.task.name == "mme" else self._head
+        count = self._head - self._head % self.job.task.together
         if count:
             try:
-                score = self.job.head.score_lines([self.found[q.id] for q in questions[:count]]).score
+                score = self.job.score([self.found[q.id] for q in questions[:count]]).score
                 self._scorable = score is not None or count < len(questions) // 10
                 if score is not None:
                     self.bar.set_postfix_str(f"score {score:.1f} on {count}", refresh=False)

@@ -18,12 +18,12 @@ from typing import Any
 from ... import flags
 from ...errors import InputError, RunError
 from ...program import run_program
-from ..tasks.pope import ENDING, PREFIX, SETTINGS
+from ..tasks.pope import ENDING, POPE, PREFIX, SETTINGS
 from ..tasks.reading import ID, read_records, write_whole
 
 DATA = "data"  # below the task's folder, beside its YAML file
 NAME = "sprout_pope"
-SHIPPED = Path("tasks") / "pope" / "pope.yaml"  # below lmms-eval's package
+SHIPPED = Path("tasks/pope/pope.yaml")  # below lmms-eval's package
 HINT = "docs/lmms-eval.md says how to install lmms-eval and what it needs"
 
 
@@ -38,7 +38,7 @@ def write_task(out: Path, pope: Path | None = None, name: str = NAME) -> Path:
     if pope is None:
         from ...world.drawn import DEFAULT, ensure
 
-        pope = ensure(DEFAULT, "pope") / "pope"
+        pope = ensure(DEFAULT, POPE.name) / POPE.folder
     rows = list(_rows(pope))
     text = datasets.Value("string")
     features = datasets.Features({"question_id": text, "question": text, "answer": text, "category": text, "image": datasets.Image()})  # fmt: skip

@@ -30,7 +30,7 @@ TASKS: dict[str, Task] = {
     "seed": SEED(),
 }
 OWN: dict[str, Task] = {"vqa": VQA()}  # no benchmark: whoever asks gives the files
-ALIASES = {"scienceqa": "sqa"}  # names of folders that people also use
+ALIASES = {alias: name for name, task in TASKS.items() for alias in task.aliases}
 
 
 def find(name: str) -> Task:

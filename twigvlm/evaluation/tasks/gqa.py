@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
-from .base import Score
+from .base import Score, Source
 from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, asked_part, same_questions, truth_needed
+from .pairing import ids_of
 from .reading import ID, Doubts, added, checked, first, last_by_id, locate, read_records, read_table, write_whole
 
 NO_STEP = ("exist", "query: name", "choose name")  # a step whose text holds one of these is not counted
@@ -35,6 +36,7 @@ class GQA(LlavaTask):
     published: ClassVar = {"llava-1.5-7b": 61.9, "llava-1.5-13b": 63.3}
     source = LLAVA_PAPER
     folder = "gqa"
+    in_suite, column = True, 1
     layout: ClassVar = {
         "testdev_balanced": {
             "questions": "llava_gqa_testdev_balanced.jsonl",
@@ -43,44 +45,48 @@ class GQA(LlavaTask):
         }
     }
 
-    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source:
         path = locate(truth_needed(self, annotations), "testdev_balanced_questions.json", "annotations.json")
-        truth, doubts = _truth(path), Doubts()
-        asked = {str(line["question_id"]) for line in read_records(questions, question_id=ID)}
-        said = last_by_id(_converted(answers), doubts)
-        doubts.add("foreign", [name for name in said if name not in truth])
+        return Source(path, _truth(path))
+
+    def read_answers(self, path: Path) -> Source:
+        """LLaVA's answers, or a file that its script has converted."""
+        records = read_records(path)
+        if not records or "questionId" not in records[0]:
+            return super().read_answers(path)
+        records = read_records(path, questionId=ID, prediction=str)
+        return Source(path, [{"question_id": r["questionId"], "prediction": r["prediction"]} for r in records])
+
+    def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
+        table, doubts = truth.rows, Doubts()
+        names = set(ids_of(asked))
+        found = last_by_id(_converted(said), doubts)
+        doubts.add("foreign", [name for name in found if name not in table])
         if strict:
-            same_questions(sorted(asked), truth, questions, path)
-            doubts.refuse(answers)
-        balanced = [name for name, question in truth.items() if question["isBalanced"]]
-        counted, note = asked_part(balanced, asked, said, path)
-        missing = [name for name in counted if name not in said]
+            same_questions(sorted(names), table, asked, truth)
+            doubts.refuse(said.path)
+        balanced = [name for name, question in table.items() if question["isBalanced"]]
+        counted, note = asked_part(balanced, names, found, truth)
+        missing = [name for name in counted if name not in found]
         if missing:  # the official script stops here too
-            raise InputError(f"{answers}: {len(missing)} balanced questions have no answer: {first(missing)}")
-        uncounted = [name for name in asked if name not in said]
+            raise InputError(f"{said.path}: {len(missing)} balanced questions have no answer: {first(missing)}")
+        uncounted = [name for name in names if name not in found]
         if uncounted:
             note = "; ".join(filter(None, (note, f"{len(uncounted)} questions without an answer are not balanced")))
-        texts = {name: record["prediction"] for name, record in said.items()}
-        parts = _parts({name: truth[name] for name in counted}, texts)
+        texts = {name: record["prediction"] for name, record in found.items()}
+        parts = _parts({name: table[name] for name in counted}, texts)
         return Score(parts["accuracy"], parts, doubts.counts(), note)
 
-    def upload(self, questions: Path, annotations: Path | None, answers: Path, out: Path) -> Path | None:
+    def upload(self, asked: Source, truth: Source | None, said: Source, out: Path) -> Path:
         """`testdev_balanced_predictions.json` of GQA's script."""
-        rows = [{"questionId": row["question_id"], "prediction": row["prediction"]} for row in _converted(answers)]
+        rows = [{"questionId": row["question_id"], "prediction": row["prediction"]} for row in _converted(said)]
         write_whole(out, json.dumps(rows))
         return out
 
 
-def _converted(answers: Path) -> list[dict[str, Any]]:
-    """LLaVA's answers without final periods, in lower case; files converted already are taken as they are."""
-    records = read_records(answers)
-    if records and "questionId" in records[0]:
-        records = read_records(answers, questionId=ID, prediction=str)
-        return [{"question_id": record["questionId"], "prediction": record["prediction"]} for record in records]
-    records = read_records(answers, question_id=ID, text=str)
-    return [
-        {"question_id": record["question_id"], "prediction": record["text"].rstrip(".").lower()} for record in records
-    ]
+def _converted(said: Source) -> list[dict[str, Any]]:
+    """LLaVA's answers without final periods, in lower case; what is converted already is taken as it is."""
+    return [row if "prediction" in row else {**row, "prediction": row["text"].rstrip(".").lower()} for row in said.rows]
 
 
 def _truth(path: Path) -> dict[str, Any]:

@@ -6,15 +6,14 @@ JSON lines {question_id, prompt, text, …}.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from ...errors import InputError
-from .base import Question, Task
-from .reading import ID, first, read_records, write_whole
+from .base import Question, Source, Task
+from .reading import ID, first, read_records
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 LLAVA_PAPER = "7B: TwigVLM (arXiv 2503.14075), base row; 13B: LLaVA-1.5 (arXiv 2310.03744)"
@@ -40,24 +39,6 @@ class LlavaTask(Task):
             for name, line in zip(names, lines, strict=True)
         ]
 
-    def shorten(self, questions: Path, limit: int, out: Path) -> Path:
-        """Write the first `limit` questions as JSON lines: a question file to score a run on only these against."""
-        lines = self.question_lines(questions)[:limit]
-        write_whole(out, "".join(json.dumps(line) + "\n" for line in lines))
-        return out
-
-    def question_lines(self, questions: Path) -> list[dict[str, Any]]:
-        """The question file's records, one a question."""
-        return read_records(questions)
-
-    def upload(self, questions: Path, annotations: Path | None, answers: Path, out: Path) -> Path | None:
-        """Write what the benchmark's own tools take to `out`; None where they take the answers as they are."""
-        return None
-
-    def export(self, root: Path, split: str, answers: Path, out: Path) -> Path | None:
-        files = self.files(root, split)
-        return self.upload(files.get("upload", files["questions"]), files.get("annotations"), answers, out)
-
 
 def distinct(names: Iterable[str]) -> list[str]:
     """The names, a second "x" as "x#2": MME and TextVQA ask several questions under one id."""
@@ -76,18 +57,18 @@ def truth_needed(task: Task, annotations: Path | None) -> Path:
     return annotations
 
 
-def same_questions(asked: Iterable[str], truth: Container[str], questions: Path, annotations: Path) -> None:
+def same_questions(ids: Iterable[str], known: Container[str], asked: Source, truth: Source) -> None:
     """Raise InputError where questions have no annotation: the two files do not belong together."""
-    asked = list(asked)
-    unknown = [name for name in asked if name not in truth]
+    ids = list(ids)
+    unknown = [name for name in ids if name not in known]
     if unknown:
         raise InputError(
-            f"{annotations}: holds no answer to {len(unknown)} of the {len(asked)} questions of {questions} "
+            f"{truth.path}: holds no answer to {len(unknown)} of the {len(ids)} questions of {asked.path} "
             f"({first(unknown)}); the two files are of different versions or splits"
         )
 
 
-def asked_part(ids: Iterable[str], asked: set[str], answered: Iterable[str], where: Path) -> tuple[list[str], str]:
+def asked_part(ids: Iterable[str], asked: set[str], answered: Iterable[str], truth: Source) -> tuple[list[str], str]:
     """Annotated ids that count, and a note if a run asked only some of them.
 
     Ids that were neither asked nor answered are left out, so that a run on the first few questions can be scored;
@@ -96,6 +77,6 @@ def asked_part(ids: Iterable[str], asked: set[str], answered: Iterable[str], whe
     every, known = list(ids), asked | set(answered)
     kept = [name for name in every if name in known]
     if not kept:
-        raise InputError(f"{where}: annotates none of the questions asked; do the two files belong together?")
+        raise InputError(f"{truth.path}: annotates none of the questions asked; do the two files belong together?")
     note = "" if len(kept) == len(every) else f"scored on {len(kept)} of {len(every)} questions: only these were asked"
     return kept, note

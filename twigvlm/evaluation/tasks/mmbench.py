@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ...errors import InputError
-from .base import Question, Score, Task
+from .base import Question, Score, Source, Task
 from .pairing import pair, upload_path
 from .reading import locate
 from .xlsx import write_xlsx
@@ -62,6 +62,7 @@ class MMBench(Task):
     suffix = "\nAnswer with the option's letter from the given choices directly."
     max_new_tokens = 1024
     upload_suffix = ".xlsx"
+    in_suite, column = True, 2
     published: ClassVar[Mapping[str, float]] = {"llava-1.5-7b": 64.3, "llava-1.5-13b": 67.7}
     source = "LLaVA-1.5 (arXiv 2310.03744), table 4; the TwigVLM paper's base row has 64.7 for 7B"
 
@@ -88,9 +89,16 @@ class MMBench(Task):
         }
         return Question(row["index"], "\n".join(lines) + self.suffix, (picture,), line)
 
-    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
-        path, rows = self._asked(questions, annotations)
-        texts, doubts = pair(answers, [row["index"] for row in rows], strict)
+    def read_questions(self, path: Path) -> Source:
+        return Source(path, list(read_table(path, images=False)))
+
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source | None:
+        path = locate(annotations or questions, *(f"{split}.tsv" for split in self.splits))
+        return None if path == questions else self.read_questions(path)
+
+    def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
+        path, rows = _with_answers(asked, truth)
+        texts, doubts = pair(said, [row["index"] for row in rows], strict)
         if all(empty(row["answer"]) for row in rows):
             note = f"not scored here: {path.name} has no answers; upload the exported table to the OpenCompass server"
             return Score(None, {"count": len(rows)}, doubts.counts(), note)
@@ -114,24 +122,10 @@ class MMBench(Task):
             parts[column] = _by(column, rows, circular)
         return Score(parts["circular"], {**parts, "unmatched": unmatched}, doubts.counts(), _note(rows))
 
-    def _asked(self, questions: Path, annotations: Path | None) -> tuple[Path, list[dict[str, str]]]:
-        """The table with the answers, and its rows that `questions` has too."""
-        path = self._table(annotations or questions)
-        rows = list(read_table(path, images=False))
-        if path != questions:
-            asked = {row["index"] for row in read_table(questions, images=False)}
-            rows = [row for row in rows if row["index"] in asked]
-        if not rows:
-            raise InputError(f"{questions} and {path} share no row")
-        return path, rows
-
-    def _table(self, path: Path) -> Path:
-        return locate(path, *(f"{split}.tsv" for split in self.splits))
-
-    def export(self, root: Path, split: str, answers: Path, out: Path) -> Path:
+    def upload(self, asked: Source, truth: Source | None, said: Source, out: Path) -> Path:
         """Write the server's table: one row a question of the TSV with the column `prediction`, as .xlsx."""
-        rows = list(read_table(self.files(root, split)["questions"], images=False))
-        texts, _ = pair(answers, [row["index"] for row in rows])
+        rows = asked.rows
+        texts, _ = pair(said, [row["index"] for row in rows])
         columns = [name for name in UPLOADED if name == "prediction" or name in rows[0]]
 
         def cells(row: dict[str, str]) -> Iterator[str | int | None]:
@@ -139,7 +133,7 @@ class MMBench(Task):
                 value = texts.get(row["index"]) if name == "prediction" else row[name]
                 yield int(value) if name == "index" else None if value is None or empty(value) else value
 
-        target = upload_path(out, answers, ".xlsx")
+        target = upload_path(out, said, ".xlsx")
         write_xlsx(target, [columns, *(list(cells(row)) for row in rows)])
         return target
 
@@ -149,10 +143,22 @@ class MMBenchCN(MMBench):
 
     name = "mmbench_cn"
     title = "MMBench-CN"
+    in_suite, column = False, 3
     splits = ("mmbench_dev_cn_20231003", "mmbench_test_cn_20231003")
     suffix = "\n请直接回答选项字母。"
     published: ClassVar[Mapping[str, float]] = {"llava-1.5-7b": 58.3, "llava-1.5-13b": 63.6}
     source = "LLaVA-1.5 (arXiv 2310.03744), table 4"
+
+
+def _with_answers(asked: Source, truth: Source | None) -> tuple[Path, list[dict[str, str]]]:
+    """The table with the answers, and its rows that were asked."""
+    if truth is None:
+        return asked.path, asked.rows
+    ids = {row["index"] for row in asked.rows}
+    rows = [row for row in truth.rows if row["index"] in ids]
+    if not rows:
+        raise InputError(f"{asked.path} and {truth.path} share no row")
+    return truth.path, rows
 
 
 def empty(cell: str) -> bool:

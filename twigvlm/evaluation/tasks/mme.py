@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
-from .base import Score
+from .base import Score, Source
 from .llava import SHORT_ANSWER, LlavaTask, same_questions, truth_needed
 from .reading import Doubts, added, first, read_records, write_whole
 
@@ -56,27 +56,35 @@ class MME(LlavaTask):
         " + 295.4 cognition (ShareGPT4V, arXiv 2311.12793)"
     )
     folder = "MME"
+    in_suite, column, decimals = True, 4, 0
+    together = 2  # the two questions about a picture
     layout: ClassVar = {"test": {"questions": "llava_mme.jsonl", "annotations": RELEASE, "images": RELEASE}}
 
     def clean(self, text: str) -> str:
         """On one line and without tabs, which the benchmark's files cannot hold."""
         return text.strip().replace("\t", " ").replace("\r", " ").replace("\n", " ")
 
-    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
-        annotations = truth_needed(self, annotations)
-        truth = _truth(annotations)
-        asked = read_records(questions, question_id=str, text=str)
+    def read_questions(self, path: Path) -> Source:
+        return Source(path, read_records(path, question_id=str, text=str))
+
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source:
+        return Source(truth_needed(self, annotations), _truth(annotations))
+
+    def read_answers(self, path: Path) -> Source:
+        return Source(path, read_records(path, question_id=str, prompt=str, text=str))
+
+    def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
         if strict:
-            _match(asked, truth, questions, annotations)
-        lines = _converted(answers, truth)
-        doubts = _doubts(asked, truth, lines)
+            _match(asked, truth)
+        lines = _converted(said, truth.rows)
+        doubts = _doubts(asked.rows, truth.rows, lines)
         if strict:
-            doubts.refuse(answers)
-        by_subtask = _by_subtask(lines, answers)
+            doubts.refuse(said.path)
+        by_subtask = _by_subtask(lines, said.path)
         absent = [name for names in SUBTASKS.values() for name in names if name not in by_subtask]
-        silent = [name for name in absent if name in {line["question_id"].split("/")[0] for line in asked}]
+        silent = [name for name in absent if name in {line["question_id"].split("/")[0] for line in asked.rows}]
         if silent:
-            raise InputError(f"{answers}: no answer in {', '.join(silent)}")
+            raise InputError(f"{said.path}: no answer in {', '.join(silent)}")
         parts: dict[str, Any] = {}
         for kind, names in SUBTASKS.items():
             points = {name: _points(by_subtask[name]) for name in names if name in by_subtask}
@@ -84,10 +92,10 @@ class MME(LlavaTask):
         parts["total"] = added(parts[kind]["total"] for kind in SUBTASKS)
         return Score(parts["total"], parts, doubts.counts(), f"not asked: {', '.join(absent)}" if absent else "")
 
-    def upload(self, questions: Path, annotations: Path | None, answers: Path, out: Path) -> Path | None:
+    def upload(self, asked: Source, truth: Source | None, said: Source, out: Path) -> Path:
         """A folder with `<subtask>.txt`, which the benchmark's `calculation.py --results_dir` takes."""
-        lines = _converted(answers, _truth(truth_needed(self, annotations)))
-        for subtask, group in _by_subtask(lines, answers).items():
+        lines = _converted(said, truth.rows)
+        for subtask, group in _by_subtask(lines, said.path).items():
             rows = ("\t".join((line.file, line.question, line.gold, line.text)) for line in group)
             write_whole(out / f"{subtask}.txt", "".join(row + "\n" for row in rows))
         return out
@@ -129,18 +137,18 @@ def _pairs(file: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def _converted(answers: Path, truth: Truth) -> list[Line]:
+def _converted(said: Source, truth: Truth) -> list[Line]:
     """LLaVA's answers as lines of the benchmark; an answer without a gold one stops here, as it stops LLaVA's tool."""
     lines, foreign = [], []
-    for record in read_records(answers, question_id=str, prompt=str, text=str):
+    for record in said.rows:
         subtask, file, question = _key(record["question_id"], record["prompt"], truth)
         if (subtask, file, question) not in truth:
             foreign.append(f"{record['question_id']}: {question!r}")
             continue
-        _refuse_breaks(record["text"], f"{answers}: {record['question_id']}")
+        _refuse_breaks(record["text"], f"{said.path}: {record['question_id']}")
         lines.append(Line(subtask, file, question, truth[subtask, file, question], record["text"]))
     if foreign:
-        raise InputError(f"{answers}: {len(foreign)} answers to questions without annotation: {first(foreign)}")
+        raise InputError(f"{said.path}: {len(foreign)} answers to questions without annotation: {first(foreign)}")
     return lines
 
 
@@ -156,9 +164,12 @@ def _key(question_id: str, prompt: str, truth: Truth) -> tuple[str, str, str]:
     return subtask, file, question
 
 
-def _match(asked: Sequence[Mapping[str, str]], truth: Truth, questions: Path, annotations: Path) -> None:
-    keys = {f"{line['question_id']} {line['text']!r}": _key(line["question_id"], line["text"], truth) for line in asked}
-    same_questions(keys, {name for name, key in keys.items() if key in truth}, questions, annotations)
+def _match(asked: Source, truth: Source) -> None:
+    keys = {
+        f"{line['question_id']} {line['text']!r}": _key(line["question_id"], line["text"], truth.rows)
+        for line in asked.rows
+    }
+    same_questions(keys, {name for name, key in keys.items() if key in truth.rows}, asked, truth)
 
 
 def _refuse_breaks(text: str, where: str) -> None:

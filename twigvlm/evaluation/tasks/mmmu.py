@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
-from .base import Question, Score, Task
+from .base import Question, Score, Source, Task
 from .pairing import pair, upload_path
 from .reading import ID, checked, locate, read_records, read_table, write_whole
 
@@ -81,6 +81,7 @@ class MMMU(Task):
     metric = "accuracy, %"
     splits = ("validation",)
     suffix = "\nAnswer with the option's letter from the given choices directly."
+    column = 9
     open_suffix = "\nAnswer the question using a single word or phrase."
     published: ClassVar[Mapping[str, float]] = {"llava-1.5-7b": 36.3, "llava-1.5-13b": 36.4}
     source = "7B: base row of the TwigVLM paper (arXiv 2503.14075); 13B: MMMU's leaderboard, validation"
@@ -102,11 +103,23 @@ class MMMU(Task):
             prompt = item.question + self.open_suffix
         return Question(item.id, prompt, tuple(images / name for name in item.images[:1]))
 
-    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
-        items = in_official_order(read_items(questions))
-        truth = _truth(items, questions, annotations)
-        texts, doubts = pair(answers, [item.id for item in items], strict)
-        if not truth:
+    def read_questions(self, path: Path) -> Source:
+        return Source(path, read_items(path))
+
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source | None:
+        """Question id → right answer or answers, where another file than the questions' has them."""
+        if annotations is None or annotations == questions:
+            return None
+        path = locate(annotations, "answer_dict_val.json", questions.name)
+        if path.suffix == ".json":
+            return Source(path, {key: entry["ground_truth"] for key, entry in _answer_dict(path).items()})
+        return Source(path, _answers_of(read_items(path)))
+
+    def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
+        items = in_official_order(asked.rows)
+        right_answers = _right_answers(items, truth or Source(asked.path, _answers_of(items)))
+        texts, doubts = pair(said, [item.id for item in items], strict)
+        if not right_answers:
             note = "not scored here: the answers are on the EvalAI server; upload the exported file there"
             return Score(None, {"count": len(items)}, doubts.counts(), note)
         guess, guessed = random.Random(GUESS_SEED), 0
@@ -114,7 +127,7 @@ class MMMU(Task):
         for item in items:
             if item.id not in texts:
                 continue  # leaves the denominator, as in the official evaluator
-            text, right_ones = texts[item.id], _several(truth[item.id])
+            text, right_ones = texts[item.id], _several(right_answers[item.id])
             if item.options:
                 letter = read_letter(text, item.options)
                 if letter is None:
@@ -125,21 +138,21 @@ class MMMU(Task):
             hits.setdefault(item.subject, []).append(right)
         every = [right for subject in hits.values() for right in subject]
         if not every:
-            raise InputError(f"{answers}: answers none of the questions of {questions}")
+            raise InputError(f"{said.path}: answers none of the questions of {asked.path}")
         parts = {"guessed": guessed, "count": len(every), **_official_table(hits)}
         return Score(100 * sum(every) / len(every), parts, doubts.counts())
 
-    def export(self, root: Path, split: str, answers: Path, out: Path) -> Path:
-        """Write the server's file, id → letter or open answer; a letter that cannot be read is guessed as in `score`."""
-        items = in_official_order(read_items(self.files(root, split)["questions"]))
-        texts, _ = pair(answers, [item.id for item in items])
+    def upload(self, asked: Source, truth: Source | None, said: Source, out: Path) -> Path:
+        """Write the server's file, id → letter or open answer; a letter that cannot be read is guessed as in the score."""
+        items = in_official_order(asked.rows)
+        texts, _ = pair(said, [item.id for item in items])
         guess, rows = random.Random(GUESS_SEED), {}
         for item in items:
             if item.id in texts:
                 text = texts[item.id]
                 letter = read_letter(text, item.options) if item.options else text
                 rows[item.id] = letter if letter is not None else guess.choice(list(item.options))
-        target = upload_path(out, answers, ".json")
+        target = upload_path(out, said, ".json")
         write_whole(target, json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
         return target
 
@@ -238,20 +251,16 @@ def _values(text: str) -> list[str | float]:
         return [f" {text}", f"{text} "] if len(text) == 1 else [text]
 
 
-def _truth(items: Sequence[Item], questions: Path, annotations: Path | None) -> dict[str, Any]:
+def _answers_of(items: Sequence[Item]) -> dict[str, Any]:
+    return {item.id: item.answer for item in items if item.answer is not None}
+
+
+def _right_answers(items: Sequence[Item], truth: Source) -> dict[str, Any]:
     """Question id → right answer or answers; empty where there is none for any question."""
-    if annotations is not None and annotations != questions:
-        path = locate(annotations, "answer_dict_val.json", questions.name)
-        if path.suffix == ".json":
-            found = {key: entry["ground_truth"] for key, entry in _answer_dict(path).items()}
-        else:
-            found = {item.id: item.answer for item in read_items(path) if item.answer is not None}
-    else:
-        path, found = questions, {item.id: item.answer for item in items if item.answer is not None}
-    absent = [item.id for item in items if item.id not in found]
-    if found and absent:
-        raise InputError(f"{path}: has no answer to {absent[0]} ({len(absent)} in all)")
-    return found
+    absent = [item.id for item in items if item.id not in truth.rows]
+    if truth.rows and absent:
+        raise InputError(f"{truth.path}: has no answer to {absent[0]} ({len(absent)} in all)")
+    return truth.rows
 
 
 def _answer_dict(path: Path) -> dict[str, Any]:

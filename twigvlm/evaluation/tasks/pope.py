@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
-from .base import Score
+from .base import Score, Source
 from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, truth_needed
 from .reading import ID, Doubts, added, first, read_records
 
@@ -33,29 +33,35 @@ class POPE(LlavaTask):
     published: ClassVar = {"llava-1.5-7b": 85.9, "llava-1.5-13b": 85.9}
     source = LLAVA_PAPER
     folder = "pope"
+    in_suite, column = True, 8
     layout: ClassVar = {"test": {"questions": "llava_pope_test.jsonl", "annotations": "coco", "images": "val2014"}}
 
-    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
-        annotations = truth_needed(self, annotations)
-        labels = _labels(annotations)
-        asked = _by_setting(read_records(questions, question_id=ID, image=str, text=str, category=str), labels)
+    def read_questions(self, path: Path) -> Source:
+        return Source(path, read_records(path, question_id=ID, image=str, text=str, category=str))
+
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source:
+        return Source(truth_needed(self, annotations), _labels(annotations))
+
+    def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
+        labels = truth.rows
+        by_setting = _by_setting(asked.rows, labels)
         if strict:
-            _match(asked, labels, questions, annotations)
-        said = _answers_by_setting(read_records(answers, question_id=ID, text=str), asked, answers)
-        doubts = _doubts(asked, labels, said)
+            _match(by_setting, labels, asked.path, truth.path)
+        lines = _answers_by_setting(said, by_setting)
+        doubts = _doubts(by_setting, labels, lines)
         if strict:
-            doubts.refuse(answers)
+            doubts.refuse(said.path)
         measured = {
-            setting: _measures([line["text"] for line in said[setting]], labels[setting], f"{answers}: {setting}")
+            setting: _measures([line["text"] for line in lines[setting]], labels[setting], f"{said.path}: {setting}")
             for setting in labels
-            if asked[setting]
+            if by_setting[setting]
         }
         if not measured:
-            raise InputError(f"{questions}: asks nothing in {', '.join(labels)}; do the files belong together?")
+            raise InputError(f"{asked.path}: asks nothing in {', '.join(labels)}; do the files belong together?")
         mean = added(measures["f1"] for measures in measured.values()) / len(measured)
         # the settings stand a second time under the name of their case, as reference files have them
         kind = "with_missing_predictions" if "missing" in doubts.counts() else "complete"
-        parsed = {str(line["question_id"]): yes_or_no(line["text"]) for lines in said.values() for line in lines}
+        parsed = {str(line["question_id"]): yes_or_no(line["text"]) for group in lines.values() for line in group}
         parts = {**measured, kind: measured, "settings": list(measured), "parsed": parsed, "average_f1": mean}
         note = "; ".join(filter(None, (_unasked(measured), _undefined(measured))))
         return Score(100 * mean, parts, doubts.counts(), note, _metric(measured))
@@ -90,16 +96,14 @@ def _by_setting(questions: Lines, labels: Mapping[str, Lines]) -> dict[str, dict
     return out
 
 
-def _answers_by_setting(
-    answers: Lines, asked: Mapping[str, Mapping[str, Any]], path: Path
-) -> dict[str, list[Mapping[str, Any]]]:
+def _answers_by_setting(said: Source, asked: Mapping[str, Asked]) -> dict[str, list[Mapping[str, Any]]]:
     """Answers in their order; one to a question that was not asked stops here, as it stops the official script."""
     home = {name: setting for setting, lines in asked.items() for name in lines}
-    foreign = [line["question_id"] for line in answers if str(line["question_id"]) not in home]
+    foreign = [line["question_id"] for line in said.rows if str(line["question_id"]) not in home]
     if foreign:
-        raise InputError(f"{path}: {len(foreign)} answers to questions that were not asked: {first(foreign)}")
+        raise InputError(f"{said.path}: {len(foreign)} answers to questions that were not asked: {first(foreign)}")
     out: dict[str, list[Mapping[str, Any]]] = {setting: [] for setting in asked}
-    for line in answers:
+    for line in said.rows:
         out[home[str(line["question_id"])]].append(line)
     return out
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
-from .base import Score
+from .base import Score, Source
 from .llava import LlavaTask, same_questions, truth_needed
-from .pairing import pair, upload_path
-from .reading import ID, locate, read_records, read_table, write_whole
+from .pairing import ids_of, pair, upload_path
+from .reading import locate, read_table, write_whole
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 KINDS = ("image", "video")
@@ -37,39 +37,41 @@ class SEED(LlavaTask):
     published: ClassVar[Mapping[str, float]] = {"llava-1.5-7b": 58.6, "llava-1.5-13b": 61.6}
     source = "LLaVA-1.5 (arXiv 2310.03744), table 4; images alone 66.1 and 68.2, videos 37.3 and 42.7"
     folder = "seed_bench"
+    column = 10
     layout: ClassVar[Mapping[str, Mapping[str, str]]] = {
         "all": {"questions": "llava-seed-bench.jsonl", "images": ".", "annotations": "SEED-Bench.json"},
         "image": {"questions": "llava-seed-bench-image.jsonl", "images": ".", "annotations": "SEED-Bench.json"},
     }
 
-    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
-        annotations = truth_needed(self, annotations)
-        truth, types = _read_truth(locate(annotations, "SEED-Bench.json"))
-        asked = list(dict.fromkeys(str(line["question_id"]) for line in read_records(questions, question_id=ID)))
-        texts, doubts = pair(answers, asked, strict)
-        without = [key for key in asked if key not in truth]
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source:
+        path = locate(truth_needed(self, annotations), "SEED-Bench.json")
+        return Source(path, _read_truth(path))
+
+    def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
+        table, types = truth.rows
+        ids = list(dict.fromkeys(ids_of(asked)))
+        texts, doubts = pair(said, ids, strict)
         if strict:
-            same_questions(asked, truth, questions, annotations)
-        doubts.add("without truth", without)
-        counted = [key for key in asked if key in truth]
+            same_questions(ids, table, asked, truth)
+        doubts.add("without truth", [key for key in ids if key not in table])
+        counted = [key for key in ids if key in table]
         if not counted:
-            raise InputError(f"{questions} and {annotations} share no question")
+            raise InputError(f"{asked.path} and {truth.path} share no question")
         hits: dict[str, list[bool]] = defaultdict(list)
         for key in counted:
-            right = texts.get(key) == truth[key]["answer"]
-            for part in ("all", truth[key]["data_type"], types[truth[key]["question_type_id"]]):
+            right = texts.get(key) == table[key]["answer"]
+            for part in ("all", table[key]["data_type"], types[table[key]["question_type_id"]]):
                 hits[part].append(right)
         parts: dict[str, Any] = {kind: _percent(hits[kind]) for kind in KINDS if kind in hits}
         parts["question types"] = {name: _percent(hits[name]) for name in types.values() if name in hits}
         return Score(_percent(hits["all"]), {**parts, "count": len(counted)}, doubts.counts())
 
-    def upload(self, questions: Path, annotations: Path | None, answers: Path, out: Path) -> Path:
+    def upload(self, asked: Source, truth: Source | None, said: Source, out: Path) -> Path:
         """Write the leaderboard's JSON lines, one {"question_id", "prediction"} a question."""
-        asked = [str(line["question_id"]) for line in read_records(questions, question_id=ID)]
-        texts, _ = pair(answers, asked)
-        ids = [item["question_id"] for item in _read_truth(truth_needed(self, annotations))[0].values()]
+        texts, _ = pair(said, ids_of(asked))
+        ids = [item["question_id"] for item in truth.rows[0].values()]
         rows = [{"question_id": key, "prediction": texts[str(key)]} for key in ids if str(key) in texts]
-        target = upload_path(out, answers, ".jsonl")
+        target = upload_path(out, said, ".jsonl")
         write_whole(target, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return target
 

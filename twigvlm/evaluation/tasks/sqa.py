@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .base import Question, Score
+from .base import Question, Score, Source
 from .llava import LlavaTask, asked_part, same_questions, truth_needed
 from .reading import ID, Doubts, checked, last_by_id, locate, read_records, read_table, write_whole
 
@@ -32,6 +32,8 @@ class SQA(LlavaTask):
     published: ClassVar = {"llava-1.5-7b": 69.5, "llava-1.5-13b": 71.6}
     source = "7B: TwigVLM (arXiv 2503.14075), base row (66.8 in LLaVA-1.5); 13B: LLaVA-1.5 (arXiv 2310.03744)"
     folder = "scienceqa"
+    aliases = ("scienceqa",)
+    in_suite, column = True, 6
     layout: ClassVar = {
         "test": {
             "questions": "llava_test_CQM-A.json",
@@ -46,29 +48,37 @@ class SQA(LlavaTask):
         lines = read_records(files["questions"], id=ID, conversations=list)
         return [self._question(line, files) for line in lines]
 
-    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
+    def read_questions(self, path: Path) -> Source:
+        return Source(path, read_records(path, id=ID))
+
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source:
         path = locate(truth_needed(self, annotations), "problems.json")
-        split, doubts = _split(path), Doubts()
-        asked = {str(line["id"]) for line in read_records(questions, id=ID)}
-        said = last_by_id(read_records(answers, question_id=ID, prompt=str, text=str), doubts)
-        names, note = asked_part(split, asked, said, path)
-        doubts.add("missing", [name for name in names if name not in said])
-        doubts.add("foreign", [name for name in said if name not in split])
+        return Source(path, _split(path))
+
+    def read_answers(self, path: Path) -> Source:
+        return Source(path, read_records(path, question_id=ID, prompt=str, text=str))
+
+    def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
+        split, doubts = truth.rows, Doubts()
+        ids = {str(line["id"]) for line in asked.rows}
+        found = last_by_id(said.rows, doubts)
+        names, note = asked_part(split, ids, found, truth)
+        doubts.add("missing", [name for name in names if name not in found])
+        doubts.add("foreign", [name for name in found if name not in split])
         if strict:
-            same_questions(sorted(asked), split, questions, path)
-            doubts.refuse(answers)
-        parts = _parts({name: split[name] for name in names}, said)
+            same_questions(sorted(ids), split, asked, truth)
+            doubts.refuse(said.path)
+        parts = _parts({name: split[name] for name in names}, found)
         if not parts["img_total"]:
             note = "; ".join(filter(None, (note, "no answered question has a picture: nothing to score")))
         return Score(parts["img_accuracy"], parts, doubts.counts(), note)
 
-    def upload(self, questions: Path, annotations: Path | None, answers: Path, out: Path) -> Path | None:
+    def upload(self, asked: Source, truth: Source | None, said: Source, out: Path) -> Path:
         """The result file of LLaVA's script."""
-        said = last_by_id(read_records(answers, question_id=ID, prompt=str, text=str), Doubts())
-        split = _split(locate(truth_needed(self, annotations), "problems.json"))
-        parts = _parts(split, said)
+        found = last_by_id(said.rows, Doubts())
+        parts = _parts(truth.rows, found)
         result = {"acc": parts["accuracy"], "correct": parts["correct"], "count": parts["count"]}
-        texts = {name: said[name]["text"] if name in said else FAILED for name in split}
+        texts = {name: found[name]["text"] if name in found else FAILED for name in truth.rows}
         write_whole(out, json.dumps({**result, "results": parts["pred_idx"], "outputs": texts}, indent=2))
         return out
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
-from .base import Score
+from .base import Score, Source
 from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, same_questions, truth_needed
 from .reading import ID, Doubts, added, checked, first, locate, read_records, read_table
 from .vqa_text import evalai, soft_score
@@ -33,6 +33,7 @@ class TextVQA(LlavaTask):
     published: ClassVar = {"llava-1.5-7b": 58.2, "llava-1.5-13b": 61.3}
     source = LLAVA_PAPER
     folder = "textvqa"
+    in_suite, column = True, 5
     layout: ClassVar = {
         "val": {
             "questions": "llava_textvqa_val_v051_ocr.jsonl",
@@ -41,25 +42,33 @@ class TextVQA(LlavaTask):
         }
     }
 
-    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
+    def read_questions(self, path: Path) -> Source:
+        return Source(path, read_records(path, question_id=ID, text=str))
+
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source:
         path = locate(truth_needed(self, annotations), "TextVQA_0.5.1_val.json", "annotations.json")
-        truth = _truth(path)
+        return Source(path, _truth(path))
+
+    def read_answers(self, path: Path) -> Source:
+        return Source(path, read_records(path, question_id=ID, prompt=str, text=str))
+
+    def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
         if strict:
-            _match(questions, truth, path)
-        said = read_records(answers, question_id=ID, prompt=str, text=str)
-        keys = [_key(line["question_id"], line["prompt"]) for line in said]
-        foreign = [line["question_id"] for line, key in zip(said, keys, strict=True) if key not in truth]
+            _match(asked, truth)
+        keys = [_key(line["question_id"], line["prompt"]) for line in said.rows]
+        both = list(zip(said.rows, keys, strict=True))
+        foreign = [line["question_id"] for line, key in both if key not in truth.rows]
         if foreign:  # the official script stops here too
-            raise InputError(f"{answers}: {len(foreign)} answers whose question {path} lacks: {first(foreign)}")
-        if not said:
-            raise InputError(f"{answers}: holds no answer")
-        doubts = _doubts(questions, keys)
+            raise InputError(f"{said.path}: {len(foreign)} answers whose question {truth.path} lacks: {first(foreign)}")
+        if not both:
+            raise InputError(f"{said.path}: holds no answer")
+        doubts = _doubts(asked, keys)
         if strict:
-            doubts.refuse(answers)
-        items = [_item(line, key, truth[key], path) for line, key in zip(said, keys, strict=True)]
+            doubts.refuse(said.path)
+        items = [_item(line, key, truth.rows[key], truth.path) for line, key in both]
         accuracy = added(item["score"] for item in items) / len(items)
         percent = 100.0 * accuracy
-        printed = [answers.stem, f"Samples: {len(items)}", f"Accuracy: {percent:.2f}%"]
+        printed = [said.path.stem, f"Samples: {len(items)}", f"Accuracy: {percent:.2f}%"]
         parts = {"accuracy": accuracy, "samples": len(items), "printed": printed, "items": items}
         return Score(percent, parts, doubts.counts())
 
@@ -86,20 +95,17 @@ def _truth(path: Path) -> dict[Key, Mapping[str, Any]]:
     return {(row["image_id"], row["question"].lower()): row for row in rows}
 
 
-def _match(questions: Path, truth: Mapping[Key, Mapping[str, Any]], path: Path) -> None:
-    lines = read_records(questions, question_id=ID, text=str)
-    names = {f"{line['question_id']} {question_of(line['text'])!r}": line for line in lines}
-    known = {name for name, line in names.items() if _key(line["question_id"], line["text"]) in truth}
-    same_questions(names, known, questions, path)
+def _match(asked: Source, truth: Source) -> None:
+    names = {f"{line['question_id']} {question_of(line['text'])!r}": line for line in asked.rows}
+    known = {name for name, line in names.items() if _key(line["question_id"], line["text"]) in truth.rows}
+    same_questions(names, known, asked, truth)
 
 
-def _doubts(questions: Path, keys: Sequence[Key]) -> Doubts:
+def _doubts(asked: Source, keys: Sequence[Key]) -> Doubts:
     doubts, said = Doubts(), Counter(keys)
-    asked = Counter(
-        _key(line["question_id"], line["text"]) for line in read_records(questions, question_id=ID, text=str)
-    )
-    doubts.add("missing", [f"{picture} {question!r}" for picture, question in (asked - said).elements()])
-    known = Counter({key: max(1, asked[key]) for key in said})
+    wanted = Counter(_key(line["question_id"], line["text"]) for line in asked.rows)
+    doubts.add("missing", [f"{picture} {question!r}" for picture, question in (wanted - said).elements()])
+    known = Counter({key: max(1, wanted[key]) for key in said})
     doubts.add("duplicate", [f"{picture} {question!r}" for picture, question in (said - known).elements()])
     return doubts
 

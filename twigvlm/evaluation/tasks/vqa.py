@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
-from .base import Question, Score, Task
-from .pairing import pair
+from .base import Question, Score, Source, Task
+from .pairing import ids_of, pair
 from .reading import ID, checked, first, read_json, read_records
 from .vqa_text import ENOUGH, evalai, soft_score
 
@@ -36,6 +36,7 @@ class VQA(Task):
     title = "Own questions"
     metric = "VQA accuracy, %"
     max_new_tokens = 1024
+    own_files = True
     published: ClassVar[Mapping[str, float]] = {}
     remedy = "repair the file"
 
@@ -48,13 +49,9 @@ class VQA(Task):
         stem = self.question_file.stem if self.question_file else ""
         return (re.sub(r"[^\w.+-]+", "-", stem) or "questions",)
 
-    @property
-    def home(self) -> Path:
-        """Where the questions lie, and by default their answers."""
-        return self.files(Path(), self.splits[0])["questions"].parent
-
-    def given(self, question_file: Path | None, image_folder: Path | None) -> VQA:
-        """This task on these files. Raises InputError where they are not there."""
+    def given(self, question_file: Path | None, image_folder: Path | None, data: Path | None = None) -> VQA:
+        if data is not None:
+            raise InputError("--data is a folder of benchmarks; --task vqa takes --question-file and --image-folder")
         if question_file is None:
             raise InputError(NO_QUESTIONS)
         if not question_file.is_file():
@@ -86,27 +83,30 @@ class VQA(Task):
         pictures = tuple(self.image_folder / name for name in names) if self.image_folder else ()
         return Question(str(line["question_id"]), line["text"], pictures, {"question_id": line["question_id"]})
 
-    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
-        asked = [str(line["question_id"]) for line in read_records(questions, question_id=ID)]
-        truth = _truth(annotations or questions)
-        texts, doubts = pair(answers, asked, strict)
-        counted = [name for name in asked if name in truth]
-        if annotations is not None and not counted:
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source | None:
+        return None if annotations is None else Source(annotations, _rows(annotations))
+
+    def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
+        ids = ids_of(asked)
+        given = _truth(truth or asked)
+        texts, doubts = pair(said, ids, strict)
+        counted = [name for name in ids if name in given]
+        if truth is not None and not counted:
             raise InputError(
-                f"{annotations}: answers none of the questions of {questions}; do the files belong together?"
+                f"{truth.path}: answers none of the questions of {asked.path}; do the files belong together?"
             )
         if not counted:
             note = "not scored: the question file gives no answers (a field answer or answers in its lines)"
-            return Score(None, {"count": len(asked), "answered": len(texts)}, doubts.counts(), note)
-        items = [_item(name, texts.get(name, ""), truth[name]) for name in counted]
+            return Score(None, {"count": len(ids), "answered": len(texts)}, doubts.counts(), note)
+        items = [_item(name, texts.get(name, ""), given[name]) for name in counted]
         parts = {
             "vqa_accuracy": _percent([item["vqa_accuracy"] for item in items]),
             "exact_match": _percent([item["exact_match"] for item in items]),
             "count": len(items),
             "items": items,
         }
-        less = len(counted) < len(asked)
-        note = f"scored on {len(counted)} of {len(asked)} questions: only these have answers" if less else ""
+        less = len(counted) < len(ids)
+        note = f"scored on {len(counted)} of {len(ids)} questions: only these have answers" if less else ""
         return Score(parts["vqa_accuracy"], parts, doubts.counts(), note)
 
 
@@ -136,10 +136,10 @@ def _item(name: str, answer: str, given: list[str]) -> dict[str, Any]:
     }
 
 
-def _truth(path: Path) -> dict[str, list[str]]:
+def _truth(source: Source) -> dict[str, list[str]]:
     """Question id → the answers given to it, for those that have any."""
-    truth, twice = {}, []
-    for line in _rows(path):
+    truth, twice, path = {}, [], source.path
+    for line in source.rows:
         given = [text for field in TRUTH for text in _texts(line.get(field), f"{path}: question {line['question_id']}")]
         name = str(line["question_id"])
         if name in truth:

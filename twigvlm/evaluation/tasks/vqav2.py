@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
-from .base import Question, Score
+from .base import Question, Score, Source
 from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, asked_part, same_questions
+from .pairing import ids_of
 from .reading import (
     ID,
     Doubts,
@@ -44,6 +45,7 @@ class VQAv2(LlavaTask):
     published: ClassVar = {"llava-1.5-7b": 78.5, "llava-1.5-13b": 80.0}
     source = LLAVA_PAPER
     folder = "vqav2"
+    in_suite, column = True, 7
     layout: ClassVar = {
         "test-dev": {
             "questions": "llava_vqav2_mscoco_test-dev2015.jsonl",
@@ -71,29 +73,47 @@ class VQAv2(LlavaTask):
             for line in _questions(files["questions"], question=str, image_id=int)
         ]
 
-    def question_lines(self, questions: Path) -> list[dict[str, Any]]:
-        return _questions(questions)
+    def read_questions(self, path: Path) -> Source:
+        return Source(path, _questions(path))
 
-    def score(self, questions: Path, annotations: Path | None, answers: Path, strict: bool = False) -> Score:
-        doubts = Doubts()
-        rows, kind = _submission(questions, answers, doubts)
-        if strict:
-            doubts.refuse(answers)
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source | None:
         if annotations is None:
-            return Score(None, {}, doubts.counts(), NOT_SCORED)
+            return None
         path = locate(annotations, "v2_mscoco_val2014_annotations.json", "annotations.json")
-        truth = _truth(path)
-        asked = {str(line["question_id"]) for line in _questions(questions)}
-        said = {str(row["question_id"]): row["answer"] for row in rows}
-        names, note = asked_part(truth, asked, said, path)
-        same_questions(sorted(asked), truth, questions, path)
-        _refuse_difference(names, said, answers)
-        parts = _parts({name: truth[name] for name in names}, said)
+        return Source(path, _truth(path))
+
+    def read_answers(self, path: Path) -> Source:
+        """LLaVA's answers, or the rows of the server's file."""
+        records = read_records(path, question_id=ID)
+        if not records or not _is_submission(records[0]):
+            return super().read_answers(path)
+        return Source(path, read_records(path, question_id=ID, answer=str))
+
+    def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
+        doubts = Doubts()
+        rows, kind = _submission(asked, said, doubts)
+        if strict:
+            doubts.refuse(said.path)
+        if truth is None:
+            return Score(None, {}, doubts.counts(), NOT_SCORED)
+        ids = set(ids_of(asked))
+        answers = {str(row["question_id"]): row["answer"] for row in rows}
+        names, note = asked_part(truth.rows, ids, answers, truth)
+        same_questions(sorted(ids), truth.rows, asked, truth)
+        _refuse_difference(names, answers, said.path)
+        parts = _parts({name: truth.rows[name] for name in names}, answers)
         return Score(parts["overall"], {**parts, kind: parts}, doubts.counts(), note)
 
-    def upload(self, questions: Path, annotations: Path | None, answers: Path, out: Path) -> Path | None:
+    def upload_questions(self, asked: Source) -> Source:
+        place = asked.path.resolve().parts[-2:]
+        for files in self.layout.values():
+            if "upload" in files and place == (self.folder, files["questions"]):
+                return self.read_questions(asked.path.with_name(files["upload"]))
+        return asked
+
+    def upload(self, asked: Source, truth: Source | None, said: Source, out: Path) -> Path:
         """The server's file: a row for every question of the question file."""
-        rows, _ = _submission(questions, answers, Doubts())
+        rows, _ = _submission(asked, said, Doubts())
         write_whole(out, json.dumps(rows))
         return out
 
@@ -107,26 +127,26 @@ def _questions(path: Path, **fields: Any) -> list[dict[str, Any]]:
     return [checked(row, f"{path}: question {n}", question_id=ID, **fields) for n, row in enumerate(rows, 1)]
 
 
-def _submission(questions: Path, answers: Path, doubts: Doubts) -> tuple[list[dict[str, Any]], str]:
+def _is_submission(row: Mapping[str, Any]) -> bool:
+    return "answer" in row and "text" not in row
+
+
+def _submission(asked: Source, said: Source, doubts: Doubts) -> tuple[list[dict[str, Any]], str]:
     """Rows {question_id, answer} and the name of their kind, under which the parts stand a second time.
 
-    A file of such rows is taken as it is; LLaVA's answers become one row a question, "" where there is none.
+    Such rows are taken as they are; LLaVA's answers become one row a question, "" where there is none.
     """
-    records = read_records(answers, question_id=ID)
-    if records and "answer" in records[0] and "text" not in records[0]:
-        rows = read_records(answers, question_id=ID, answer=str)
-        last = last_by_id(rows, doubts)
-        return [
-            {"question_id": row["question_id"], "answer": row["answer"]} for row in last.values()
-        ], "raw_predictions"
-    said = last_by_id(read_records(answers, question_id=ID, text=str), doubts)
-    asked = [line["question_id"] for line in _questions(questions)]
-    doubts.add("missing", [name for name in asked if str(name) not in said])
-    doubts.add("foreign", sorted(set(said) - set(map(str, asked))))
-    rows = [
-        {"question_id": name, "answer": evalai(said[str(name)]["text"]) if str(name) in said else ""} for name in asked
-    ]
-    return rows, "converted_submission_with_missing"
+    last = last_by_id(said.rows, doubts)
+    if said.rows and _is_submission(said.rows[0]):
+        rows = [{"question_id": row["question_id"], "answer": row["answer"]} for row in last.values()]
+        return rows, "raw_predictions"
+    ids = [line["question_id"] for line in asked.rows]
+    doubts.add("missing", [name for name in ids if str(name) not in last])
+    doubts.add("foreign", sorted(set(last) - set(map(str, ids))))
+    texts = {name: evalai(row["text"]) for name, row in last.items()}
+    return [
+        {"question_id": name, "answer": texts.get(str(name), "")} for name in ids
+    ], "converted_submission_with_missing"
 
 
 def _truth(path: Path) -> dict[str, dict[str, Any]]:
