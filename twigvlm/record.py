@@ -5,10 +5,14 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+from .errors import InputError
+
+MARKDOWN = "github"  # as tabulate calls it
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -29,16 +33,25 @@ def provenance() -> dict:
     }
 
 
-def table(rows: list[dict], digits: int = 1) -> str:
-    """Markdown with the keys of the first row as its head."""
+def table(rows: Sequence[Mapping], digits: int = 1, form: str = MARKDOWN, words: Sequence[str] | None = None) -> str:
+    """Rows below the keys of the first one, in a `form` of tabulate's.
+
+    Columns are on the left, or, if `words` names those, all others on the right. Raises InputError where tabulate is
+    not installed.
+    """
+    try:
+        from tabulate import tabulate
+    except ImportError:
+        raise InputError('a table needs tabulate, which is not installed: pip install -e ".[eval]"') from None
 
     def cell(value) -> str:
-        return "" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        text = "" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+        return text.replace("|", "\\|") if form == MARKDOWN else text
 
     head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---" for _ in head) + "|"]
-    lines += ["| " + " | ".join(cell(row.get(key)) for key in head) + " |" for row in rows]
-    return "\n".join(lines)
+    cells = [[cell(row.get(key)) for key in head] for row in rows]
+    sides = ["left" if words is None or key in words else "right" for key in head]
+    return tabulate(cells, head, form, disable_numparse=True, colalign=sides)
 
 
 def _argv() -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 
 import pytest
 import torch
@@ -36,7 +38,20 @@ def test_random_model_is_measured_and_simulation_is_labelled(capsys, tmp_path):
     assert band["limit_tokens_per_s"] == pytest.approx(band["measured_GB_per_s"] / band["weights_GB"])
     assert {"draft 1 token", "verify 1 token", "verify 8 tokens"} <= facts["step_ms"].keys()
     assert {"model", "R", "threads", "torch", "transformers", "device", "commit"} <= facts.keys()
-    assert "| method |" in text
+    assert re.search(r"^\| method +\| ", text, re.M)
+
+
+def test_figures_outlive_a_table_that_cannot_be_made(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    facts = {"rows": [{"method": "plain"}], "letters": {}, "cores_taken_by_others": None, "bandwidth": {}}
+    facts |= dict.fromkeys(("model", "dtype", "attention", "device", "threads", "torch", "transformers"), "x") | {
+        "R": 1
+    }
+    monkeypatch.setattr(speed, "measure", lambda args: facts)
+    assert speed.main(["--out", str(tmp_path / "speed.json")]) == 2
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1]) == json.loads((tmp_path / "speed.json").read_text()) == facts
+    assert 'pip install -e ".[eval]"' in err
 
 
 def test_drafts_as_long_as_they_pay(capsys):

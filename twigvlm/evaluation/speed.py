@@ -335,11 +335,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _print_speed(args: argparse.Namespace) -> None:
     facts = measure(args)
-    show(facts)
     if args.out:
         write_json(facts, args.out)
-        print(f"result: {args.out}")
-    print_json(facts, args.json)
+    try:
+        show(facts)
+        if args.out:
+            print(f"result: {args.out}")
+    finally:  # the figures are worth having without their table
+        print_json(facts, args.json)
     if warning := loaded(facts):
         print(warning, file=sys.stderr, flush=True)
 

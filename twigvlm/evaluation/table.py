@@ -3,7 +3,7 @@
 RUNS are folders that hold result.json files, at any depth, or such files. One row per method and R.
 RelAcc is the mean over benchmarks of score / baseline score; RelSpd is tokens per second, prefill
 included, against the baseline's: on MM-Vet, as the paper has it, or averaged over benchmarks where
-MM-Vet was not run. Standard library only, but for the plots.
+MM-Vet was not run.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 from .. import flags
 from ..errors import InputError
 from ..program import run_program
+from ..record import table
 from .asking.answers import RESULT
 from .tasks import OWN, TASKS
 from .tasks.published import MODEL, ROWS, SOURCE
@@ -231,7 +232,7 @@ class Table:
         if form == "csv":
             return _csv(records)
         shown = [_shown(record, self._whole()) for record in records]
-        text = _latex(shown) if form == "latex" else _markdown(shown)
+        text = table(shown, form="latex_booktabs", words=("model", "method")) if form == "latex" else table(shown)
         return "\n".join([text, *(f"{'% ' if form == 'latex' else ''}{note}" for note in self._legend())])
 
     def _whole(self) -> set[str]:
@@ -270,26 +271,6 @@ def _shown(record: Mapping[str, Any], whole: set[str]) -> dict[str, str]:
     return out
 
 
-def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join("---" for _ in head) + "|"]
-    lines += ["| " + " | ".join(row[name].replace("|", "\\|") for name in head) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _latex(rows: Sequence[Mapping[str, str]]) -> str:
-    head = list(rows[0])
-    words = sum(name in ("model", "method") for name in head)
-    lines = [f"\\begin{{tabular}}{{{'l' * words}{'r' * (len(head) - words)}}}", "\\toprule"]
-    lines += [" & ".join(map(_escaped, head)) + r" \\", "\\midrule"]
-    lines += [" & ".join(_escaped(row[name]) for name in head) + r" \\" for row in rows]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"])
-
-
-def _escaped(text: str) -> str:
-    return "".join("\\" + sign if sign in "#$%&_{}" else sign for sign in text.replace("\\", "/"))
-
-
 def _csv(records: Sequence[Mapping[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
@@ -301,7 +282,7 @@ def _csv(records: Sequence[Mapping[str, Any]]) -> str:
 # ---------------------------------------------------------------------- plots
 
 
-def plot(table: Table, folder: Path) -> list[Path]:
+def plot(results: Table, folder: Path) -> list[Path]:
     """accuracy_<benchmark>.png against R, and relacc_speed.png; the files written."""
     import matplotlib
 
@@ -312,9 +293,9 @@ def plot(table: Table, folder: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise InputError(f"{folder}: plots cannot be written here ({fault.strerror})") from fault
-    records, files = table.records(), []
-    for column in table.columns:
-        title = table.title(column)
+    records, files = results.records(), []
+    for column in results.columns:
+        title = results.title(column)
         figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
         for i, ((name, marked), points) in enumerate(_curves(records, title).items()):
             style = {"color": f"C{i % 10}", "label": name} | ({"alpha": 0.6} if marked else {})
@@ -384,11 +365,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _print_table(args: argparse.Namespace) -> None:
     baseline = collect(find_results([args.baseline])) if args.baseline else None
-    table = Table(collect(find_results(args.runs)), baseline, args.published)
-    text = table.render(args.format)
-    for file in plot(table, args.plots) if args.plots else ():
+    found = Table(collect(find_results(args.runs)), baseline, args.published)
+    for file in plot(found, args.plots) if args.plots else ():
         print(f"plot: {file}", file=sys.stderr)
-    print(text)
+    print(found.render(args.format))
 
 
 if __name__ == "__main__":
