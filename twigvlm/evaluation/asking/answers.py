@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import shortuuid
 
 from ...errors import InputError, RunError
-from ...files import hold, whole, write_json
+from ...files import alone, flush, hold, whole, write_bytes, write_json
 from ..tasks.base import Question
 from .setting import LATE
 
@@ -95,7 +95,7 @@ class Appender:
             os.lseek(self._fd, keep, os.SEEK_SET)
             os.fsync(self._fd)
             if new:
-                _sync_folder(file.parent)
+                flush(file.parent)
         except OSError as fault:
             raise InputError(f"{file}: cannot be written ({fault.strerror}); choose another --out") from fault
 
@@ -160,15 +160,9 @@ class Folder:
 
     def record(self, identity: Mapping[str, Any]) -> None:
         """Note how the answers are made, or check that it was so noted."""
-        part = self.path / f".{SETTINGS}-{os.getpid()}"
-        write_json(dict(identity), part)
-        try:
-            os.link(part, self.path / SETTINGS)  # whole or not at all, and never over another's
-            part.unlink()
-        except FileExistsError:
-            part.unlink()
-        except OSError:  # a file system without links
-            os.replace(part, self.path / SETTINGS)
+        with alone(self.path / f".{SETTINGS}.lock"):  # never over another's
+            if not (self.path / SETTINGS).exists():
+                write_json(dict(identity), self.path / SETTINGS)
         self.compare(identity)
 
     def compare(self, identity: Mapping[str, Any]) -> None:
@@ -235,15 +229,10 @@ class Folder:
         missing = [q.id for q in questions if q.id not in found and q.id not in skipped]
         _refuse(self.path, missing, "has no answer", "run again without --num-shards/--shard, and it is asked")
         lines = [found[q.id] if q.id in found else skipped[q.id] for q in questions]
-        merged, part = self.path / MERGED, self.path / f"{MERGED}.part"
         try:
-            with open(part, "wb") as file:
-                file.writelines(map(encode, lines))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, merged)
+            write_bytes(b"".join(map(encode, lines)), self.path / MERGED)
         except OSError as fault:
-            raise RunError(f"{merged}: cannot be written ({fault.strerror})") from fault
+            raise RunError(f"{self.path / MERGED}: cannot be written ({fault.strerror})") from fault
         return lines
 
 
@@ -264,13 +253,6 @@ def _whole_rows(file: Path) -> list[bytes]:
     """The rows that `read_lines` reads: a last one that was cut short is left out."""
     rows = file.read_bytes().split(b"\n")[:-1]
     return rows[: len(read_lines(file))]
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can
-        fd = os.open(folder, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
 
 
 def _refuse(folder: Path, names: Sequence[str], what: str, remedy: str) -> None:

@@ -19,17 +19,19 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import io
+import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import ClassVar
 
 from ...errors import InputError
 from .base import Question, Score, Source, Task
 from .pairing import pair, upload_path
-from .reading import locate
-from .xlsx import write_xlsx
+from .reading import locate, write_whole
 
 LETTERS = "ABCD"
 ROTATION = 1_000_000  # added to a question's index by each rotation
@@ -46,6 +48,9 @@ EMPTY = {
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null",
 }  # fmt: skip
+CELL_LIMIT = 32_767  # characters; Excel refuses a file with more
+MADE = datetime(1980, 1, 1)  # of every spreadsheet: the same answers give the same bytes
+_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")  # by XML
 UPLOADED = ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
 
 
@@ -134,7 +139,7 @@ class MMBench(Task):
                 yield int(value) if name == "index" else None if value is None or empty(value) else value
 
         target = upload_path(out, said, ".xlsx")
-        write_xlsx(target, [columns, *(list(cells(row)) for row in rows)])
+        write_spreadsheet(target, [columns, *(list(cells(row)) for row in rows)])
         return target
 
 
@@ -148,6 +153,33 @@ class MMBenchCN(MMBench):
     suffix = "\n请直接回答选项字母。"
     published: ClassVar[Mapping[str, float]] = {"llava-1.5-7b": 58.3, "llava-1.5-13b": 63.6}
     source = "LLaVA-1.5 (arXiv 2310.03744), table 4"
+
+
+def write_spreadsheet(path: Path, rows: Sequence[Sequence[str | int | None]]) -> None:
+    """Write one sheet, whole or not at all; the same rows give the same bytes. Characters that XML cannot hold are left out.
+
+    Raises InputError for a text that is too long for a cell, and where XlsxWriter is not installed.
+    """
+    try:
+        import xlsxwriter
+    except ImportError:
+        raise InputError(f'{path.name} needs XlsxWriter, which is not installed: pip install -e ".[eval]"') from None
+    for number, row in enumerate(rows, 1):
+        if long := [len(value) for value in row if isinstance(value, str) and len(value) > CELL_LIMIT]:
+            raise InputError(
+                f"a cell of row {number} would hold {long[0]} characters; {CELL_LIMIT} is the limit of .xlsx"
+            )
+    data = io.BytesIO()
+    with xlsxwriter.Workbook(data, {"in_memory": True}) as book:
+        book.set_properties({"created": MADE})
+        sheet = book.add_worksheet()
+        for at, row in enumerate(rows):
+            for column, value in enumerate(row):
+                if isinstance(value, int):
+                    sheet.write_number(at, column, value)
+                elif value is not None:
+                    sheet.write_string(at, column, _FORBIDDEN.sub("", value))
+    write_whole(path, data.getvalue())
 
 
 def _with_answers(asked: Source, truth: Source | None) -> tuple[Path, list[dict[str, str]]]:

@@ -7,13 +7,12 @@ separator inside a JSON string (U+2028, U+0085) is part of the string.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...errors import InputError
-from ...files import whole
+from ...files import write_bytes, write_text
 
 ID = (str, int)  # ids are numbers in some benchmarks' files and text in others
 SHOWN = 5  # offenders that a message names
@@ -72,13 +71,10 @@ def locate(path: Path, *names: str) -> Path:
     return found[0]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees half of it; half a character in an answer is written as U+FFFD."""
-    part = path.with_name(path.name + ".part")
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file for other tools, whole or not at all. Raises InputError, with the place, where that cannot be."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(whole(text), encoding="utf-8", newline="")
-        os.replace(part, path)
+        write_text(content, path) if isinstance(content, str) else write_bytes(content, path)
     except OSError as fault:
         raise InputError(f"{path}: cannot be written ({fault.strerror}); name a place that can") from None
 
