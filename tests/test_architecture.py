@@ -137,7 +137,7 @@ def names_of_tasks() -> set[str]:
         for node in ast.walk(tree) if name.startswith(f"{TASKS}.") else ():
             if isinstance(node, ast.ClassDef):
                 for line in node.body:
-                    if isinstance(line, ast.Assign) and line.targets[0].id in ("name", "aliases"):
+                    if isinstance(line, ast.Assign) and ast.unparse(line.targets[0]) in ("name", "aliases"):
                         value = ast.literal_eval(line.value)
                         found |= {value} if isinstance(value, str) else set(value)
     return found
