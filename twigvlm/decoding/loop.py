@@ -22,7 +22,7 @@ from ..pruning.plan import Plan
 from .choose import NO_TOKEN, Chooser, Voice
 from .draft import DraftTree, chain, walk
 from .finite import NotFinite
-from .pace import Pace
+from .pace import PATIENCE, Pace
 from .prefill import Prompts, State, read
 
 SEED_SPACE = 2**63
@@ -102,6 +102,7 @@ class Decoder:
         wanted = settings.draft_length if pace is None else plan.needs_twig or pace.length()
         self.speculative = twig is not None and bool(wanted)
         self.twig = twig if self.speculative or plan.needs_twig else None
+        self.waits = pace is not None and not plan.needs_twig  # the twig's reading must pay as well
         self.grow = grow or Decoder.draft_chain
         self.state: State | None = None
         self.rows: list[Row] = []
@@ -110,7 +111,7 @@ class Decoder:
     def steps(self, prompts: Prompts) -> Iterator[list[tuple[int, Step]]]:
         """Write until every row is done; each round yields (row, step) of the rows that took part."""
         self.rows = self._rows(prompts)
-        self.state = state = read(self.trunk, self.twig, self.plan, prompts)
+        self.state = state = read(self.trunk, self.twig, self.plan, prompts, self.waits)
         if not self.speculative:
             state.above = state.hint = None  # it has pruned, and is not needed again
         self.place = state.length - 1  # B, of the newest token
@@ -147,7 +148,8 @@ class Decoder:
 
     def rooms(self) -> list[int]:
         """Tokens that may be drafted in each row: a draft that could not be used is none."""
-        if not self.speculative:
+        short = self.waits and max(len(r.tokens) for r in self.rows) < PATIENCE
+        if not self.speculative or short:
             return [0] * len(self.rows)
         longest = self.settings.draft_length if self.pace is None else self.pace.length()
         return [min(longest, r.limit - len(r.tokens) - 1) for r in self.rows]

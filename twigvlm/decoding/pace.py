@@ -23,8 +23,9 @@ from ..model.twig import Twig
 LONGEST = 8  # tokens of a draft
 MEASURED = (1, 2, 4, 6, LONGEST + 1)  # tokens of a verification; those between are interpolated
 CONTEXT = 64  # tokens in the caches meanwhile: what is measured are the weights
-PRIOR, WEIGHT = 0.8, 10.0  # acceptance before anything was drafted, and how many drafted tokens that counts
+PRIOR, WEIGHT = 0.8, 4.0  # acceptance before anything was drafted, and how many drafted tokens that counts
 MEMORY = 200.0  # drafted tokens that are remembered
+PATIENCE = 3  # tokens of an answer before a twig that nothing else needs reads the prompt: most answers are shorter
 RETRY = 64  # rounds without drafts before one is tried again
 LEAST_GAIN = 1.02  # a draft must promise as much: the costs are not known better
 

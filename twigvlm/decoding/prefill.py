@@ -321,13 +321,19 @@ class State:
         return CacheGroup(slots, self.prompt.rows, self.prompt.place.device)
 
 
-def read(trunk: Trunk, twig: Twig | None, plan: Plan, prompts: Prompts) -> State:
-    """Prompts through the layers below the twig and through the twig; what awaits the base's other layers is cut."""
+def read(trunk: Trunk, twig: Twig | None, plan: Plan, prompts: Prompts, later: bool = False) -> State:
+    """Prompts through the layers below the twig and through the twig; what awaits the base's other layers is cut.
+
+    `later`: the twig reads the prompt when its first draft is wanted (for a plan that does not ask it).
+    """
     state = State(trunk, twig, plan, prompts)
     stream = state.climb(state.awaiting, state.low)
     for segment in state.low:
         segment.cache.commit(segment.prompt, None if plan else state.lengths)
-    if twig is not None:
+    if twig is not None and later:
+        state.missed.append(stream)
+        state.heard_prompt = torch.zeros_like(state.length)
+    elif twig is not None:
         out = state.run_twig(stream)
         state.heard_prompt = out.count()
         state.above.commit(state.heard_prompt, None if plan else state.lengths)

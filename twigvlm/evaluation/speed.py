@@ -109,7 +109,8 @@ class Bench:
         out = model.generate(**inputs, max_new_tokens=self.tokens, streamer=clock, **settings)
         total = vlm._now() - start
         tokens = out.shape[1] - inputs["input_ids"].shape[1]
-        if not self.endless and int(out[0, -1]) == model.generation_config.eos_token_id:
+        ends = model.generation_config.eos_token_id  # a number or a list
+        if not self.endless and int(out[0, -1]) in (ends if isinstance(ends, list) else [ends]):
             tokens -= 1
         return Timing(clock.first - start, total, tokens, tokens - 1)
 
