@@ -23,6 +23,7 @@ from twigvlm.sprout import ablate, publish, report
 from twigvlm.sprout.recipe import looking, packing
 from twigvlm.sprout.recipe.base import CORE_PLACES, base_config, build, deepen, shorten
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
+from twigvlm.training.run import checkpoints
 from twigvlm.world.draw import IMAGE_SIZE, centre_patches, draw, patch_labels
 from twigvlm.world.questions import KINDS, ask, describe
 from twigvlm.world.scenes import COLOURS, PLACES, SHAPES, SPLITS, WORDS, allowed_pairs, sample_scene
@@ -322,7 +323,7 @@ def test_a_killed_recipe_ends_with_the_same_weights(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run([*command, "--out", whole], cwd=ROOT, check=True, capture_output=True)
     process = subprocess.Popen([*command, "--out", broken, "--save-seconds", "0"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not (broken / "cells.pt").exists():
+    while not checkpoints.checkpoints(broken / "cells-saved"):
         assert process.poll() is None
     process.kill()
     process.wait()
@@ -339,7 +340,7 @@ def test_ctrl_c_ends_the_recipe_without_a_traceback(tmp_path):
     command = [sys.executable, "-m", "twigvlm.sprout.train", "--hidden", "32", "--stages", "cells", "--no-compile"]
     command += ["--device", "cpu", "--save-seconds", "0.1", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (tmp_path / "run" / "cells.pt").exists():
+    while not checkpoints.checkpoints(tmp_path / "run/cells-saved"):
         assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the processes that draw as well

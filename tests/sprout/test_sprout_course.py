@@ -20,11 +20,12 @@ from twigvlm.sprout.course import STAGES, Course, config
 from twigvlm.sprout.measure import Asked
 from twigvlm.sprout.recipe.language import LOOKING, Talk, double, start
 from twigvlm.sprout.recipe.lessons import Lesson, lesson_batch, patches
+from twigvlm.sprout.recipe.stage import StageConfig
 from twigvlm.sprout.recipe.talk import collate, converse, single
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
 from twigvlm.sprout.recipe.tower import SIDE, pixels
 from twigvlm.training.muon import Muon, for_decoder, orthogonal
-from twigvlm.training.run.loop import LoopConfig
+from twigvlm.training.run import checkpoints
 from twigvlm.world.draw import draw
 from twigvlm.world.phrasing import DESCRIPTIONS, rephrase
 from twigvlm.world.questions import DESCRIBE, KINDS, ask
@@ -78,7 +79,7 @@ def test_muon_goes_on_from_its_state_to_the_same_bits():
 
 def test_only_the_decoders_matrices_are_made_orthogonal(tokenizer):
     model = tiny(tokenizer)
-    optimizer = for_decoder(model, LoopConfig("x", 1, 0.01))
+    optimizer = for_decoder(model, StageConfig("x", 1, 0.01))
     hidden, others = ({id(p) for p in group["params"]} for group in optimizer.param_groups)
     decoder = model.model.language_model
     assert {id(p) for layer in decoder.layers for p in layer.parameters() if p.ndim == 2} == hidden
@@ -305,7 +306,7 @@ def test_a_killed_course_ends_with_the_same_weights(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run([*command, "--out", whole], cwd=ROOT, check=True, capture_output=True)
     process = subprocess.Popen([*command, "--out", broken, "--save-seconds", "0"], cwd=ROOT, stderr=subprocess.DEVNULL)
-    while not (broken / "words-4.pt").exists():
+    while not checkpoints.checkpoints(broken / "words-4-saved"):
         assert process.poll() is None
     process.kill()
     process.wait()

@@ -321,7 +321,7 @@ def test_bf16_with_fp32_states(flags, world, tmp_path):  # noqa: F811
         told = report.history(tmp_path / name)
         assert told[-1]["loss"] < told[0]["loss"]
         assert twigvlm.load(world / "base", tmp_path / name, device="cpu").config.K == 2
-    state = torch.load(next((tmp_path / "zero").glob("checkpoint-*/global_step*/*optim_states.pt")), weights_only=False)
+    state = torch.load(next((tmp_path / "zero").glob("checkpoint-*/*/*optim_states.pt")), weights_only=False)
     flat = state["optimizer_state_dict"]["single_partition_of_fp32_groups"]
     assert all(t.dtype == torch.float32 for t in flat)
 
@@ -403,14 +403,14 @@ def test_a_loss_that_is_no_number_stops_all(flags, tmp_path, zero):
     script = tmp_path / "spoilt.py"
     script.write_text(
         "import os, sys, torch\n"
-        "from twigvlm.training import model, train\n"
-        "real, count = model.TwigForTraining.forward, [0]\n"
-        "def forward(self, *args, **kwargs):\n"
-        "    out = real(self, *args, **kwargs)\n"
+        "from twigvlm.training import train, twig\n"
+        "real, count = twig.TwigLesson.__call__, [0]\n"
+        "def lesson(self, batch):\n"
+        "    loss, figures = real(self, batch)\n"
         "    count[0] += 1\n"
         "    bad = count[0] == 8 and os.environ['RANK'] == '1'\n"
-        "    return {**out, 'loss': out['loss'] * float('nan')} if bad else out\n"
-        "model.TwigForTraining.forward = forward\n"
+        "    return (loss * float('nan') if bad else loss), figures\n"
+        "twig.TwigLesson.__call__ = lesson\n"
         "sys.exit(train.main())\n"
     )
     command = python("torch.distributed.run", "--nproc-per-node", "2", "--master-port", port(), str(script))

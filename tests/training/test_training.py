@@ -30,9 +30,11 @@ from twigvlm.loading.base import load_base
 from twigvlm.training import agreement, train, zero
 from twigvlm.training import cost as plan
 from twigvlm.training.data.examples import IGNORE, Collator, Example, Records, Skipped, TwigDataset, encode
-from twigvlm.training.run import checkpoints, ranks, report, trainer
+from twigvlm.training.data.loading import TrainingFeed, read_data
+from twigvlm.training.objectives import Ntp, answers
+from twigvlm.training.run import checkpoints, loop, ranks, report
 from twigvlm.training.settings import EMBEDDED_PRESET, Settings, split_batch
-from twigvlm.training.twig import Seed, TwigForTraining, checkpoint_gradients, layers_needed, plant, trim_tower
+from twigvlm.training.twig import Start, TwigLesson, checkpoint_gradients, layers_needed, prepare_twig, trim_tower
 
 pytest.importorskip("accelerate")
 
@@ -129,13 +131,13 @@ def golden_batch(golden: Path, facts: dict, arrays, trunk) -> dict:
 def test_loss_gradients_and_steps_are_the_authors(golden, K, T, attention):
     facts = json.loads((golden / f"training/loss_A_K{K}T{T}.json").read_text())
     arrays = np.load(golden / f"training/loss_A_K{K}T{T}.npz")
-    planted = plant(golden / "A" / "base", Seed(K, T), CPU, FP32, attention)
-    model = TwigForTraining(planted.trunk, planted.twig)
-    batch = golden_batch(golden, facts, arrays, planted.trunk)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0)
-    named = dict(planted.twig.named_parameters())
+    prepared = prepare_twig(golden / "A" / "base", Start(K, T), CPU, FP32, attention)
+    model = TwigLesson(prepared.base, prepared.twig, Ntp())
+    batch = golden_batch(golden, facts, arrays, prepared.base)
+    optimizer = torch.optim.AdamW(prepared.twig.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0)
+    named = dict(prepared.twig.named_parameters())
     for step, expected in enumerate(facts["losses"]):
-        loss = model(**batch)["loss"]
+        loss = model(batch)[0]
         assert abs(loss.item() - expected) < 1e-4
         if step == len(facts["losses"]) - 1:
             break
@@ -174,6 +176,9 @@ class GoldenOrder:
     def set_epoch(self, epoch):
         pass
 
+    def set_start(self, batch):
+        pass
+
 
 class GoldenSet(TwigDataset):
     """As the authors' code: what cannot be aligned is in its batch and teaches nothing."""
@@ -186,56 +191,44 @@ class GoldenSet(TwigDataset):
 
 @slow
 def test_a_whole_run_is_the_authors(golden, tmp_path):
-    """Through Hugging Face's Trainer as it trains: losses, learning rates and final weights."""
+    """Through the loop as it trains: losses, learning rates and final weights."""
     facts = json.loads((golden / "training/e2e.json").read_text())
     rows, accumulation = facts["per_device_train_batch_size"], facts["gradient_accumulation_steps"]
+    steps = facts["global_step_done"]
     settings = Settings(
         base=str(golden / "A/base"), data=str(golden / "training/e2e_conversations.json"), images=str(golden / "images"),
-        lr=facts["learning_rate"], betas=(0.9, 0.999), batch_size=rows * accumulation, per_device_batch=rows, workers=0,
-        device="cpu", precision="fp32", attention="eager", tensorboard=False, max_steps=facts["global_step_done"],
-        save_seconds=0, out=str(tmp_path),
+        lr=facts["learning_rate"], betas=(0.9, 0.999), attention="eager",
     )  # fmt: skip
-    one = train.Run(settings, ranks.Ranks(), CPU, "fp32", None, tmp_path)
-    planted = train._plant(one)
-    material = train.gather(settings, planted.loaded, progress=False)
-    source = material.dataset
-    material.dataset = GoldenSet(
-        source.records, source.folder, _tokenizer(golden), source.image_processor, 2048, planted.trunk.V
+    prepared = prepare_twig(settings.base, Start(2, 3), CPU, FP32, "eager")
+    data = read_data(settings, prepared.loaded, progress=False)
+    source = data.dataset
+    data.dataset = GoldenSet(
+        source.records, source.folder, _tokenizer(golden), source.image_processor, 2048, prepared.base.V
     )
-    split = train.Split(
-        rows, accumulation, 1, facts["global_step_done"], len(facts["sample_order"]) // rows // accumulation
-    )
+    feed = TrainingFeed(data, GoldenOrder(facts["sample_order"], rows), accumulation, 0, False)
 
-    class Replay(trainer.TwigTrainer):
-        losses, rates = [], []
+    class Heard(loop.Watch):
+        losses, used = [], []
 
-        def compute_loss(self, *args, **kwargs):
-            loss = super().compute_loss(*args, **kwargs)
-            self.losses.append(loss.item())
-            return loss
+        def step(self, running, told):
+            self.losses += [loss.item() for loss in told.losses]
+            self.used.append(told.rate)
 
-        def create_scheduler(self, num_training_steps, optimizer=None):
-            return super().create_scheduler(facts["max_steps_planned"], optimizer)
-
-        def _get_learning_rate(self):
-            self.rates.append(super()._get_learning_rate())
-            return self.rates[-1]
-
-    job = trainer.Job(settings, tmp_path, ranks.Ranks(), CPU, material, {}, {})
-    model = TwigForTraining(planted.trunk, planted.twig)
-    arguments = train._arguments(one, split, planted.trunk.model.config.text_config.hidden_size)
-    arguments.warmup_steps, arguments.save_strategy = 1, "no"
-    order = GoldenOrder(facts["sample_order"], rows)
-    replay = Replay(job, model, arguments, order, trainer.Signals())
-    replay.train()
+    plan = loop.Plan(steps, loop.rates("cosine", settings.lr, facts["max_steps_planned"], 1))
+    lesson = TwigLesson(prepared.base, prepared.twig, Ntp())
+    running = loop.Loop(
+        plan, prepared.twig, lesson, lambda module: loop.adamw(module, settings.lr, settings.betas, 0.0), feed,
+        tmp_path, lambda folder, weights: None, CPU, watch=Heard(),
+    )  # fmt: skip
+    assert running.run()
     expected = [cell["loss"] for cell in facts["micro_batches"]]
-    assert len(replay.losses) == len(expected)
-    for found, wanted in zip(replay.losses, expected, strict=True):
+    assert len(Heard.losses) == len(expected)
+    for found, wanted in zip(Heard.losses, expected, strict=True):
         assert wanted is None or abs(found - wanted) < 1e-5
         assert wanted is not None or found == 0.0  # where theirs is NaN
-    assert replay.rates[: len(facts["lr_used_per_step"])] == pytest.approx(facts["lr_used_per_step"], abs=1e-12)
+    assert Heard.used[: len(facts["lr_used_per_step"])] == pytest.approx(facts["lr_used_per_step"], abs=1e-12)
     final = np.load(golden / "training/e2e_final.npz")
-    named = dict(planted.twig.named_parameters())
+    named = dict(prepared.twig.named_parameters())
     assert final.files
     for key in final.files:
         torch.testing.assert_close(
@@ -281,10 +274,10 @@ def layers_read(keys: list[str]) -> set[int]:
      (0, 2, "last", {0, 4, 5})],
 )  # fmt: skip
 def test_only_the_layers_that_are_needed_are_read(world, read_keys, K, T, init, expected):
-    planted = plant(world / "base", Seed(K, T, init=init), CPU, FP32)
+    prepared = prepare_twig(world / "base", Start(K, T, init=init), CPU, FP32)
     assert layers_read(read_keys) == expected
-    assert len(planted.trunk.layers) == K and len(planted.twig.layers) == T
-    assert planted.twig.config.L == 6
+    assert len(prepared.base.layers) == K and len(prepared.twig.layers) == T
+    assert prepared.twig.config.L == 6
 
 
 def test_layers_above_need_not_even_be_there(world, tmp_path, golden):
@@ -294,7 +287,7 @@ def test_layers_above_need_not_even_be_there(world, tmp_path, golden):
     kept = {k: v for k, v in state.items() if not any(f"layers.{i}." in k and "vision" not in k for i in (4, 5))}
     assert len(kept) < len(state)
     save_file(kept, tmp_path / "cut/model.safetensors")
-    whole, cut = (plant(f, Seed(2, 2), CPU, FP32) for f in (world / "base", tmp_path / "cut"))
+    whole, cut = (prepare_twig(f, Start(2, 2), CPU, FP32) for f in (world / "base", tmp_path / "cut"))
     assert equal(whole.twig.state_dict(), cut.twig.state_dict())
     shutil.copytree(golden / "A/base", tmp_path / "original/base")
     shutil.copytree(golden / "A/vision", tmp_path / "original/vision")
@@ -307,9 +300,9 @@ def test_layers_above_need_not_even_be_there(world, tmp_path, golden):
     save_file({k: v for k, v in state.items() if k not in upper}, folder / "lower.safetensors")
     places = {k: "upper.safetensors" if k in upper else "lower.safetensors" for k in state}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
-    assert len(plant(folder, Seed(2, 3), CPU, FP32).twig.layers) == 3
+    assert len(prepare_twig(folder, Start(2, 3), CPU, FP32).twig.layers) == 3
     with pytest.raises(InputError, match="upper"):
-        plant(folder, Seed(2, 4), CPU, FP32)
+        prepare_twig(folder, Start(2, 4), CPU, FP32)
 
 
 def test_where_a_twig_starts(world):
@@ -320,14 +313,16 @@ def test_where_a_twig_starts(world):
             equal(layer.state_dict(), base.layers[first + i].state_dict()) for i, layer in enumerate(twig.layers)
         )
 
-    start = {init: plant(world / "base", Seed(2, 2, init=init), CPU, FP32).twig for init in ("base", "last")}
+    start = {init: prepare_twig(world / "base", Start(2, 2, init=init), CPU, FP32).twig for init in ("base", "last")}
     assert same(start["base"], 2) and same(start["last"], 4)
     torch.manual_seed(3)
-    one = plant(world / "base", Seed(2, 2, init="random"), CPU, FP32).twig
+    one = prepare_twig(world / "base", Start(2, 2, init="random"), CPU, FP32).twig
     assert not same(one, 2) and not torch.equal(one.lm_head.weight, start["base"].lm_head.weight)
     assert torch.equal(one.model.norm.weight, start["base"].model.norm.weight)
     torch.manual_seed(3)
-    assert equal(one.state_dict(), plant(world / "base", Seed(2, 2, init="random"), CPU, FP32).twig.state_dict())
+    assert equal(
+        one.state_dict(), prepare_twig(world / "base", Start(2, 2, init="random"), CPU, FP32).twig.state_dict()
+    )
 
 
 @pytest.mark.parametrize("flags,word", [(("--K", "4", "--T", "3"), "K + T"), (("--T", "0"), "T is 0"), (("--F", "1"), "F is 1"),
@@ -356,48 +351,49 @@ def a_batch(world: Path, trunk, indices=range(1, 4)) -> dict:
 
 
 def test_gradients_stay_in_the_twig_and_the_trunk_stays_as_it_is(world):
-    planted = plant(world / "base", Seed(2, 2), CPU, FP32)
-    before = {k: v.clone() for k, v in planted.trunk.model.state_dict().items()}
-    model = TwigForTraining(planted.trunk, planted.twig)
-    assert {n.split(".")[0] for n, _ in model.named_parameters()} == {"twig"}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    prepared = prepare_twig(world / "base", Start(2, 2), CPU, FP32)
+    before = {k: v.clone() for k, v in prepared.base.model.state_dict().items()}
+    model = TwigLesson(prepared.base, prepared.twig, Ntp())
+    learner = loop.Learner(prepared.twig, model)
+    assert {p.data_ptr() for p in learner.parameters()} == {p.data_ptr() for p in prepared.twig.parameters()}
+    optimizer = torch.optim.AdamW(prepared.twig.parameters(), lr=1e-2)
     losses = []
     for _ in range(8):
-        losses.append(model(**a_batch(world, planted.trunk))["loss"])
+        losses.append(model(a_batch(world, prepared.base))[0])
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < 0.7 * losses[0]
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in planted.twig.parameters())
-    assert all(p.grad is None for p in planted.trunk.model.parameters())
-    assert equal(before, planted.trunk.model.state_dict())
-    shared = {p.data_ptr() for p in planted.trunk.model.parameters()} & {
-        p.data_ptr() for p in planted.twig.parameters()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in prepared.twig.parameters())
+    assert all(p.grad is None for p in prepared.base.model.parameters())
+    assert equal(before, prepared.base.model.state_dict())
+    shared = {p.data_ptr() for p in prepared.base.model.parameters()} & {
+        p.data_ptr() for p in prepared.twig.parameters()
     }
     assert not shared
 
 
 def test_padding_and_company_change_nothing(world):
     """A batch's answers are those of its rows alone."""
-    planted = plant(world / "base", Seed(2, 2), CPU, FP32)
-    model = TwigForTraining(planted.trunk, planted.twig)
-    together = model(**a_batch(world, planted.trunk, [1, 2, 3]))
-    alone = [model(**a_batch(world, planted.trunk, [i])) for i in (1, 2, 3)]
-    counted = sum(int(a["answers"]) for a in alone)
-    assert int(together["answers"]) == counted
-    mean = sum(a["loss"] * int(a["answers"]) for a in alone) / counted
-    torch.testing.assert_close(together["loss"], mean, rtol=1e-5, atol=1e-6)
+    prepared = prepare_twig(world / "base", Start(2, 2), CPU, FP32)
+    model = TwigLesson(prepared.base, prepared.twig, Ntp())
+    together, figures = model(a_batch(world, prepared.base, [1, 2, 3]))
+    alone = [model(a_batch(world, prepared.base, [i])) for i in (1, 2, 3)]
+    counted = sum(int(f["answers"]) for _, f in alone)
+    assert int(figures["answers"]) == counted
+    mean = sum(one * int(f["answers"]) for one, f in alone) / counted
+    torch.testing.assert_close(together, mean, rtol=1e-5, atol=1e-6)
 
 
 def test_gradient_checkpointing_changes_no_gradient(world):
     found = []
     for wanted in (False, True):
-        planted = plant(world / "base", Seed(2, 2), CPU, FP32)
+        prepared = prepare_twig(world / "base", Start(2, 2), CPU, FP32)
         if wanted:
-            checkpoint_gradients(planted.twig)
-        model = TwigForTraining(planted.trunk, planted.twig).train()
-        model(**a_batch(world, planted.trunk))["loss"].backward()
-        found.append({n: p.grad for n, p in planted.twig.named_parameters()})
+            checkpoint_gradients(prepared.twig)
+        model = TwigLesson(prepared.base, prepared.twig, Ntp())
+        model(a_batch(world, prepared.base))[0].backward()
+        found.append({n: p.grad for n, p in prepared.twig.named_parameters()})
     assert equal(*found)
 
 
@@ -438,14 +434,14 @@ def test_every_usable_sample_is_used_once(run, world, tmp_path, monkeypatch):
     records[5]["conversations"].append({"from": "human", "value": "and nobody answers"})
     records[9]["image"] = "not there.png"
     (tmp_path / "data.json").write_text(json.dumps(records))
-    seen, real = [], trainer.TwigTrainer.compute_loss
+    seen, real = [], TwigLesson.__call__
 
-    def spy(self, model, inputs, *args, **kwargs):
-        seen.extend(inputs["indices"])
-        assert (inputs["labels"] != IGNORE).any()
-        return real(self, model, inputs, *args, **kwargs)
+    def spy(self, batch):
+        seen.extend(batch["indices"])
+        assert (batch["labels"] != IGNORE).any()
+        return real(self, batch)
 
-    monkeypatch.setattr(trainer.TwigTrainer, "compute_loss", spy)
+    monkeypatch.setattr(TwigLesson, "__call__", spy)
     code, said = run("out", "--max-skipped", "0.2", "--batch-size", "8", data=tmp_path / "data.json")
     assert code == 0, said
     assert sorted(seen) == sorted(set(range(24)) - {5, 9})
@@ -483,14 +479,13 @@ def test_held_out_samples_measure_agreement_with_the_base(run, world, tmp_path):
     with np.load(tmp_path / "out/base_answers.npz") as stored:
         places = stored["asked"].tolist()
     vlm = twigvlm.load(world / "base", tmp_path / "out", device="cpu")
-    model = TwigForTraining(vlm.trunk, vlm.twig)
     right = total = 0
     for place in places:
         batch = a_batch(world, vlm.trunk, [place])
         with torch.no_grad():
             stream = vlm.trunk.embed(batch["input_ids"], batch["lengths"], batch["pixel_values"])
             below = vlm.trunk.run(vlm.trunk.layers[:2], stream, None)
-            said_by_twig = model.answers(below, batch["labels"])[0].argmax(-1)
+            said_by_twig = answers(below, batch["labels"], vlm.twig, vlm.trunk)[0].argmax(-1)
             hidden = vlm.trunk.run(vlm.trunk.layers, stream, None).hidden
             chosen = batch["labels"][:, 1:] != IGNORE
             said_by_base = vlm.trunk.logits(hidden[:, :-1][chosen]).argmax(-1)
@@ -509,7 +504,7 @@ def test_adapters(run, world, tmp_path):
     told = report.history(tmp_path / "out")
     assert told[-1]["loss"] < told[0]["loss"]
     twig = twigvlm.load(world / "base", tmp_path / "out", device="cpu").twig
-    start = plant(world / "base", Seed(2, 3), CPU, FP32).twig.state_dict()
+    start = prepare_twig(world / "base", Start(2, 3), CPU, FP32).twig.state_dict()
     moved = [k for k, v in twig.state_dict().items() if not torch.equal(v, start[k])]
     assert len(moved) == len(start)
     for key in ("model.layers.0.self_attn.q_proj.weight", "lm_head.weight"):
@@ -528,15 +523,15 @@ class Killed(BaseException):
 def stopped_and_resumed(run, tmp_path, flags, at: int, name: str = "resumed") -> None:
     """Kill a run in its micro-batch number `at`, then give the same command again."""
     with pytest.MonkeyPatch.context() as patch:
-        real, count = trainer.TwigTrainer.training_step, [0]
+        real, count = TwigLesson.__call__, [0]
 
-        def step(self, *args, **kwargs):
+        def lesson(self, batch):
             count[0] += 1
             if count[0] == at:
                 raise Killed
-            return real(self, *args, **kwargs)
+            return real(self, batch)
 
-        patch.setattr(trainer.TwigTrainer, "training_step", step)
+        patch.setattr(TwigLesson, "__call__", lesson)
         with pytest.raises(Killed):
             run(name, *flags)
     code, said = run(name, *flags)
@@ -554,17 +549,19 @@ def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, at):
     ]
 
 
-@pytest.mark.parametrize("where", ["seal", "finish", *(pytest.param(w, marks=slow) for w in ("prune", "_flush"))])
+@pytest.mark.parametrize(
+    "where", ["seal", "write_results", *(pytest.param(w, marks=slow) for w in ("prune", "_flush"))]
+)
 def test_killed_while_saving(run, tmp_path, monkeypatch, where):
     """Between any two of the file operations of a checkpoint, and after the last one."""
     flags = ["--epochs", "1", "--save-steps", "2", "--keep", "1"]
     assert run("whole", *flags)[0] == 0
-    owner = train if where == "finish" else checkpoints
+    owner = train if where == "write_results" else checkpoints
     real, count = getattr(owner, where), [0]
 
     def die(*args, **kwargs):
         count[0] += 1
-        if count[0] == 2 or where == "finish":
+        if count[0] == 2 or where == "write_results":
             raise Killed
         return real(*args, **kwargs)
 
@@ -585,7 +582,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, tmp_path, damage):
     assert run("whole", *flags)[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     newest = tmp_path / "resumed/checkpoint-6"
-    victim = newest / "optimizer.pt"
+    victim = newest / "optimizer.bin"
     data = bytearray(victim.read_bytes())
     if damage == "cut":
         victim.write_bytes(data[: len(data) // 2])
@@ -637,15 +634,15 @@ def test_a_signal_saves_and_stops(run, tmp_path, number, expected, at):
     """In the middle of a step as well as at its end; the same command ends with the same weights."""
     assert run("whole", "--epochs", "1")[0] == 0
     with pytest.MonkeyPatch.context() as patch:
-        real, count = trainer.TwigTrainer.training_step, [0]
+        real, count = TwigLesson.__call__, [0]
 
-        def step(self, *args, **kwargs):
+        def lesson(self, batch):
             count[0] += 1
             if count[0] == at:
                 os.kill(os.getpid(), number)
-            return real(self, *args, **kwargs)
+            return real(self, batch)
 
-        patch.setattr(trainer.TwigTrainer, "training_step", step)
+        patch.setattr(TwigLesson, "__call__", lesson)
         code, said = run("resumed", "--epochs", "1")
     assert code == expected, said
     done = at // 2
@@ -656,17 +653,17 @@ def test_a_signal_saves_and_stops(run, tmp_path, number, expected, at):
 
 
 def spoiled(patch, at: int, fault) -> None:
-    """Let the model's micro-batch number `at` go wrong."""
-    real, count = TwigForTraining.forward, [0]
+    """Let micro-batch number `at` go wrong."""
+    real, count = TwigLesson.__call__, [0]
 
-    def forward(self, *args, **kwargs):
+    def lesson(self, batch):
         count[0] += 1
         if count[0] == at and isinstance(fault, Exception):
             raise fault
-        out = real(self, *args, **kwargs)
-        return {**out, "loss": out["loss"] * fault} if count[0] == at else out
+        loss, figures = real(self, batch)
+        return loss * fault if count[0] == at else loss, figures
 
-    patch.setattr(TwigForTraining, "forward", forward)
+    patch.setattr(TwigLesson, "__call__", lesson)
 
 
 def test_a_loss_that_is_no_number(run, tmp_path):
@@ -691,13 +688,13 @@ def test_gradients_that_are_no_numbers(run, tmp_path, monkeypatch):
             backward.twig.lm_head.weight.grad.fill_(float("inf"))
 
     backward.count = 0
-    original = TwigForTraining.__init__
+    original = TwigLesson.__init__
 
-    def init(self, trunk, twig, *args):
+    def init(self, base, twig, *args):
         backward.twig = twig
-        original(self, trunk, twig, *args)
+        original(self, base, twig, *args)
 
-    monkeypatch.setattr(TwigForTraining, "__init__", init)
+    monkeypatch.setattr(TwigLesson, "__init__", init)
     monkeypatch.setattr(torch.Tensor, "backward", backward)
     code, said = run("out", "--epochs", "1")
     assert code == 1 and "gradient norm" in said and "checkpoint-2" in said and "Traceback" not in said
@@ -944,9 +941,9 @@ def test_a_plan_needs_no_weights(world, tmp_path, capsys, golden, read_keys):
     shutil.copytree(world / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     told = planned(capsys, "--base", str(tmp_path / "bare"), "--data", str(world / "data.json"), "--K", "1", "--T", "2")
     assert told["layers_loaded"] == [0, 1, 2] and told["samples"] == 24
-    planted = plant(world / "base", Seed(1, 2), CPU, FP32)
-    assert told["trainable_parameters"] == sum(p.numel() for p in planted.twig.parameters())
-    assert told["frozen_parameters"] == sum(p.numel() for p in planted.trunk.model.parameters())
+    prepared = prepare_twig(world / "base", Start(1, 2), CPU, FP32)
+    assert told["trainable_parameters"] == sum(p.numel() for p in prepared.twig.parameters())
+    assert told["frozen_parameters"] == sum(p.numel() for p in prepared.base.model.parameters())
     read_keys.clear()
     assert planned(capsys, "--base", str(golden / "A/base"))["L"] == 8
     assert not read_keys
@@ -1017,16 +1014,24 @@ def zero_file(tmp_path: Path, text: str | None = None, **config) -> str:
 def test_sizes_of_a_deepspeed_file(tmp_path):
     stage3 = {"stage": 3, "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
     file = Path(zero_file(tmp_path, zero_optimization=stage3, train_micro_batch_size_per_gpu=2))
-    config = zero.settle(file, 32, 2, 3, 4)
+    config = zero.settle(file, 32, 2, 3, 4, Settings(), False)
     assert config["zero_optimization"] == {
         "stage": 3, "stage3_prefetch_bucket_size": 921, "stage3_param_persistence_threshold": 320
     }  # fmt: skip
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (24, 3)
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         with pytest.raises(InputError, match=rf'zero\.json: {name} is 7, and this run has .*"auto"'):
-            zero.settle(Path(zero_file(tmp_path, **{name: 7})), 32, 2, 3, 4)
+            zero.settle(Path(zero_file(tmp_path, **{name: 7})), 32, 2, 3, 4, Settings(), False)
     with pytest.raises(InputError, match="sub_group_size"):
-        zero.settle(Path(zero_file(tmp_path, zero_optimization={"stage": 3, "sub_group_size": "auto"})), 32, 2, 3, 4)
+        zero.settle(
+            Path(zero_file(tmp_path, zero_optimization={"stage": 3, "sub_group_size": "auto"})),
+            32,
+            2,
+            3,
+            4,
+            Settings(),
+            False,
+        )
 
 
 @pytest.mark.parametrize(

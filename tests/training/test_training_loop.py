@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import get_scheduler
 
-from twigvlm.training.run import loop
-from twigvlm.training.run.loop import LoopConfig, fit, save_atomically
+from twigvlm.errors import InputError, RunError
+from twigvlm.sprout.recipe import stage
+from twigvlm.sprout.recipe.stage import StageConfig, fit
+from twigvlm.training.run import checkpoints
+from twigvlm.training.run.loop import rates
 
-CONFIG = LoopConfig("toy", steps=30, lr=5e-2, workers=0, save_seconds=0)
+CONFIG = StageConfig("toy", steps=30, lr=5e-2, workers=0, save_seconds=0)
 
 
 def make_batch(step: int) -> dict:
@@ -59,27 +65,65 @@ def test_loss_falls_and_is_logged(tmp_path):
 
 
 def test_nan_stops_with_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(FloatingPointError, match=r"step 9.*lower lr"):
+    with pytest.raises(RunError, match=r"toy: .*step 10.*checkpoint-9.*lower lr"):
         train(model(), tmp_path, nan_at=9)
-    state = torch.load(tmp_path / "toy.pt", weights_only=True)
-    assert state["step"] == 9
-    assert all(torch.isfinite(w).all() for w in state["weights"].values())
+    found, damaged = checkpoints.last_whole(tmp_path / "toy-saved")
+    assert found.name == "checkpoint-9" and not damaged
+    assert all(torch.isfinite(w).all() for w in load_file(found / "model.safetensors").values())
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    target = tmp_path / "state.pt"
-    save_atomically({"a": torch.ones(3)}, target)
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), tmp_path, fail_at=5)
 
-    def full(state, file):
-        file.write(b"half")
+    def full(state, file, *args, **more):
+        Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        save_atomically({"a": torch.zeros(3)}, target)
+    with pytest.raises(RunError, match=r"checkpoint of step 6.*No space.*checkpoint-5"):
+        train(model(), tmp_path)
     monkeypatch.undo()
-    assert torch.equal(torch.load(target, weights_only=True)["a"], torch.ones(3))
-    assert list(tmp_path.iterdir()) == [target]
+    assert [p.name for p in (tmp_path / "toy-saved").iterdir()] == ["checkpoint-5"]
+    whole = train(model(), tmp_path / "whole")
+    resumed = train(model(), tmp_path)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def earlier_checkpoint(folder, groups: bool) -> None:
+    """What a stage of an earlier version left after 7 steps: one file with weights, optimizer and step."""
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), folder / "now", fail_at=7)
+    now = checkpoints.last_whole(folder / "now/toy-saved")[0]
+    states = torch.load(now / "optimizer.bin", weights_only=True)
+    if not groups:
+        states["param_groups"] = states["param_groups"][:1]
+    torch.save({"weights": load_file(now / "model.safetensors"), "optimizer": states, "step": 7}, folder / "toy.pt")
+
+
+def test_a_file_of_an_earlier_version_is_gone_on_from(tmp_path):
+    earlier_checkpoint(tmp_path, groups=True)
+    whole, resumed = train(model(), tmp_path / "whole"), train(model(), tmp_path)
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+
+
+def test_a_file_of_an_earlier_optimizer_is_refused(tmp_path):
+    earlier_checkpoint(tmp_path, groups=False)
+    with pytest.raises(InputError, match=r"toy\.pt.*begins anew"):
+        train(model(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup"])
+def test_rates_are_those_of_hugging_face(kind):
+    """The names are theirs, and so is every value."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    scheduler = get_scheduler(kind, optimizer, num_warmup_steps=5, num_training_steps=40)
+    ours = rates(kind, 0.1, 40, 5)
+    for step in range(40):
+        assert ours(step) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        scheduler.step()
 
 
 def test_what_does_not_learn_stays(tmp_path):
@@ -93,7 +137,7 @@ def test_what_does_not_learn_stays(tmp_path):
 @pytest.mark.parametrize(("flags", "half"), [({"avx2", "fma"}, False), ({"avx512_bf16"}, True), ({"bf16"}, True)])
 def test_bf16_is_used_where_the_processor_computes_in_it(tmp_path, monkeypatch, flags, half):
     """A processor without such instructions emulates them, eleven times slower than fp32."""
-    monkeypatch.setattr(loop, "_cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(stage, "_cpu_flags", lambda: frozenset(flags))
     module, seen = model(), []
 
     def loss_fn(batch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -49,14 +50,16 @@ class Twig(nn.Module):
             return self.lm_head(self.model.norm(hidden)).float()
 
 
-def grow(trunk: Trunk, config: TwigConfig, init: Init = "base") -> Twig:
+def grow(trunk: Trunk, config: TwigConfig, init: Init = "base", copied: Sequence[nn.Module] | None = None) -> Twig:
     """A twig with the weights of base layers K..K+T-1 ("base"), of the last T ("last"), or random ones.
 
-    Nothing is shared with the base. Source: paper section 3.1 and its ablation of the initialisation.
+    Nothing is shared with the base. `copied` are these layers, where the trunk has them at other places.
+    Source: paper section 3.1 and its ablation of the initialisation.
     """
-    first = {"base": config.K, "random": config.K, "last": config.L - config.T}[init]
+    first = config.L - config.T if init == "last" else config.K
+    copied = trunk.layers[first : first + config.T] if copied is None else copied
     text = trunk.decoder.config  # shared, not copied: one place says which attention is used
-    layers = nn.ModuleList(copy.deepcopy(layer, {id(text): text}) for layer in trunk.layers[first : first + config.T])
+    layers = nn.ModuleList(copy.deepcopy(layer, {id(text): text}) for layer in copied)
     twig = Twig(config, layers, copy.deepcopy(trunk.decoder.norm), copy.deepcopy(trunk.model.lm_head))
     if init == "random":
         randomise(twig, trunk.model.config.text_config.initializer_range)

@@ -22,10 +22,10 @@ from ..config import TwigConfig
 from ..loading.base import load_base
 from ..model.twig import CONFIG, Init, grow, save_twig
 from ..record import ROOT
-from ..training.run.loop import LoopConfig
 from ..world.draw import draw
 from ..world.questions import Question
 from ..world.scenes import Scene
+from .recipe.stage import StageConfig
 from .report import Setting, descriptions, quiz, short_answers
 from .train import train_twig
 
@@ -120,7 +120,7 @@ class Ablation:
             torch.manual_seed(0)  # of a random initialisation
             twig = grow(trunk, TwigConfig(trunk.L, growth.K, growth.T), growth.init)
             if growth.trained:
-                loop = LoopConfig(growth.name, self.steps, PEAK_LR)
+                loop = StageConfig(growth.name, self.steps, PEAK_LR)
                 train_twig(trunk, twig, loop, self.work, compiled=True)
             save_twig(twig, trunk, folder, base="sprout", dtype=torch.float16)
         return folder

@@ -3,7 +3,7 @@
 Text and symbols first: a decoder of four layers learns to talk about scenes in words, then its depth
 doubles to 8, 16 and 32 layers, each trained on. Then many symbols, the projector (the tower is the
 published base's), and pictures, at last with all their tokens; `<out>/base` is the result. Every stage writes `<out>/<stage>.jsonl`
-(metrics), `<stage>.pt` (checkpoint, every two minutes) and `<stage>-done.pt`; a run that is killed
+(metrics), `<stage>-saved/checkpoint-*` (every two minutes) and `<stage>-done.pt`; a run that is killed
 goes on where it was, to the same bits on a CPU.
 """
 
@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from .. import flags
@@ -23,11 +24,11 @@ from ..errors import InputError
 from ..loading.describe import EMBEDDED_BASE
 from ..program import run_program
 from ..training.muon import for_decoder
-from ..training.run.loop import LoopConfig, fit, save_atomically
 from .recipe.align import Aligner
 from .recipe.base import base_config, build, save_base
 from .recipe.language import Talk, double, start, tie
 from .recipe.lessons import Lesson, lesson_batch, window_batch
+from .recipe.stage import StageConfig, fit, save_weights
 from .recipe.tokenizer import IMAGE_TOKEN, build_tokenizer
 from .recipe.tower import SIDE
 
@@ -111,8 +112,11 @@ class Course:
 
     def load(self, file: Path) -> LlavaForConditionalGeneration:
         """The model in a finished stage's file; of a checkpoint, what learns in its stage."""
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        state = state.get("weights", state)
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = state.get("weights", state)  # of a checkpoint in earlier versions' form
         model = build(config(*shape_of(state), self.tokenizer))
         tie(model)
         model.load_state_dict(state, strict=False)
@@ -126,7 +130,7 @@ class Course:
                 model = self.before(number).to(self.device)
                 self.train(model, stage)
                 weights = {k: v.to("cpu") for k, v in model.state_dict().items() if k != "lm_head.weight"}
-                save_atomically(weights, self.done(stage.name))
+                save_weights(weights, self.done(stage.name))
                 if stage is STAGES[-1]:
                     self.export(model)
 
@@ -137,7 +141,7 @@ class Course:
 
     def train(self, model: LlavaForConditionalGeneration, stage: Stage) -> None:
         """The decoder learns, from pictures on the projector too; `align` teaches the projector alone. The tower stays."""
-        loop = LoopConfig(
+        loop = StageConfig(
             stage.name, self.steps.get(stage.name, stage.steps), stage.lr, final_lr=stage.final_lr,
             workers=self.workers, save_seconds=self.save_seconds,
         )  # fmt: skip

@@ -3,8 +3,8 @@
 LLaVA's order with the cheap things first: the tower on patch labels; a shallow decoder on scenes
 spelt out in nine symbols (sums of words), then in many; the projector aligned to those words; pictures;
 what pruning would leave of them; the same decoder grown to 32 layers; all of it joined at the full
-number of visual tokens; and the twig on the finished base. Each stage writes `<out>/<stage>.jsonl` (metrics) and `.pt`
-(checkpoint, every two minutes); a run that is killed goes on where it was. The same command runs on
+number of visual tokens; and the twig on the finished base. Each stage writes `<out>/<stage>.jsonl` (metrics) and
+`<out>/<stage>-saved/checkpoint-*` (every two minutes); a run that is killed goes on where it was. The same command runs on
 a GPU, where `--scale` multiplies the number of steps that a faster machine affords.
 """
 
@@ -27,10 +27,10 @@ from ..loading.base import load_base, pick_device
 from ..model.trunk import Trunk
 from ..model.twig import Twig, grow, save_twig
 from ..program import run_program
-from ..training.run.loop import LoopConfig, fit, save_atomically
 from .recipe.align import Aligner, align_batch
 from .recipe.base import CORE_PLACES, LAYERS, UPPER, base_config, build, deepen, save_base, shorten
 from .recipe.decoder import PackedAnswers, decoder_batch, sparse_batch
+from .recipe.stage import StageConfig, fit, save_weights
 from .recipe.tokenizer import IMAGE_TOKEN, build_tokenizer
 from .recipe.tower import SIDE, PatchReader, tower_batch
 
@@ -65,19 +65,17 @@ class Recipe:
     def config(self, layers: int):
         return base_config(len(self.tokenizer), self.image_token, layers, self.settings.hidden)
 
-    def loop(self, name: str, steps: int, lr: float, **settings) -> LoopConfig:
+    def loop(self, name: str, steps: int, lr: float, **settings) -> StageConfig:
         run = self.settings
         steps = run.steps.get(name, max(1, round(steps * run.scale)))
-        return LoopConfig(name, steps, lr, workers=run.workers, save_seconds=run.save_seconds, **settings)
+        return StageConfig(name, steps, lr, workers=run.workers, save_seconds=run.save_seconds, **settings)
 
     def run(self, stages: tuple[str, ...]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         for stage in stages:
             if not self.result(stage).exists():
                 model = getattr(self, stage)()
-                save_atomically(
-                    {k: v.to("cpu", torch.float32) for k, v in model.state_dict().items()}, self.result(stage)
-                )
+                save_weights({k: v.to("cpu", torch.float32) for k, v in model.state_dict().items()}, self.result(stage))
 
     def result(self, stage: str) -> Path:
         return self.out / f"{stage}-done.pt"
@@ -169,7 +167,7 @@ class Recipe:
     def answers(
         self,
         model,
-        loop: LoopConfig,
+        loop: StageConfig,
         rows: int,
         kind: str,
         keep_share: float,
@@ -198,7 +196,7 @@ class Recipe:
         return model
 
 
-def train_twig(trunk: Trunk, twig: Twig, loop: LoopConfig, out: Path, compiled: bool) -> None:
+def train_twig(trunk: Trunk, twig: Twig, loop: StageConfig, out: Path, compiled: bool) -> None:
     """Teach a grown twig the answers, in place; the base stays as it is (paper section 3.1)."""
     twig.requires_grad_(True)
     tokenizer = build_tokenizer()
@@ -209,7 +207,7 @@ def train_twig(trunk: Trunk, twig: Twig, loop: LoopConfig, out: Path, compiled: 
     fit(loop, twig, batches, task.loss, out)
 
 
-def compile_layers(layers: list[torch.nn.Module], loop: LoopConfig) -> None:
+def compile_layers(layers: list[torch.nn.Module], loop: StageConfig) -> None:
     """Fuse the layers' small operations, twice the speed on a CPU, where the loop is long enough to pay for it."""
     if loop.steps >= WORTH_COMPILING:
         torch._dynamo.config.recompile_limit = 256  # layers x shapes share one code object

@@ -25,7 +25,7 @@ from ..model.trunk import Trunk
 from ..model.twig import signature
 from ..program import run_program
 from .data.examples import IGNORE, Collator, Example, TwigDataset
-from .data.loading import Material, complete, gather
+from .data.loading import TrainingData, fill_in, read_data
 from .run.ranks import Ranks
 from .settings import Settings, parse
 
@@ -53,20 +53,20 @@ class HeldOut:
         return right / answers if answers else 0.0
 
 
-def hold_out(material: Material, rows: int, ranks: Ranks, answers: dict[int, np.ndarray] | None) -> HeldOut | None:
+def hold_out(data: TrainingData, rows: int, ranks: Ranks, answers: dict[int, np.ndarray] | None) -> HeldOut | None:
     """This process's share of the held-out samples; None if there are none. `answers`: the base's words by place."""
-    if not len(material.held_out):
+    if not len(data.held_out):
         return None
-    parts = [material.held_out[i : i + rows] for i in range(0, len(material.held_out), rows)]
+    parts = [data.held_out[i : i + rows] for i in range(0, len(data.held_out), rows)]
     mine = parts[ranks.rank :: ranks.world]
     each = -(-len(parts) // ranks.world)
     weights = [1] * len(mine) + [0] * (each - len(mine))
     mine += [parts[0]] * (each - len(mine))
-    batches = list(_batches(material.held_out_set, mine, material.collate))
+    batches = list(_batches(data.held_out_set, mine, data.collate))
     if answers is not None:
         for batch in batches:
             _relabel(batch, answers)
-    return HeldOut(batches, weights, "labels" if answers is None else "base", len(material.held_out))
+    return HeldOut(batches, weights, "labels" if answers is None else "base", len(data.held_out))
 
 
 def _batches(dataset: TwigDataset, parts: list[np.ndarray], collate: Collator) -> Iterator[dict]:
@@ -87,7 +87,7 @@ def _relabel(batch: dict, answers: dict[int, np.ndarray]) -> None:
         row[places] = torch.from_numpy(answers[index]).to(row)
 
 
-def load_answers(file: Path, known_by: list[float], material: Material) -> dict[int, np.ndarray] | None:
+def load_answers(file: Path, known_by: list[float], data: TrainingData) -> dict[int, np.ndarray] | None:
     """The base's words as `find_answers` stored them, or None if they are of another base or other samples."""
     try:
         with np.load(file) as stored:
@@ -96,19 +96,17 @@ def load_answers(file: Path, known_by: list[float], material: Material) -> dict[
                 return None
     except (OSError, ValueError, KeyError, EOFError):
         return None
-    if not np.array_equal(asked, material.held_out):
+    if not np.array_equal(asked, data.held_out):
         return None
     return dict(zip(places.tolist(), np.split(words, np.cumsum(sizes)[:-1]), strict=True))
 
 
-def find_answers(trunk: Trunk, material: Material, file: Path, autocast: AbstractContextManager) -> int:
+def find_answers(trunk: Trunk, data: TrainingData, file: Path, autocast: AbstractContextManager) -> int:
     """Let the whole base read the held-out samples; its most probable token at every answer position, to `file`."""
     words: dict[int, np.ndarray] = {}
-    parts = [material.held_out[i : i + ROWS] for i in range(0, len(material.held_out), ROWS)]
+    parts = [data.held_out[i : i + ROWS] for i in range(0, len(data.held_out), ROWS)]
     with torch.no_grad(), autocast:
-        for batch in tqdm(
-            _batches(material.held_out_set, parts, material.collate), total=len(parts), desc="The base's words"
-        ):
+        for batch in tqdm(_batches(data.held_out_set, parts, data.collate), total=len(parts), desc="The base's words"):
             stream = trunk.embed(batch["input_ids"], batch["lengths"], batch["pixel_values"])
             hidden = trunk.run(trunk.layers, stream, None).hidden
             chosen = batch["labels"][:, 1:] != IGNORE
@@ -121,7 +119,7 @@ def find_answers(trunk: Trunk, material: Material, file: Path, autocast: Abstrac
     with open(part, "wb") as opened:
         np.savez(
             opened,
-            asked=material.held_out,
+            asked=data.held_out,
             places=places,
             sizes=np.array([len(words[p]) for p in places]),
             words=np.concatenate([words[p] for p in places]),
@@ -132,20 +130,20 @@ def find_answers(trunk: Trunk, material: Material, file: Path, autocast: Abstrac
 
 
 def run(settings: Settings) -> None:
-    settings = complete(settings)
+    settings = fill_in(settings)
     file = Path(settings.out) / FILE
     device = pick_device(settings.device)
     dtype = pick_dtype(None, device)
     loaded = load_base(settings.base, device, dtype, settings.attention)
-    material = gather(settings, loaded, cache=Path(settings.out))
-    if not len(material.held_out):
+    data = read_data(settings, loaded, cache=Path(settings.out))
+    if not len(data.held_out):
         print("No samples are held out; agreement is measured on each batch before it is learnt.")
         return
-    if load_answers(file, signature(loaded.trunk), material) is not None:
+    if load_answers(file, signature(loaded.trunk), data) is not None:
         print(f"{file}: already there")
         return
-    count = find_answers(loaded.trunk, material, file, nullcontext())
-    print(f"{file}: the base's words at {count} answer positions of {len(material.held_out)} held-out samples")
+    count = find_answers(loaded.trunk, data, file, nullcontext())
+    print(f"{file}: the base's words at {count} answer positions of {len(data.held_out)} held-out samples")
 
 
 def main(argv: list[str] | None = None) -> int:

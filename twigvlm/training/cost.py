@@ -21,7 +21,7 @@ from ..program import print_json
 from ..world.conversations import SAMPLES as DRAWN_SAMPLES
 from .data.examples import Records
 from .settings import ROWS_PER_DEVICE, Settings, split_batch
-from .twig import Seed, layers_needed, take_twig, trim_tower
+from .twig import Start, layers_needed, shorten, trim_tower
 from .zero import read_zero, stage_of
 
 STAGES = ("none", "2", "3", "3_offload")
@@ -83,13 +83,15 @@ def find_config(settings: Settings) -> LlavaConfig:
 
 
 def build_meta(config: LlavaConfig, twig: TwigConfig, init: str) -> tuple:
-    """(trunk, twig) of the right shapes without data, as `model.plant` would leave them."""
+    """(trunk, twig) of the right shapes without data, as `prepare_twig` would leave them."""
     from ..model.trunk import Trunk
+    from ..model.twig import grow
 
     config.text_config.num_hidden_layers = len(layers_needed(twig, init))
     with torch.device("meta"):
         trunk = Trunk(LlavaForConditionalGeneration(config))
-    grown = take_twig(trunk, twig, "base")
+        grown = grow(trunk, twig, copied=trunk.layers[-twig.T :])
+    shorten(trunk, twig.K)
     trim_tower(trunk)
     return trunk, grown
 
@@ -99,8 +101,8 @@ def count(settings: Settings) -> Counts:
     config = find_config(settings)
     text, vision = config.text_config, config.vision_config
     L = text.num_hidden_layers
-    seed = Seed(settings.K, settings.T, settings.F, settings.init)
-    trunk, twig = build_meta(config, TwigConfig(L, seed.K, seed.T, seed.F), seed.init)
+    start = Start(settings.K, settings.T, settings.F, settings.init)
+    trunk, twig = build_meta(config, TwigConfig(L, start.K, start.T, start.F), start.init)
 
     def size(module) -> int:
         return sum(p.numel() for p in module.parameters())

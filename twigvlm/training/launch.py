@@ -24,7 +24,7 @@ from ..loading.describe import read_json
 from ..model.twig import CONFIG
 from ..program import run_program
 from .agreement import FILE as ANSWERS
-from .data.loading import complete
+from .data.loading import fill_in
 from .data.records import Records
 from .settings import HELD_OUT, HELD_OUT_SHARE, STOPPED, Settings, parse
 
@@ -52,7 +52,7 @@ def start(settings: Settings, argv: list[str]) -> int:
     env = os.environ
     rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
     if rank == 0 and int(env.get("NODE_RANK", "0")) == 0:
-        settings = complete(settings)
+        settings = fill_in(settings)
         _ask_base(settings, argv)
     processes, nodes = _processes(settings), int(env.get("NNODES", "1"))
     launched = _launched() is not None
@@ -74,9 +74,9 @@ def foresee(settings: Settings) -> None:
     from ..foresight import Wish
     from .settings import ROWS_PER_DEVICE, split_batch
     from .train import check_export
-    from .twig import INITS, Seed
+    from .twig import INITS, Start
 
-    Seed(settings.K, settings.T, settings.F, settings.init)
+    Start(settings.K, settings.T, settings.F, settings.init)
     if settings.data is None and settings.base is not None:
         raise InputError("no data: give --data FILE (LLaVA's instruction JSON) and --images FOLDER")
     check_attention(settings.attention)
@@ -179,7 +179,7 @@ def _torchrun(settings: Settings, processes: int, nodes: int, argv: list[str]) -
             print(f"error: process {failure.global_rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
         return max(1, failure.exitcode)
     except SignalException as fault:
-        return 0 if _stopped_since(complete(settings), began) else 128 + int(fault.sigval)
+        return 0 if _stopped_since(fill_in(settings), began) else 128 + int(fault.sigval)
     return 0
 
 

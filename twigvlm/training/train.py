@@ -7,8 +7,6 @@ command continues a run that was stopped, from its last whole checkpoint.
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import importlib.util
 import math
 import os
@@ -16,7 +14,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,28 +21,28 @@ import torch
 
 from ..errors import InputError, RunError
 from ..files import write_json
-from ..loading.base import pick_device
 from ..loading.describe import read_json
-from ..model.twig import CONFIG, WEIGHTS, describe
+from ..model.twig import CONFIG, WEIGHTS, describe, write_twig
 from ..workers import end_workers, workers_told
 from .agreement import FILE as ANSWERS
 from .agreement import hold_out, load_answers
 from .data.examples import TwigDataset
-from .data.loading import Material, complete, gather
-from .data.sampler import LengthGroupedSampler
+from .data.loading import TrainingData, TrainingFeed, fill_in, read_data
 from .data.survey import SkipLog, Survey
-from .lora import add_adapters
+from .lora import add_adapters, has_adapters
+from .objectives import Ntp, Objective
 from .run import checkpoints
-from .run.finish import export_release, finish
-from .run.ranks import Elsewhere, Ranks, alone, find, join, leave, others_told, tell_failure
-from .run.report import Report
+from .run.device import Run, device_of, precision_of, prepare_process
+from .run.loop import FORMAT, Loop, NotFinite, Plan, adamw, rates
+from .run.ranks import Elsewhere, find, join, leave, others_told, tell_failure
+from .run.report import Charts, Report, check_wandb
+from .run.results import export_release, write_results
+from .run.timing import StepTimes
+from .run.watch import Job, Signals, TwigWatch
 from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, parse, split_batch
-from .twig import Planted, Seed, TwigForTraining, checkpoint_gradients, plant
-from .zero import read_zero, settle, stage_of
+from .twig import Prepared, Start, TwigLesson, checkpoint_gradients, prepare_twig
+from .zero import settle
 
-NEVER = 10**9  # steps
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-MANY_STEPS = 1000  # from here on not every step is reported
 GPU_WORKERS, CPU_WORKERS = 4, 1
 # What a run is: another value of these makes another run. Devices and workers may change.
 IDENTITY = (
@@ -55,7 +52,7 @@ IDENTITY = (
 
 
 @dataclass(frozen=True)
-class Split:
+class BatchShares:
     """How a step is shared: rows x accumulation x processes = batch; steps of the whole run."""
 
     rows: int
@@ -125,44 +122,26 @@ def _main(argv: list[str] | None) -> int:
     return 1
 
 
-@dataclass
-class Run:
-    """What every part of a run needs to know."""
-
-    settings: Settings
-    ranks: Ranks
-    device: torch.device
-    precision: str
-    zero: Path | None  # DeepSpeed's configuration
-    out: Path = Path()
-
-    @property
-    def form(self) -> dict:
-        """What a checkpoint must agree with to be continued."""
-        if self.zero is None:
-            return {"zero": 0}
-        return {"zero": stage_of(read_zero(self.zero)), "processes": self.ranks.world}
-
-
 def run(settings: Settings) -> int:
     """The whole of it; gives the exit code."""
     if importlib.util.find_spec("accelerate") is None:
         raise InputError("training needs the package accelerate, which is not installed: pip install -e '.[train]'")
     ranks = find()
-    device = _device(settings, ranks)
-    one = Run(settings, ranks, device, _precision(settings, device), settings.zero_config(device.type, ranks.world))
-    _prepare_process(one)
+    device = device_of(settings, ranks)
+    one = Run(settings, ranks, device, precision_of(settings, device), settings.zero_config(device.type, ranks.world))
+    prepare_process(one)
     join(ranks, device)
-    signals = _signals()
-    one.settings = ranks.on_first(lambda: complete(settings))
+    signals = Signals()
+    one.settings = ranks.on_first(lambda: fill_in(settings))
     one.out = Path(one.settings.out)
     check_export(settings.export_release)
+    check_wandb(settings.wandb)
     locks: list = []
     try:
         ranks.on_first(lambda: locks.append(checkpoints.occupy(one.out)))
         token = ranks.on_first(lambda: (one.out / checkpoints.TOKEN).read_text(encoding="utf-8"))
         ranks.everywhere(lambda: checkpoints.same_folder(one.out, token))
-        code = _run(one, signals)
+        code = _run(one, signals, Ntp())
         leave(ranks)
     finally:
         signals.forget()
@@ -171,22 +150,22 @@ def run(settings: Settings) -> int:
     return code
 
 
-def _run(one: Run, signals) -> int:
+def _run(one: Run, signals: Signals, objective: Objective) -> int:
     """In the folder that is locked now."""
     settings, ranks, out = one.settings, one.ranks, one.out
     identity = {name: getattr(settings, name) for name in IDENTITY}
     identity |= {"base": _base_name(settings), "precision": one.precision}
     ranks.on_first(lambda: checkpoints.identify(out, identity, whole=False))
     torch.manual_seed(settings.seed)
-    planted = ranks.everywhere(lambda: _plant(one))
+    prepared = ranks.everywhere(lambda: _prepare_twig(one, objective))
     skips: list[SkipLog] = []
-    material = _gather(one, planted, skips)
-    identity |= {"base_signature": planted.signature}
-    ranks.on_first(lambda: checkpoints.identify(out, identity | {"data": material.fingerprint()}))
+    data = _read_data(one, prepared, skips)
+    identity |= {"base_signature": prepared.signature}
+    ranks.on_first(lambda: checkpoints.identify(out, identity | {"data": data.fingerprint()}))
     if ranks.on_first(lambda: _finished(out)):
         ranks.on_first(lambda: _again(one))
         return 0
-    return _train(one, planted, material, skips[0] if skips else None, signals)
+    return _train(one, prepared, data, skips[0] if skips else None, signals, objective)
 
 
 def _base_name(settings: Settings) -> str:
@@ -197,86 +176,32 @@ def _base_name(settings: Settings) -> str:
     return str(path.resolve()) if path.exists() else settings.base
 
 
-def _device(settings: Settings, ranks: Ranks) -> torch.device:
-    device = pick_device(settings.device)
-    if device.type == "mps":  # half of what training needs is missing there
-        device = torch.device("cpu")
-    if device.type != "cuda":
-        return device
-    if ranks.local >= torch.cuda.device_count():
-        raise InputError(
-            f"process {ranks.local} of this machine has no GPU: there are {torch.cuda.device_count()}; start as many processes"
-        )
-    torch.cuda.set_device(ranks.local)
-    return torch.device("cuda", ranks.local)
-
-
-def _precision(settings: Settings, device: torch.device) -> str:
-    if settings.precision != "auto":
-        return settings.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    fast = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    return "bf16" if fast else "fp32"
-
-
-def _prepare_process(one: Run) -> None:
-    """Before anything of DeepSpeed or Hugging Face looks around."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    _die_with_launcher(one.ranks)
-    if one.device.type == "cpu":
-        torch.set_flush_denormal(True)  # fading optimizer states would slow a CPU down
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    if one.zero is None:
-        return
-    if one.ranks.world == 1:
-        alone()
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
-    import deepspeed
-
-    # Compiled for a minute and a half at the first start, and no faster than gloo here.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _die_with_launcher(ranks: Ranks) -> None:
-    """A killed launcher cannot end its processes: the kernel does, or they would train on and keep the folder."""
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_SIZE" in os.environ  # torchrun, DeepSpeed
-    if ranks.world > 1 and launched and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _signals():
-    from .run.trainer import Signals
-
-    return Signals()
-
-
 def check_export(file: str | None) -> None:
     """Raises InputError for a name that loading would not know."""
     if file is not None and not file.endswith(".safetensors"):
         raise InputError(f"export_release is {file}; a name that ends in .safetensors is needed")
 
 
-def _plant(one: Run) -> Planted:
+def _prepare_twig(one: Run, objective: Objective) -> Prepared:
     settings = one.settings
     dtype = torch.bfloat16 if one.precision == "bf16" else torch.float32
-    seed = Seed(settings.K, settings.T, settings.F, settings.init)
+    start = Start(settings.K, settings.T, settings.F, settings.init)
+    how = (settings.attention, settings.random, objective.asks_base)
     try:
-        planted = plant(settings.base, seed, one.device, dtype, settings.attention, settings.random)
+        prepared = prepare_twig(settings.base, start, one.device, dtype, *how)
     except torch.OutOfMemoryError as fault:
         raise RunError(f"{one.device} is full before the first step; use a larger one ({fault})") from fault
     if settings.lora_rank:
-        add_adapters(planted.twig, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
+        add_adapters(prepared.twig, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
     if settings.gradient_checkpointing:
-        checkpoint_gradients(planted.twig)
+        checkpoint_gradients(prepared.twig)
     if settings.compile:
-        for layer in (*planted.trunk.layers, *planted.twig.layers):
+        for layer in (*prepared.base.layers[: settings.K], *prepared.twig.layers):
             layer.compile(dynamic=True)
-    return planted
+    return prepared
 
 
-def _gather(one: Run, planted: Planted, skips: list[SkipLog]) -> Material:
+def _read_data(one: Run, prepared: Prepared, skips: list[SkipLog]) -> TrainingData:
     """The data; on the first process also the list of what is left out of it."""
     settings = one.settings
 
@@ -285,7 +210,7 @@ def _gather(one: Run, planted: Planted, skips: list[SkipLog]) -> Material:
         skips[0].add(found.skipped)
         skips[0].write()
 
-    return gather(settings, planted.loaded, one.ranks, judge, one.out, one.ranks.first)
+    return read_data(settings, prepared.loaded, one.ranks, judge, one.out, one.ranks.first)
 
 
 def _finished(out: Path) -> bool:
@@ -299,127 +224,117 @@ def _again(one: Run) -> None:
         export_release(one.out, Path(one.settings.export_release))
 
 
-def _share(one: Run, material: Material) -> tuple[Split, LengthGroupedSampler]:
+def _share(one: Run, data: TrainingData) -> tuple[BatchShares, TrainingFeed]:
     settings, ranks = one.settings, one.ranks
     usual = ROWS_PER_DEVICE[one.device.type]
     rows, accumulation = split_batch(settings.batch_size, ranks.world, settings.per_device_batch, usual)
-    sampler = material.sampler(rows, ranks.world, ranks.rank, accumulation, settings.seed)
-    each = -(-len(sampler) // accumulation)
-    steps = settings.max_steps or math.ceil(settings.epochs * each)
-    return Split(rows, accumulation, ranks.world, steps, each), sampler
+    sampler = data.sampler(rows, ranks.world, ranks.rank, accumulation, settings.seed)
+    cuda = one.device.type == "cuda"
+    workers = settings.workers if settings.workers is not None else GPU_WORKERS if cuda else CPU_WORKERS
+    feed = TrainingFeed(data, sampler, accumulation, workers, cuda)
+    steps = settings.max_steps or math.ceil(settings.epochs * feed.steps_an_epoch)
+    return BatchShares(rows, accumulation, ranks.world, steps, feed.steps_an_epoch), feed
 
 
-def _arguments(one: Run, split: Split, width: int):
-    """The Trainer's, for a model of this width."""
-    from transformers import TrainingArguments
-
-    settings = one.settings
-    reports = ["tensorboard"] if settings.tensorboard and importlib.util.find_spec("tensorboard") else []
-    if settings.wandb:
-        if importlib.util.find_spec("wandb") is None:
-            raise InputError("--wandb needs the package wandb: pip install wandb")
-        digest = hashlib.sha256(str(one.out.resolve()).encode()).hexdigest()[:12]
-        wanted = {
-            "WANDB_DIR": str(one.out),
-            "WANDB_PROJECT": "twigvlm",
-            "WANDB_RUN_ID": digest,
-            "WANDB_RESUME": "allow",
-        }
-        for name, value in wanted.items():  # a continued run goes on in its own charts
-            os.environ.setdefault(name, value)
-        reports.append("wandb")
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(one.out / "tensorboard")
-    workers = settings.workers
-    if workers is None:
-        workers = GPU_WORKERS if one.device.type == "cuda" else CPU_WORKERS
-    arguments = TrainingArguments(
-        output_dir=str(one.out),
-        run_name=one.out.name,
-        per_device_train_batch_size=split.rows,
-        gradient_accumulation_steps=split.accumulation,
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        learning_rate=settings.lr,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=math.ceil(settings.warmup * split.steps),
-        optim="adamw_torch_fused",
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=one.precision == "bf16",
-        seed=settings.seed,
-        use_cpu=one.device.type == "cpu",
-        deepspeed=None
-        if one.zero is None
-        else settle(one.zero, width, split.rows, split.accumulation, split.processes),
-        ddp_find_unused_parameters=False,
-        dataloader_num_workers=workers,
-        logging_steps=settings.log_steps or (1 if split.steps < MANY_STEPS else 10),
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=settings.save_steps or NEVER,
-        report_to=reports,
-        disable_tqdm=True,
-        log_level="error",
-        remove_unused_columns=False,
+def _plan(one: Run, shares: BatchShares, width: int) -> Plan:
+    """How the loop runs, for a model of this width."""
+    settings, half, zero = one.settings, one.precision == "bf16", None
+    if one.zero is not None:
+        zero = settle(one.zero, width, shares.rows, shares.accumulation, shares.processes, settings, half)
+    return Plan(
+        shares.steps,
+        rates(settings.schedule, settings.lr, shares.steps, math.ceil(settings.warmup * shares.steps)),
+        settings.max_grad_norm,
+        settings.seed,
+        half,
+        zero,
+        settings.save_steps,
+        settings.save_seconds or math.inf,
+        settings.keep,
     )
-    if one.zero is None and arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # else the Trainer would use the other GPUs by threads; they want processes
-    return arguments
 
 
-def _train(one: Run, planted: Planted, material: Material, skips: SkipLog | None, signals) -> int:
-    from .run.trainer import NotFinite, TwigTrainer
-
+def _train(
+    one: Run, prepared: Prepared, data: TrainingData, skips: SkipLog | None, signals: Signals, objective: Objective
+) -> int:
     ranks = one.ranks
-    split, sampler = ranks.everywhere(lambda: _share(one, material))
+    shares, feed = ranks.everywhere(lambda: _share(one, data))
     resume = ranks.on_first(lambda: _last_checkpoint(one))
-    job = _job(one, planted, material, skips, split.rows)
+    job = _job(one, prepared, data, skips, shares)
     if ranks.first:
-        _announce(one, split, job, resume)
-    end = one.out / f"checkpoint-{split.steps}"
+        _announce(one, shares, job, resume)
+    end = one.out / f"{checkpoints.STEM}{shares.steps}"
     if resume == end:  # killed after its last step
-        ranks.on_first(lambda: finish(job, end, planted.twig, _made(one, split), {}))
+        ranks.on_first(lambda: write_results(job, end, prepared.twig, _made(one, shares), {}))
         return 0
-    model = TwigForTraining(planted.trunk, planted.twig)
-    width = planted.trunk.model.config.text_config.hidden_size
-    trainer = ranks.everywhere(lambda: TwigTrainer(job, model, _arguments(one, split, width), sampler, signals))
+    loop = ranks.everywhere(lambda: _loop(one, prepared, shares, feed, job, signals, objective))
     try:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        if resume is not None:
+            loop.resume(resume)
+        whole = loop.run()
     except NotFinite as fault:
-        raise RunError(_not_finite(one, trainer, fault)) from fault
+        raise RunError(_not_finite(one, fault)) from fault
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
+        if isinstance(fault, RunError) or not _is_out_of_memory(fault):
+            raise
+        raise RunError(_out_of_memory(one, shares, loop.done + 1)) from fault
+    if not whole:
+        return _stopped(one, loop.done, signals.caught)
+    ranks.on_first(lambda: write_results(job, end, prepared.twig, _made(one, shares), loop.times.summary()))
+    return 0
+
+
+def _loop(
+    one: Run,
+    prepared: Prepared,
+    shares: BatchShares,
+    feed: TrainingFeed,
+    job: Job,
+    signals: Signals,
+    objective: Objective,
+) -> Loop:
+    settings, twig, times = one.settings, prepared.twig, StepTimes(one.device)
+    plan = _plan(one, shares, prepared.base.model.config.text_config.hidden_size)
+    facts = {**job.facts, **({"adapters": True} if has_adapters(twig) else {})}
+    try:
+        return Loop(
+            plan,
+            twig,
+            TwigLesson(prepared.base, twig, objective, times),
+            lambda module: adamw(module, settings.lr, settings.betas, settings.weight_decay),
+            feed,
+            one.out,
+            lambda folder, weights: write_twig(folder, weights, facts),
+            one.device,
+            one.ranks,
+            TwigWatch(job, signals),
+            times,
+            one.form,
+        )
     except ValueError as fault:
-        if isinstance(fault, InputError) or one.zero is None or trainer.state.global_step:
+        if isinstance(fault, InputError) or one.zero is None:
             raise
         raise InputError(
             f"{one.zero}: not a DeepSpeed configuration for this run ({' '.join(str(fault).split())})"
         ) from fault
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
-        if isinstance(fault, RunError) or not _is_out_of_memory(fault):
-            raise
-        raise RunError(_out_of_memory(one, split, trainer.state.global_step + 1)) from fault
-    if trainer.state.global_step < trainer.state.max_steps:
-        return _stopped(one, trainer.state.global_step, signals.caught)
-    ranks.on_first(lambda: finish(job, end, planted.twig, _made(one, split), trainer.clock.summary()))
-    return 0
 
 
-def _job(one: Run, planted: Planted, material: Material, skips: SkipLog | None, rows: int):
-    from .run.trainer import Job
+def _job(one: Run, prepared: Prepared, data: TrainingData, skips: SkipLog | None, shares: BatchShares) -> Job:
+    settings, ranks, answers = one.settings, one.ranks, None
+    if settings.agreement == "base":
+        answers = load_answers(one.out / ANSWERS, prepared.signature, data)
+    held_out = hold_out(data, shares.rows, ranks, answers)
+    facts = describe(prepared.twig, prepared.loaded.name, prepared.signature)
+    report = None
+    if ranks.first:
+        charts = Charts(one.out, settings.tensorboard, settings.wandb)
+        report = Report(one.out, held_out.against if held_out else "batch", charts)
+    return Job(settings, one.out, ranks, one.device, data, facts, shares.steps_an_epoch, held_out, skips, report)
 
-    answers = None
-    if one.settings.agreement == "base":
-        answers = load_answers(one.out / ANSWERS, planted.signature, material)
-    held_out = hold_out(material, rows, one.ranks, answers)
-    facts = describe(planted.twig, planted.loaded.name, planted.signature)
-    report = Report(one.out, held_out.against if held_out else "batch") if one.ranks.first else None
-    return Job(one.settings, one.out, one.ranks, one.device, material, facts, one.form, held_out, skips, report)
 
-
-def _made(one: Run, split: Split) -> dict:
+def _made(one: Run, shares: BatchShares) -> dict:
     """How the twig was made, for its card."""
-    made = {"split": str(split), "batch_size": one.settings.batch_size, "precision": one.precision}
+    made = {"split": str(shares), "batch_size": one.settings.batch_size, "precision": one.precision}
     return made | {"processes": one.ranks.world}
 
 
@@ -432,6 +347,11 @@ def _last_checkpoint(one: Run) -> Path | None:
     if found is None:
         return None
     told = checkpoints.facts(found)
+    if told.get("format") != FORMAT:
+        raise InputError(
+            f"{found} was written by an earlier version, whose states cannot be read any more; begin anew with another "
+            f"--out, from this twig with --init {found} or from the base"
+        )
     for key, value in one.form.items():
         if told.get(key) != value:
             name = {"zero": "ZeRO stage", "processes": "number of processes"}[key]
@@ -442,13 +362,13 @@ def _last_checkpoint(one: Run) -> Path | None:
     return found
 
 
-def _announce(one: Run, split: Split, job, resume: Path | None) -> None:
+def _announce(one: Run, shares: BatchShares, job: Job, resume: Path | None) -> None:
     settings, held_out = one.settings, job.held_out
     aside = f", {held_out.samples} held out" if held_out else ""
     learning = "adapters" if settings.lora_rank else f"{settings.T} layers, norm and head"
     means = f"DeepSpeed {one.zero.name}" if one.zero else "DDP" if one.ranks.world > 1 else "no DeepSpeed"
     print(
-        f"{split}: {split.steps:,} steps, {split.steps_an_epoch:,} a pass over {len(job.material.usable):,} samples{aside}"
+        f"{shares}: {shares.steps:,} steps, {shares.steps_an_epoch:,} a pass over {len(job.data.usable):,} samples{aside}"
     )
     print(
         f"AdamW, lr {settings.lr:g}, betas {settings.betas[0]:g} {settings.betas[1]:g}, {settings.schedule}, "
@@ -464,14 +384,8 @@ def _announce(one: Run, split: Split, job, resume: Path | None) -> None:
     sys.stdout.flush()
 
 
-def _not_finite(one: Run, trainer, fault) -> str:
-    """Save the state before the step that went wrong, unless it is spoilt already, and say what to do."""
-    good = not fault.spoilt and all(
-        torch.isfinite(getattr(p, "ds_tensor", p)).all() for p in trainer.model.parameters()
-    )
-    spoilt = one.ranks.reduce([0.0 if good else 1.0], one.device, largest=True)[0]
-    if not spoilt and trainer.state.global_step:
-        trainer._save_checkpoint(trainer.model_wrapped, None)
+def _not_finite(one: Run, fault: NotFinite) -> str:
+    """What to do about it."""
     found, _ = checkpoints.last_whole(one.out)
     kept = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
     return (
@@ -488,14 +402,14 @@ def _is_out_of_memory(fault: Exception) -> bool:
     )
 
 
-def _out_of_memory(one: Run, split: Split, step: int) -> str:
+def _out_of_memory(one: Run, shares: BatchShares, step: int) -> str:
     found, _ = checkpoints.last_whole(one.out)
-    less = split.rows // 2
+    less = shares.rows // 2
     remedies = [f"--per-device-batch {less}"] if less else []
     remedies += ["--gradient-checkpointing"] if not one.settings.gradient_checkpointing else []
     others = ["a smaller --max-length"] + (["--zero 3_offload"] if one.device.type == "cuda" else [])
     return (
-        f"process {one.ranks.rank} ran out of memory at step {step} with {split.rows} samples per device; lower it: "
+        f"process {one.ranks.rank} ran out of memory at step {step} with {shares.rows} samples per device; lower it: "
         f"{' or '.join(remedies) or 'nothing is left to lower here'} (the batch of {one.settings.batch_size} stays), and give "
         f"the same command otherwise: {f'it continues from {found}' if found else 'there is no checkpoint yet'}; "
         f"or, with a new --out, {' or '.join(others)}"

@@ -1,18 +1,17 @@
-"""What trains: a frozen trunk that runs without gradients, and the twig on it (method: paper section 3.1).
+"""What trains: a frozen base that runs without gradients, and a twig grown from copies of its layers (paper section 3.1).
 
-Of the base only the layers below K and those that the twig starts from are made or read. Knows the
-loss; knows neither data files nor optimizers. Legend: B rows, S tokens, V visual tokens an image.
+Of the base only the layers below K and those that the twig starts from are made or read, unless the
+objective asks the whole of it. Knows neither data files nor optimizers. Legend: B rows, S tokens, V
+visual tokens an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,29 +23,29 @@ from ..loading.random import random_base, random_config
 from ..loading.weights import Filling
 from ..model.stream import Stream
 from ..model.trunk import Trunk
-from ..model.twig import CONFIG, WEIGHTS, Twig, randomise, signature
-from .data.examples import IGNORE
-from .run.clock import Clock
+from ..model.twig import CONFIG, WEIGHTS, Twig, grow, signature
+from .objectives import Objective
+from .run.timing import StepTimes
 
 INITS = ("base", "random", "last")
 
 
 @dataclass
-class Planted:
-    """A trunk of K layers and a twig with fp32 weights on it, which shares no tensor with it."""
+class Prepared:
+    """A base and a twig with fp32 weights on its layer K, which shares no tensor with it."""
 
     loaded: Loaded
     twig: Twig
     signature: list[float]
 
     @property
-    def trunk(self) -> Trunk:
+    def base(self) -> Trunk:
         return self.loaded.trunk
 
 
 @dataclass(frozen=True)
-class Seed:
-    """Which twig to grow: K and T, the wipe layer F (0: three quarters of L), and from what (`INITS` or a twig)."""
+class Start:
+    """Which twig to train: K and T, the wipe layer F (0: three quarters of L), and from what (`INITS` or a twig)."""
 
     K: int
     T: int
@@ -58,26 +57,28 @@ class Seed:
             raise InputError(f"init is {self.init!r}; {', '.join(INITS)} or the folder of a twig is needed")
 
 
-def plant(
+def prepare_twig(
     base: str | Path | None,
-    seed: Seed,
+    start: Start,
     device: torch.device,
     dtype: torch.dtype,
     attention: str = "sdpa",
     shape: str | None = None,
-) -> Planted:
-    """Read what trains: the tower, the projector, embeddings and layers 0..K-1 of `base`, and the twig's start.
+    whole: bool = False,
+) -> Prepared:
+    """Read what trains: the tower, the projector, embeddings and layers 0..K-1 of `base` (all of them, head and norm
+    for a `whole` one), and the twig's start.
 
-    `dtype` is the trunk's; the twig's weights are fp32, since small steps vanish in less. With
-    `shape` the weights are drawn instead of read (`model.random`). Draws, where there are any, come
+    `dtype` is the base's; the twig's weights are fp32, since small steps vanish in less. With
+    `shape` the weights are drawn instead of read (`loading.random`). Draws, where there are any, come
     from torch's global generator. Raises InputError for an impossible K, T or F before any weight
     is read.
     """
     configs: list[TwigConfig] = []
 
     def keep(L: int) -> list[int]:
-        configs.append(TwigConfig(L, seed.K, seed.T, seed.F))
-        return layers_needed(configs[-1], seed.init)
+        configs.append(TwigConfig(L, start.K, start.T, start.F))
+        return list(range(L)) if whole else layers_needed(configs[-1], start.init)
 
     if shape is not None:
         count = len(keep(random_config(shape).text_config.num_hidden_layers))
@@ -87,12 +88,15 @@ def plant(
         loaded = load_base(base, device, dtype, attention, keep)
     trunk, config = loaded.trunk, configs[-1]
     known_by = signature(trunk)
-    twig = take_twig(trunk, config, seed.init)
+    init = start.init if start.init in INITS else "base"
+    twig = grow(trunk, config, init, None if whole else trunk.layers[-config.T :])
+    if not whole:
+        shorten(trunk, config.K)
     trim_tower(trunk)
     trunk.model.requires_grad_(False)
-    if seed.init not in INITS:
-        _copy_twig(seed, known_by, twig)
-    return Planted(loaded, twig.float().requires_grad_(True), known_by)
+    if start.init not in INITS:
+        _copy_twig(start, known_by, twig)
+    return Prepared(loaded, twig.float().requires_grad_(True), known_by)
 
 
 def layers_needed(config: TwigConfig, init: str) -> list[int]:
@@ -102,22 +106,17 @@ def layers_needed(config: TwigConfig, init: str) -> list[int]:
     return sorted({*below, *range(first, first + config.T)})
 
 
-def take_twig(trunk: Trunk, config: TwigConfig, init: str) -> Twig:
-    """Make the topmost T layers, norm and head of a shortened base into a twig; the trunk keeps the first K."""
-    decoder, model = trunk.decoder, trunk.model
-    twig = Twig(config, trunk.layers[-config.T :], decoder.norm, model.lm_head)
-    decoder.layers = trunk.layers = trunk.layers[: config.K]
-    decoder.norm, model.lm_head = nn.Identity(), nn.Identity()
-    if init == "random":
-        randomise(twig, model.config.text_config.initializer_range)
-    return twig
+def shorten(trunk: Trunk, K: int) -> None:
+    """Leave the layers below K: nothing above them is asked any more."""
+    trunk.decoder.layers = trunk.layers = trunk.layers[:K]
+    trunk.decoder.norm, trunk.model.lm_head = nn.Identity(), nn.Identity()
 
 
-def _copy_twig(seed: Seed, known_by: list[float], twig: Twig) -> None:
+def _copy_twig(start: Start, known_by: list[float], twig: Twig) -> None:
     """Start from a stored twig of the same K, T and base."""
-    folder = Path(seed.init)
+    folder = Path(start.init)
     facts = read_json(folder / CONFIG)
-    for letter, asked in (("K", seed.K), ("T", seed.T)):
+    for letter, asked in (("K", start.K), ("T", start.T)):
         if facts.get(letter) != asked:
             raise InputError(
                 f"{folder / CONFIG}: {letter} is {facts.get(letter)}, but {letter} = {asked} was asked for; "
@@ -141,54 +140,26 @@ def trim_tower(trunk: Trunk) -> None:
     tower.config.num_hidden_layers = config.vision_feature_layer = used
 
 
-class TwigForTraining(nn.Module):
-    """The loss of a twig on batches of conversations. Its parameters are the twig's; the trunk is no part of it,
-    so that nothing that wraps, saves, shards or casts a model ever touches the trunk.
-    """
+class TwigLesson:
+    """The loss of a twig on a batch of conversations: what leaves layer K-1 of the base, handed to the objective."""
 
-    accepts_loss_kwargs = False  # a micro-batch's loss is the mean over its own answer tokens
+    def __init__(self, base: Trunk, twig: Twig, objective: Objective, times: StepTimes | None = None):
+        self.base, self.twig, self.objective = base, twig, objective
+        self.times = times or StepTimes(base.device)
 
-    def __init__(self, trunk: Trunk, twig: Twig, clock: Clock | None = None):
-        super().__init__()
-        self.twig = twig
-        self.trunk = trunk  # no Module, hence not registered
-        self.clock = clock or Clock(trunk.device)
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        labels: torch.Tensor,
-        lengths: Sequence[int],
-        pixel_values: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """ids and labels [B, S], right-padded, each image as V image tokens; pixels [images, 3, h, w] in their order.
-
-        Gives "loss", the mean cross-entropy over the labels that are not IGNORE, "answers", their number, and "right", how many of them the twig would have drafted.
+    def __call__(self, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`input_ids` and `labels` [B, S], right-padded, of `lengths`, each image as V image tokens; `pixel_values`
+        [images, 3, h, w] in their order. Gives the objective's loss and figures.
         """
-        stream = self.read(input_ids, lengths, pixel_values)
-        with self.clock.part("twig"):
-            logits, targets = self.answers(stream, labels)
-            loss = F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
-            right = (logits.detach().argmax(-1) == targets).sum()
-        return {
-            "loss": loss,
-            "answers": torch.tensor(len(targets), device=logits.device),
-            "right": right,
-        }
+        states = self.read(batch)
+        with self.times.part("twig"):
+            return self.objective(states, batch["labels"], self.twig, self.base)
 
-    def read(self, input_ids: torch.Tensor, lengths: Sequence[int], pixel_values: torch.Tensor | None) -> Stream:
-        """What leaves layer K-1 of the trunk, which keeps no gradients."""
-        with torch.no_grad(), self.clock.part("trunk"):
-            stream = self.trunk.embed(input_ids, lengths, pixel_values)
-            return self.trunk.run(self.trunk.layers, stream, None)
-
-    def answers(self, stream: Stream, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 logits [n, vocabulary] at the n positions before a learnt token, and those tokens [n]."""
-        hidden = self.trunk.run(self.twig.layers, stream, None).hidden
-        targets = labels[:, 1:]
-        chosen = targets != IGNORE
-        # Only these rows meet the vocabulary: the full logits of a batch would be gigabytes.
-        return self.twig.logits(hidden[:, :-1][chosen]), targets[chosen]
+    def read(self, batch: dict) -> Stream:
+        """What leaves layer K-1 of the base, which keeps no gradients."""
+        with torch.no_grad(), self.times.part("trunk"):
+            stream = self.base.embed(batch["input_ids"], batch["lengths"], batch["pixel_values"])
+            return self.base.run(self.base.layers[: self.twig.config.K], stream, None)
 
 
 def checkpoint_gradients(twig: Twig) -> None:

@@ -1,18 +1,21 @@
 """DeepSpeed's configuration file: read, checked against the run, its "auto" sizes filled in.
 
-The Trainer fills in what it knows (batch, precision, clipping); sizes that follow from the model's
-width it looks for in a configuration that a twig in training does not have.
+What is "auto" there is filled in with what the run has; what is not must agree with it.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 
-AUTO = "auto"
+if TYPE_CHECKING:
+    from .settings import Settings
+
+AUTO, CLIPPING = "auto", "gradient_clipping"
+EPSILON = 1e-8  # AdamW's
 BATCH, ROWS, ACCUMULATION = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 
 
@@ -34,21 +37,24 @@ def stage_of(config: dict[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
-def settle(file: Path, width: int, rows: int, accumulation: int, processes: int) -> dict[str, Any]:
-    """The configuration for a run: rows x accumulation x processes = batch, on a model of this width.
+def settle(
+    file: Path, width: int, rows: int, accumulation: int, processes: int, settings: Settings, half: bool
+) -> dict:
+    """The configuration for a run: rows x accumulation x processes = batch, on a model of this width, in bf16 or not.
 
-    Raises InputError for a file that fixes another batch.
+    Raises InputError for a file that fixes what the run has otherwise.
     """
     config = read_zero(file)
-    wanted = {ROWS: rows, ACCUMULATION: accumulation, BATCH: rows * accumulation * processes}
-    for name, value in wanted.items():
-        if config.get(name, AUTO) not in (AUTO, value):
-            raise InputError(
-                f"{file}: {name} is {config[name]!r}, and this run has {value} ({rows} samples x {accumulation} "
-                f'accumulation x {processes} processes); write "auto" there, or give --batch-size and --per-device-batch that fit'
-            )
-        config[name] = value
-    part = config.get("zero_optimization", {})
+    part, optimizer = config.get("zero_optimization", {}), config.get("optimizer", {}).get("params", {})
+    shares = f"{rows} samples x {accumulation} accumulation x {processes} processes"
+    batch = {ROWS: rows, ACCUMULATION: accumulation, BATCH: rows * accumulation * processes}
+    _fill(file, config, batch, shares, ", or give --batch-size and --per-device-batch that fit")
+    _fill(file, config, {CLIPPING: settings.max_grad_norm}, "--max-grad-norm")
+    _fill(file, config.setdefault("bf16", {}), {"enabled": half}, "--precision, or what the device computes in")
+    wanted = {"lr": settings.lr, "betas": list(settings.betas), "weight_decay": settings.weight_decay, "eps": EPSILON}
+    _fill(file, optimizer, {k: v for k, v in wanted.items() if k in optimizer}, "its flags")
+    if "scheduler" in config:
+        raise InputError(f'{file}: "scheduler": the learning rate is --schedule\'s here; take it out')
     sizes = {
         "reduce_bucket_size": width * width,
         "allgather_bucket_size": width * width,
@@ -62,3 +68,12 @@ def settle(file: Path, width: int, rows: int, accumulation: int, processes: int)
     if left:
         raise InputError(f'{file}: zero_optimization.{left[0]} is "auto", which nothing here fills in; write a value')
     return config
+
+
+def _fill(file: Path, part: dict, wanted: dict, source: str, other: str = "") -> None:
+    for name, value in wanted.items():
+        if part.get(name, AUTO) not in (AUTO, value):
+            raise InputError(
+                f'{file}: {name} is {part[name]!r}, and this run has {value} ({source}); write "auto" there{other}'
+            )
+        part[name] = value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,18 +15,19 @@ from ...errors import InputError
 from ...loading.base import Loaded
 from ...prompt.processor import build_processor, make_prompts
 from ...prompt.template import VicunaPrompts
+from ...workers import batches, loader
 from ...world.conversations import CONVERSATIONS, DRAWN, IMAGES, ensure_drawn
-from ..run.ranks import Ranks
+from ..run.ranks import ALONE, Ranks
 from ..settings import HELD_OUT, HELD_OUT_SHARE, Settings
 from .examples import Collator, Records, TwigDataset
 from .sampler import LengthGroupedSampler
 from .survey import Survey, survey
 
-ALONE = Ranks()
+PREFETCH = 4  # micro-batches that a worker prepares ahead
 
 
 @dataclass
-class Material:
+class TrainingData:
     """The data of a run. `held_out` are dataset places that are not in `usable`."""
 
     dataset: TwigDataset
@@ -53,14 +54,47 @@ class Material:
         }
 
 
-def gather(
+@dataclass
+class TrainingFeed:
+    """The micro-batches of this process by step; those of an epoch's last step may be fewer."""
+
+    data: TrainingData
+    sampler: LengthGroupedSampler
+    accumulation: int
+    workers: int
+    pinned: bool
+
+    @property
+    def steps_an_epoch(self) -> int:
+        return -(-len(self.sampler) // self.accumulation)
+
+    def count(self, step: int) -> int:
+        """Micro-batches of a step."""
+        return min(self.accumulation, len(self.sampler) - step % self.steps_an_epoch * self.accumulation)
+
+    def batches(self, step: int) -> Iterator[dict]:
+        """All micro-batches from a step on, without end."""
+        while True:
+            epoch, place = divmod(step, self.steps_an_epoch)
+            self.sampler.set_epoch(epoch)
+            self.sampler.set_start(place * self.accumulation)
+            yield from batches(
+                loader(
+                    self.data.dataset, self.data.collate, self.workers, PREFETCH, batch_sampler=self.sampler,
+                    pin_memory=self.pinned,
+                )
+            )  # fmt: skip
+            step = (epoch + 1) * self.steps_an_epoch
+
+
+def read_data(
     settings: Settings,
     loaded: Loaded,
     ranks: Ranks = ALONE,
     judge: Callable[[TwigDataset, Survey], None] = lambda dataset, found: None,
     cache: Path | None = None,
     progress: bool = True,
-) -> Material:
+) -> TrainingData:
     """Open the data, find what is usable, and set the held-out samples aside.
 
     One process looks and tells all; `judge` sees there what is unusable. Raises InputError for files
@@ -73,10 +107,10 @@ def gather(
             "vicuna_v1; give a LLaVA-1.5 model"
         )
     images = settings.held_out_images or settings.images
-    dataset = ranks.everywhere(lambda: open_data(settings, settings.data, settings.images, processor, loaded))
+    dataset = ranks.everywhere(lambda: open_file(settings, settings.data, settings.images, processor, loaded))
     aside = dataset
     if settings.held_out_data and settings.held_out != 0:
-        aside = ranks.everywhere(lambda: open_data(settings, settings.held_out_data, images, processor, loaded))
+        aside = ranks.everywhere(lambda: open_file(settings, settings.held_out_data, images, processor, loaded))
 
     def look() -> Survey:
         found = survey(dataset, cache, progress=progress)
@@ -97,10 +131,10 @@ def gather(
     trunk = loaded.trunk
     pad = processor.tokenizer.pad_token_id
     collate = Collator(trunk.image_token_id, trunk.V, 0 if pad is None else pad)
-    return Material(dataset, found, usable, aside, places, collate)
+    return TrainingData(dataset, found, usable, aside, places, collate)
 
 
-def complete(settings: Settings) -> Settings:
+def fill_in(settings: Settings) -> Settings:
     """Fill in what nobody gave: without a base there are drawn conversations to learn from; the folder of the run."""
     if settings.base is None and settings.data is None:
         train, aside = (DRAWN / split for split in ("train", "validation"))
@@ -118,7 +152,7 @@ def complete(settings: Settings) -> Settings:
     return settings
 
 
-def open_data(
+def open_file(
     settings: Settings, data: str | None, images: str | None, processor: LlavaProcessor, loaded: Loaded
 ) -> TwigDataset:
     if data is None:

@@ -26,6 +26,7 @@ from ...files import flush, hold, write_json, write_text
 
 SEAL, RUN = "whole.json", "run.json"
 SAVING, DOOMED, LOCK, TOKEN = ".saving", ".doomed", ".lock", ".token"
+STEM = "checkpoint-"  # and the steps that it holds
 CHUNK = 1 << 22
 OURS = re.compile(
     r"checkpoint-\d+|run\.json|log\.jsonl|skipped\.jsonl|base_answers\.npz|tensorboard|plan\.json|stopped\.json|"
@@ -35,8 +36,12 @@ OURS = re.compile(
 
 def checkpoints(out: Path) -> list[Path]:
     """All checkpoint folders of a run, whole or not, newest first."""
-    found = [(int(m[1]), p) for p in out.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-    return [p for _, p in sorted(found, reverse=True)]
+    found = [p for p in out.glob(f"{STEM}*") if p.name.removeprefix(STEM).isdecimal()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix(STEM))
 
 
 def last_whole(out: Path) -> tuple[Path | None, list[Path]]:
@@ -75,6 +80,14 @@ def seal(part: Path, place: Path, told: dict) -> None:
     remove(place)  # a damaged one of the same step
     os.rename(part, place)
     flush(place.parent)
+
+
+def put(part: Path, place: Path, told: dict, keep: int) -> None:
+    """Make what was written to `part` the checkpoint `place`, and delete all but the newest `keep`."""
+    with writing(f"the checkpoint {place.name}", place.parent):
+        seal(part, place, told)
+    shutil.rmtree(part.parent, ignore_errors=True)
+    prune(place.parent, keep)
 
 
 def prune(out: Path, keep: int) -> None:

@@ -1,211 +1,321 @@
-"""One resumable training loop: a pure function of the step makes the batch, another makes the loss.
+"""One training loop over accelerate, for a user's twig and for every stage of the embedded model.
 
-Knows optimizer, schedule, autocast, checkpoints, progress and metrics; knows neither the data nor
-the model. Because batch `n` depends on `n` alone, a run that is killed and started again sees
-exactly the batches that it would have seen.
+prepare → for each step: micro-batches → objective → backward → step → report → checkpoint. Rate, random
+numbers and batches of a step are functions of its number, so that a run that was killed goes on from
+its last checkpoint and ends with the same bits. Knows neither the data nor the model; accelerate
+knows DDP and DeepSpeed.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from safetensors.torch import load_file
+from torch import nn
 
-from ...workers import batches, loader
+from ...errors import RunError
+from ...model.twig import WEIGHTS
+from . import checkpoints
+from .ranks import ALONE, Ranks
+from .timing import StepTimes
 
-LOGGED = 20  # steps a line of metrics
-AHEAD = 4  # batches that a worker prepares in advance
+EXACT_EVERY = 20  # on a GPU one step in so many is timed by parts
+FORMAT = 2  # of a checkpoint's states; 1 were those of Hugging Face's Trainer
+
+LossOf = Callable[[dict], tuple[torch.Tensor, dict]]
+
+
+class NotFinite(RunError):
+    """The loss or the gradients are no numbers. `spoilt`: the weights have taken the step already."""
+
+    def __init__(self, message: str, spoilt: bool = False):
+        super().__init__(message)
+        self.spoilt = spoilt
 
 
 @dataclass(frozen=True)
-class LoopConfig:
-    """`lr` is the peak of a linear warm-up followed by a cosine to `final_lr` times the peak."""
+class Plan:
+    """How a loop runs. `rate` gives the learning rate of a step, counted from 0; `clip` 0 clips nothing."""
 
-    name: str
     steps: int
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.0
-    warmup: float = 0.03  # share of the steps
-    final_lr: float = 0.02  # share of the peak
-    clip: float = 1.0
-    save_seconds: float = 120.0
-    workers: int = 1
+    rate: Callable[[int], float]
+    clip: float = 0.0
     seed: int = 0
+    half: bool = False  # bf16 autocast
+    zero: dict | None = None  # DeepSpeed's configuration, complete
+    save_steps: int = 0
+    save_seconds: float = 120.0
+    keep: int = 1  # checkpoints
 
 
-class _Steps(Dataset):
-    def __init__(self, make_batch: Callable[[int], dict], start: int, end: int):
-        self.make_batch, self.start, self.end = make_batch, start, end
+class Feed(Protocol):
+    """The micro-batches of this process, as a function of the step."""
 
-    def __len__(self) -> int:
-        return self.end - self.start
+    def count(self, step: int) -> int:
+        """Micro-batches of a step."""
 
-    def __getitem__(self, i: int) -> dict:
-        return self.make_batch(self.start + i)
-
-
-def save_atomically(state: object, path: Path) -> None:
-    """Write beside the target, flush to the disk, rename: a reader sees the old file or the new one."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    def batches(self, step: int) -> Iterator[dict]:
+        """All micro-batches from a step on."""
 
 
-def _lr_share(step: int, config: LoopConfig) -> float:
-    warm = max(1, round(config.warmup * config.steps))
-    if step < warm:
-        return (step + 1) / warm
-    progress = (step - warm) / max(1, config.steps - warm)
-    return config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def adamw(module: torch.nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
-    """The optimizer of all parameters that require a gradient."""
-    learning = [p for p in module.parameters() if p.requires_grad]
-    return torch.optim.AdamW(learning, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether bf16 pays: a CPU without instructions for it emulates them, eleven times slower than fp32."""
-    return device.type != "cpu" or any(word in _cpu_flags() for word in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-@lru_cache
-def _cpu_flags() -> frozenset[str]:
-    """What /proc/cpuinfo says of the processor; "bf16" where there is no such file, as it was always assumed."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return frozenset({"bf16"})
-    return frozenset(word for line in lines if line.lower().startswith(("flags", "features")) for word in line.split())
-
-
-def fit(
-    config: LoopConfig,
-    module: torch.nn.Module,
-    make_batch: Callable[[int], dict],
-    loss_fn: Callable[[dict], tuple[torch.Tensor, dict[str, float]]],
-    run_dir: Path,
-    make_optimizer: Callable[[torch.nn.Module, LoopConfig], torch.optim.Optimizer] = adamw,
-) -> None:
-    """Train the parameters of `module` that require a gradient, in place.
-
-    `make_batch(step)` runs in worker processes; `loss_fn(batch)` runs under bf16 autocast (where the
-    device computes in bf16) and gives the loss and figures to log. Resumes from `run_dir/<name>.pt`; metrics go to
-    `run_dir/<name>.jsonl`, one line every 20 steps.
+class Learner(nn.Module):
+    """What accelerate wraps. Parameters are those of `module`; what else `loss_of` needs (a frozen trunk) is no part
+    of it, so that nothing that wraps, saves, shards or casts a model ever touches that.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    learning = {n: p for n, p in module.named_parameters() if p.requires_grad}
-    optimizer = make_optimizer(module, config)
-    checkpoint = run_dir / f"{config.name}.pt"
-    start = _resume(checkpoint, module, optimizer)
 
-    def save(step: int) -> None:
-        weights = {n: p.detach() for n, p in learning.items()}
-        save_atomically({"weights": weights, "optimizer": optimizer.state_dict(), "step": step}, checkpoint)
+    def __init__(self, module: nn.Module, loss_of: LossOf):
+        super().__init__()
+        self.module, self.loss_of = module, loss_of
 
-    device = next(module.parameters()).device
-    half = computes_bf16(device)
-    loaded = batches(_loader(make_batch, start, config, pinned=device.type == "cuda"))
-    bar = tqdm(loaded, initial=start, total=config.steps, desc=config.name, mininterval=2, smoothing=0.02)
-    metrics = _Metrics(run_dir / f"{config.name}.jsonl", start)
-    saved = time.monotonic()
-    for step, batch in enumerate(bar, start):
-        metrics.batch_came()
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * _lr_share(step, config)
-        batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
-        torch.manual_seed(config.seed + step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            loss, extra = loss_fn(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(learning.values()), config.clip)
-        if not torch.isfinite(norm):
-            save(step)  # this step has changed nothing yet
-            raise FloatingPointError(
-                f"{config.name}: gradient norm {norm.item()} at step {step}; the last good checkpoint is "
-                f"{checkpoint}; lower lr (now {config.lr})"
-            )
-        optimizer.step()
-        metrics.add({"loss": loss.item(), **extra})
-        if (step + 1) % LOGGED == 0 or step + 1 == config.steps:
-            facts = {"grad_norm": round(norm.item(), 4), "lr": optimizer.param_groups[0]["lr"]}
-            mean = metrics.write(step + 1, facts)
-            bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
-        if time.monotonic() - saved > config.save_seconds:
-            save(step + 1)
-            saved = time.monotonic()
-        metrics.step_done()
-    save(config.steps)
+    def forward(self, batch: dict) -> tuple[torch.Tensor, dict]:
+        return self.loss_of(batch)
 
 
-def _resume(checkpoint: Path, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Restore weights and optimizer where there is a checkpoint; the step to go on with."""
-    if not checkpoint.exists():
-        return 0
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["weights"], strict=False)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
+@dataclass(frozen=True)
+class Told:
+    """What a step of this process has given: `losses` and `figures` of its micro-batches."""
+
+    losses: list[torch.Tensor]
+    figures: list[dict]
+    norm: float | None
+    rate: float
+    waited: float  # seconds for data
 
 
-def _loader(make_batch: Callable[[int], dict], start: int, config: LoopConfig, pinned: bool) -> DataLoader:
-    steps = _Steps(make_batch, start, config.steps)
-    return loader(steps, _as_it_is, config.workers, AHEAD, batch_size=None, pin_memory=pinned)
+class Watch:
+    """Who follows a loop. This one says nothing."""
+
+    def begin(self, loop: Loop) -> None:
+        """Before the first step."""
+
+    def batch(self, batch: dict) -> None:
+        """A micro-batch has come."""
+
+    def stopping(self) -> bool:
+        """Whether this process is asked to save and stop."""
+        return False
+
+    def step(self, loop: Loop, told: Told) -> None:
+        """A step is done, and `loop.done` counts it."""
 
 
-def _as_it_is(batch: dict) -> dict:
-    return batch
+def adamw(module: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
+    """Of all parameters that require a gradient; norms and biases do not decay."""
+    learning = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in learning if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in learning if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
 
-class _Metrics:
-    """Means of the figures since the last line, and how long the loop waited for data, as JSON lines."""
+def rates(kind: str, peak: float, steps: int, warm: int, floor: float = 0.0, early: int = 0) -> Callable[[int], float]:
+    """Learning rate by step: a linear rise over `warm` steps to `peak`, then "cosine" or "linear" to `floor` times it
+    or "constant_with_warmup". `early` 1 begins with the first part of the rise, 0 with none.
+    """
 
-    def __init__(self, path: Path, start: int):
-        self.path, self.figures, self.waited, self.mark = path, [], 0.0, time.monotonic()
-        if path.exists():  # steps that a killed run logged but did not save come again
-            lines = [line for line in path.read_text().splitlines() if _logged_step(line) <= start]
-            path.write_text("".join(f"{line}\n" for line in lines))
+    def rate(step: int) -> float:
+        if step < warm:
+            return peak * (step + early) / warm
+        progress = min(1.0, (step - warm) / max(1, steps - warm))
+        left = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}.get(kind, 1.0)
+        return peak * (floor + (1 - floor) * left)
 
-    def batch_came(self) -> None:
-        self.waited += time.monotonic() - self.mark
-
-    def step_done(self) -> None:
-        self.mark = time.monotonic()
-
-    def add(self, figures: dict[str, float]) -> None:
-        self.figures.append(figures)
-
-    def write(self, step: int, facts: dict[str, float]) -> dict[str, float]:
-        """Append a line and start anew; the means."""
-        mean = {k: sum(f[k] for f in self.figures) / len(self.figures) for k in self.figures[0]}
-        line = {"step": step, **{k: round(v, 5) for k, v in mean.items()}, **facts}
-        with open(self.path, "a") as log:
-            log.write(json.dumps(line | {"waited_s": round(self.waited, 2), "time": round(time.time())}) + "\n")
-        self.figures, self.waited = [], 0.0
-        return mean
+    return rate
 
 
-def _logged_step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return math.inf  # half a line, from a power loss
+def open_accelerator(device: torch.device, zero: dict | None):
+    """accelerate on this device; DeepSpeed by its configuration."""
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DeepSpeedPlugin
+
+    if zero is None:
+        return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    if device.type == "cpu" and torch.cuda.is_available():
+        PartialState(cpu=True)  # else it would take the GPU
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    half = "bf16" if zero.get("bf16", {}).get("enabled") else "no"
+    return Accelerator(mixed_precision=half, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero))
+
+
+class Loop:
+    """One training of `module`, in place, into checkpoints under `out`.
+
+    `write_model(folder, weights)` puts the weights that learn beside a checkpoint's states, as a file WEIGHTS;
+    `form` is what another process must agree with to read these states.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        module: nn.Module,
+        loss_of: LossOf,
+        make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        feed: Feed,
+        out: Path,
+        write_model: Callable[[Path, dict], None],
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        watch: Watch | None = None,
+        times: StepTimes | None = None,
+        form: dict | None = None,
+    ):
+        self.plan, self.module, self.feed, self.out = plan, module, feed, out
+        self.device, self.ranks, self.watch, self.times = device, ranks, watch or Watch(), times or StepTimes(device)
+        self.write_model, self.form = write_model, form or {"format": FORMAT}
+        self.learning = [p for p in module.parameters() if p.requires_grad]
+        self.done, self.waited, self.saved = 0, 0.0, time.monotonic()
+        self.stop = self.due = False
+        self.accelerator = open_accelerator(device, plan.zero)
+        # The states are accelerate's to write, the weights are ours: a checkpoint is a folder that can be loaded.
+        self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+        self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+        self.model, self.optimizer = self.accelerator.prepare(Learner(module, loss_of), make_optimizer(module))
+
+    def resume(self, folder: Path) -> None:
+        """Go on from a checkpoint."""
+        self.accelerator.load_state(str(folder))
+        if self.plan.zero is None:
+            self.module.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        self.done = checkpoints.step_of(folder)
+
+    def run(self) -> bool:
+        """Train to the last step; False if somebody asked to stop before. Raises NotFinite, with a checkpoint of the
+        state before the step that went wrong, where that is still there.
+        """
+        self.watch.begin(self)
+        self.saved = time.monotonic()
+        micro_batches = self.feed.batches(self.done)
+        while self.done < self.plan.steps:
+            try:
+                told = self._step(micro_batches)
+            except NotFinite as fault:
+                self._rescue(fault)
+                raise
+            if told is not None:
+                self.done += 1
+                self.times.step()
+                self.watch.step(self, told)
+                self.times.exact = self.device.type != "cuda" or self.done % EXACT_EVERY == 0
+            ended = self.done == self.plan.steps
+            if self.stop or ended or self.due or (self.plan.save_steps and self.done % self.plan.save_steps == 0):
+                self.save()
+            if self.stop and not ended:
+                return False
+        return True
+
+    def _step(self, micro_batches: Iterator[dict]) -> Told | None:
+        """One optimizer step; None if it was broken off, before it changed anything."""
+        count, rate = self.feed.count(self.done), self.plan.rate(self.done)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        losses, figures, self.waited = [], [], 0.0
+        for number in range(count):
+            batch = self._next(micro_batches)
+            self._seed(number)
+            loss, found = self._micro_batch(batch, count, last=number == count - 1)
+            losses.append(loss)
+            figures.append(found)
+            if self.stop and number < count - 1:
+                return None
+        return Told(losses, figures, self._update(), rate, self.waited)
+
+    def _seed(self, number: int) -> None:
+        """Random numbers of a micro-batch: of its step, its number in it and its process. A loader draws some as well,
+        whenever it begins: so this comes behind.
+        """
+        torch.manual_seed((self.plan.seed + self.done + (self.ranks.rank << 32) + (number << 48)) % (1 << 63))
+
+    def _next(self, micro_batches: Iterator[dict]) -> dict:
+        start = time.monotonic()
+        batch = next(micro_batches)
+        waited = time.monotonic() - start
+        self.waited += waited
+        self.times.add("waiting", waited)
+        self.watch.batch(batch)
+        return self.placed(batch)
+
+    def placed(self, batch: dict) -> dict:
+        """The batch with its tensors on the device."""
+        return {k: v.to(self.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.plan.half and self.plan.zero is None)
+
+    def _micro_batch(self, batch: dict, count: int, last: bool) -> tuple[torch.Tensor, dict]:
+        """A micro-batch's loss is a mean, and the mean of `count` of them is the step's."""
+        self.accelerator.sync_gradients = last
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.autocast():
+                loss, figures = self.model(batch)
+            self._agree(loss)
+            with self.times.part("twig"):
+                how: dict[str, Any] = {} if self.plan.zero is None else {"scale_wrt_gas": False}
+                self.accelerator.backward(loss / count, **how)
+        return loss.detach(), figures
+
+    def _agree(self, loss: torch.Tensor) -> None:
+        """What one process sees, all act on: a loss that is none, a signal, the time to save."""
+        due = self.ranks.first and self.plan.save_seconds <= time.monotonic() - self.saved
+        seen = [not torch.isfinite(loss.detach()).item(), self.watch.stopping(), due]
+        bad, stop, save = self.ranks.reduce([float(s) for s in seen], self.device, largest=True)
+        if bad:
+            raise NotFinite(f"the loss is not finite at step {self.done + 1}")
+        self.stop, self.due = bool(stop), bool(save)
+
+    def _update(self) -> float | None:
+        """Let the gradients change the weights; their norm. DeepSpeed has done so already, with its last backward."""
+        if self.plan.zero is not None:
+            norm = self.model.get_global_grad_norm()
+            return None if norm is None else self._finite(float(norm), spoilt=True)
+        with self.times.part("optimizer"):
+            if self.plan.clip:
+                norm = self.accelerator.clip_grad_norm_(self.learning, self.plan.clip)
+            else:
+                norm = nn.utils.get_total_norm([p.grad for p in self.learning if p.grad is not None])
+            found = self._finite(norm.item(), spoilt=False)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return found
+
+    def _finite(self, norm: float, spoilt: bool) -> float:
+        if not math.isfinite(norm):
+            raise NotFinite(f"the gradient norm is {norm} at step {self.done + 1}", spoilt)
+        return norm
+
+    def _rescue(self, fault: NotFinite) -> None:
+        """Save the state before the step that went wrong, unless it is spoilt on some process."""
+        good = not fault.spoilt and all(torch.isfinite(getattr(p, "ds_tensor", p)).all() for p in self.learning)
+        spoilt = self.ranks.reduce([0.0 if good else 1.0], self.device, largest=True)[0]
+        if not spoilt and self.done:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint aside, flush it, seal it, rename it; then old ones go."""
+        start, self.saved = self.times.now(), time.monotonic()
+        place, saving = self.out / f"{checkpoints.STEM}{self.done}", self.out / checkpoints.SAVING
+        if self.ranks.on_first(lambda: checkpoints.is_whole(place)):
+            return
+        self.ranks.on_first(lambda: shutil.rmtree(saving, ignore_errors=True))
+        with checkpoints.writing(f"the checkpoint of step {self.done}", self.out):
+            self.accelerator.save_state(str(saving / place.name))
+            weights = self.accelerator.get_state_dict(self.model)  # on all: ZeRO-3 puts them together
+            if self.ranks.first:
+                self.write_model(saving / place.name, self._own(weights))
+        self.ranks.wait()
+        self.ranks.on_first(lambda: checkpoints.put(saving / place.name, place, self.form, self.plan.keep))
+        self.times.add("saving", self.times.now() - start)
+
+    def _own(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Under the names of `module`, on the CPU and in a file's layout."""
+        plain = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in plain.items()}

@@ -86,7 +86,7 @@ class Ranks:
             raise fault
         raise Elsewhere(codes[failed[0]])
 
-    def gather(self, value: Any) -> list:
+    def collect(self, value: Any) -> list:
         """Every rank's `value`, in order."""
         if self.world == 1:
             return [value]
@@ -105,6 +105,9 @@ class Ranks:
     def wait(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+ALONE = Ranks()
 
 
 def find(env: MutableMapping[str, str] = os.environ) -> Ranks:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import json
+import os
 import re
 import sys
 import time
 from collections import deque
 from pathlib import Path
+
+from ...errors import InputError
 
 LOG, CURVE, CARD = "log.jsonl", "curve.png", "README.md"
 RECENT = 20  # reports over which the remaining time is estimated
@@ -21,12 +26,46 @@ DIGITS = {
 }
 
 
+def check_wandb(wanted: bool) -> None:
+    if wanted and importlib.util.find_spec("wandb") is None:
+        raise InputError("--wandb needs the package wandb: pip install wandb")
+
+
+class Charts:
+    """TensorBoard's files and Weights & Biases, where they are wanted."""
+
+    def __init__(self, out: Path, tensorboard: bool, wandb: bool):
+        self.board = self.wandb = None
+        if tensorboard and importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"))
+        if wandb:
+            import wandb as charts
+
+            digest = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]
+            # A continued run goes on in its own charts; WANDB_PROJECT and the like in the environment count.
+            self.wandb = charts.init(
+                dir=str(out), project=os.environ.get("WANDB_PROJECT", "twigvlm"), name=out.name,
+                id=os.environ.get("WANDB_RUN_ID", digest), resume=os.environ.get("WANDB_RESUME", "allow"),
+            )  # fmt: skip
+
+    def step(self, step: int, logs: dict[str, float]) -> None:
+        told = {f"train/{name}": value for name, value in logs.items()}
+        if self.board is not None:
+            for name, value in told.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+        if self.wandb is not None:
+            self.wandb.log(told, step=step)
+
+
 class Report:
     """Prints and stores what one process is told after every so many steps."""
 
-    def __init__(self, out: Path, against: str):
+    def __init__(self, out: Path, against: str, charts: Charts | None = None):
         """`against`: whose words agreement is measured with ("base", "labels" or "batch")."""
-        self.out, self.against = out, against
+        self.out, self.against, self.charts = out, against, charts
         self.marks: deque[tuple[int, float]] = deque(maxlen=RECENT)
         log = out / LOG
         if log.exists() and not log.read_bytes().endswith(b"\n"):  # a kill cut its last line short
@@ -42,6 +81,8 @@ class Report:
         told |= {k: round(v, DIGITS[k]) if k in DIGITS else v for k, v in logs.items()}
         with open(self.out / LOG, "a", encoding="utf-8") as file:
             file.write(json.dumps(told) + "\n")
+        if self.charts is not None:
+            self.charts.step(step, logs)
         print(self.line(step, steps, logs), file=sys.stderr, flush=True)
 
     def line(self, step: int, steps: int, logs: dict[str, float]) -> str:

@@ -13,7 +13,7 @@ PARTS = ("trunk", "twig", "optimizer")  # what a step must do
 ASIDE = ("saving", "measuring")  # what stands between steps and belongs to none
 
 
-class Clock:
+class StepTimes:
     """Adds up wall seconds by part, and the seconds from step to step less what stands aside.
 
     On a GPU a part ends when its kernels have, which costs time itself: only steps that begin while

@@ -20,10 +20,10 @@ from . import checkpoints
 from .report import CARD, CURVE, LOG, card, history, plot
 
 
-def finish(job, last: Path, twig: Twig, made: dict, timing: dict) -> None:
+def write_results(job, last: Path, twig: Twig, made: dict, timing: dict) -> None:
     """Write what is left to write, from the run's last checkpoint, and say what there is.
 
-    `made`: split, batch_size, precision and processes of the run; `timing`: a Clock's summary.
+    `made`: split, batch_size, precision and processes of the run; `timing`: StepTimes' summary.
     """
     out, settings = job.out, job.settings
     tensors = load_file(last / WEIGHTS)
@@ -31,7 +31,7 @@ def finish(job, last: Path, twig: Twig, made: dict, timing: dict) -> None:
         tensors = merged(tensors, twig)
     told, skipped = history(out), job.skips.skipped
     facts = {
-        **provenance(), **made, "samples": len(job.material.usable), "held_out": len(job.material.held_out),
+        **provenance(), **made, "samples": len(job.data.usable), "held_out": len(job.data.held_out),
         "skipped": len(skipped), "clock": timing,
     }  # fmt: skip
     with checkpoints.writing("the twig", out):
