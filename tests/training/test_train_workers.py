@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from test_training import run, world  # noqa: F401 (fixtures)
 from test_workers import DEATHS, HOW, fail, gone, told
 
 from twigvlm.errors import RunError
@@ -59,7 +58,7 @@ def spoilt(monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["SystemExit", "MemoryError", *HOWS])
-def test_training(run, spoilt, how):  # noqa: F811
+def test_training(run, spoilt, how):
     spoilt(how)
     start = time.monotonic()
     code, said = run("out", "--workers", "1", "--held-out", "0")
@@ -69,7 +68,7 @@ def test_training(run, spoilt, how):  # noqa: F811
     assert time.monotonic() - start < 60 and gone()
 
 
-def test_a_memory_that_is_full_names_the_sample(run, spoilt):  # noqa: F811
+def test_a_memory_that_is_full_names_the_sample(run, spoilt):
     spoilt("MemoryError")
     code, said = run("out", "--workers", "0", "--held-out", "0")
     assert code == 1 and "MemoryError" in said and "data.json, sample " in said and "per-device-batch" not in said
@@ -94,7 +93,7 @@ sys.exit(train.main())
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HOWS)
-def test_training_with_two_ranks(world, tmp_path, how):  # noqa: F811
+def test_training_with_two_ranks(world, tmp_path, how):
     """The second one's worker fails; both end, and torchrun with them."""
     script = tmp_path / "spoilt.py"
     script.write_text(SPOILT.format(how=how, tests=str(ROOT / "tests"), root=str(ROOT)))

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_model, tiny_tokenizer, write_base
+from conftest import ROOT, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import twigvlm
+from training.conftest import twig_of
 from twigvlm.config import TwigConfig
 from twigvlm.errors import InputError
 from twigvlm.loading import base as loading
@@ -40,66 +40,6 @@ pytest.importorskip("accelerate")
 
 slow = pytest.mark.slow
 CPU, FP32 = torch.device("cpu"), torch.float32
-WORDS = ("red", "the dog", "a ring there", "the end at last", "there are three")
-
-
-# ---------------------------------------------------------------------- a world of its own
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
-    """A tiny base (6 layers, 4 visual tokens), 24 conversations of all kinds, their pictures."""
-    folder = tmp_path_factory.mktemp("world")
-    model = tiny_model(vocabulary=len(tiny_tokenizer()), context=1024)
-    write_base(folder / "base", model)
-    (folder / "images").mkdir()
-    records = []
-    for i in range(24):
-        turns = []
-        for turn in range(1 + i % 3):
-            turns += [("human", f"is it {WORDS[(i + turn) % 5]}?"), ("gpt", WORDS[(i + 2 * turn) % 5])]
-        record = {"id": f"sample {i}"}
-        if i % 4:
-            record["image"] = f"{i}.png"
-            turns[0] = ("human", f"<image>\n{turns[0][1]}")
-            Image.new("RGB", (20 + i, 40), (10 * i, 90, 250 - 9 * i)).save(folder / "images" / f"{i}.png")
-        record["conversations"] = [{"from": who, "value": text} for who, text in turns]
-        records.append(record)
-    (folder / "data.json").write_text(json.dumps(records))
-    return folder
-
-
-@pytest.fixture
-def run(world, tmp_path, capfd):
-    """Train in this process: run(name, flags...) gives (exit code, what it printed)."""
-
-    def go(name: str, *flags: str, data: str | Path = "", base: str | Path = "") -> tuple[int, str]:
-        kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        argv = ["--base", str(base or world / "base"), "--data", str(data or world / "data.json")]
-        argv += [
-            "--images",
-            str(world / "images"),
-            "--out",
-            str(tmp_path / name),
-            "--device",
-            "cpu",
-            "--precision",
-            "fp32",
-        ]
-        argv += ["--batch-size", "4", "--per-device-batch", "2", "--lr", "1e-2", "--workers", "0", "--no-tensorboard"]
-        try:
-            code = train.main([*argv, *flags])
-        finally:
-            for number, handler in kept.items():
-                signal.signal(number, handler)
-        said = capfd.readouterr()
-        return code, said.out + said.err
-
-    return go
-
-
-def twig_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
