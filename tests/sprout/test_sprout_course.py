@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
 from twigvlm.prompt.template import VICUNA_V1, encode
@@ -302,16 +303,18 @@ def test_a_stage_without_the_one_before_says_so(tmp_path, capsys):
 def test_a_killed_course_ends_with_the_same_weights(tmp_path):
     """Killed in the middle of a stage and started again: the run that was never disturbed, but for the last bits of sums."""
     command = [sys.executable, "-m", "twigvlm.sprout.course", "--hidden", "32", "--device", "cpu", "--workers", "0"]
-    command += ["--stages", "words-4,short-4", "--steps", "words-4=6,short-4=2"]
+    command += ["--stages", "words-4,short-4", "--steps", "words-4=6,short-4=2", "--save-seconds", "0"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run([*command, "--out", whole], cwd=ROOT, check=True, capture_output=True)
-    process = subprocess.Popen([*command, "--out", broken, "--save-seconds", "0"], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--out", broken], cwd=ROOT, stderr=subprocess.DEVNULL)
+    steps = {"words-4": 6, "short-4": 2}
+    courses = [Course(out, hidden=32, workers=0, steps=steps) for out in (whole, broken)]
     while not checkpoints.checkpoints(broken / "words-4-saved"):
         assert process.poll() is None
     process.kill()
     process.wait()
     assert not (broken / "short-4-done.pt").exists(), "killed too late to prove anything"
-    subprocess.run([*command, "--out", broken], cwd=ROOT, check=True, capture_output=True)
+    for run in courses:
+        run.run(("words-4", "short-4"))
     one, other = (torch.load(d / "short-4-done.pt", weights_only=True) for d in (whole, broken))
     assert one.keys() == other.keys()
     for name in one:
@@ -353,6 +356,14 @@ def test_measure_names_what_it_needs(capsys, tmp_path):
     assert "--base FOLDER" in capsys.readouterr().err
     assert measure.main(["--checkpoint", str(tmp_path / "none.pt")]) == 2
     assert "none.pt" in capsys.readouterr().err
+
+
+def test_a_checkpoint_can_be_measured_too(tmp_path, tokenizer):
+    model = tiny(tokenizer)
+    weights = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_file(weights, tmp_path / "model.safetensors")
+    loaded = Course(tmp_path, hidden=32).load(tmp_path / "model.safetensors").state_dict()
+    assert all(torch.equal(v, loaded[k]) for k, v in weights.items())
 
 
 def test_measure_reads_any_stages_file(capsys, tmp_path, tokenizer):

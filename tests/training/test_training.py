@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import twigvlm
-from training.conftest import twig_of
+from training.conftest import quietly, twig_of
 from twigvlm.config import TwigConfig
 from twigvlm.errors import InputError
 from twigvlm.loading import base as loading
@@ -33,7 +34,7 @@ from twigvlm.training.data.examples import IGNORE, Collator, Example, Records, S
 from twigvlm.training.data.loading import TrainingFeed, read_data
 from twigvlm.training.objectives import Ntp, answers
 from twigvlm.training.run import checkpoints, loop, ranks, report
-from twigvlm.training.settings import EMBEDDED_PRESET, Settings, split_batch
+from twigvlm.training.settings import EMBEDDED_PRESET, Settings, parse, split_batch
 from twigvlm.training.twig import Start, TwigLesson, checkpoint_gradients, layers_needed, prepare_twig, trim_tower
 
 pytest.importorskip("accelerate")
@@ -800,7 +801,7 @@ def test_a_log_line_that_a_kill_cut_short(tmp_path):
 def test_settings_of_the_paper_and_of_the_embedded_base():
     paper = Settings(base="x")
     assert (paper.lr, paper.betas, paper.warmup, paper.epochs, paper.weight_decay, paper.batch_size, paper.schedule) == (
-        1e-4, (0.9, 0.98), 0.03, 1.0, 0.0, 128, "cosine",
+        1e-4, [0.9, 0.98], 0.03, 1.0, 0.0, 128, "cosine",
     )  # fmt: skip
     assert Settings().batch_size == EMBEDDED_PRESET["batch_size"] and Settings(lr=3e-4).lr == 3e-4
 
@@ -1034,3 +1035,60 @@ def test_without_fcntl_everything_is_imported():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------- flags and files
+
+
+def test_flags_keep_their_spellings():
+    words = [
+        "--base-model",
+        "x",
+        "--data-path",
+        "d",
+        "--image-folder",
+        "i",
+        "--output-dir",
+        "o",
+        "--learning-rate",
+        "1e-3",
+    ]
+    words += ["--lora-rank", "4", "--lora_alpha", "3", "--no-tensorboard", "--compile", "--betas", "0.8", "0.9"]
+    settings, args = parse([*words, "--drop-indices", "3,5", "--dry-run", "--local_rank", "1"], "")
+    assert (settings.base, settings.data, settings.images, settings.out, settings.lr) == ("x", "d", "i", "o", 1e-3)
+    assert (settings.lora_rank, settings.lora_alpha, settings.tensorboard, settings.compile) == (4, 3.0, False, True)
+    assert (settings.betas, settings.drop_indices, args.dry_run) == ([0.8, 0.9], (3, 5), True)
+    assert parse([], "")[0] == Settings()
+    for one in fields(Settings):
+        assert one.metadata["help"], one.name
+
+
+@pytest.mark.parametrize("words", [["--betas", "0.9"], ["--betas", "1", "0.9"], ["--drop-indices", "a"]])
+def test_flags_that_are_no_numbers(words):
+    with pytest.raises((InputError, SystemExit)):
+        parse(words, "")
+
+
+def documented(heading: str, table: str = "field") -> set[str]:
+    """The fields in a table of docs/formats.md."""
+    text = (ROOT / "docs/formats.md").read_text().split(f"### {heading}\n")[1].split("\n### ")[0]
+    rows = text.split(f"| {table} | |\n")[1].split("\n\n")[0].splitlines()[1:]
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+
+
+def test_a_run_writes_what_is_documented_and_its_settings_make_it_again(run, tmp_path):
+    assert run("out", "--epochs", "1", "--held-out", "2", "--warmup", "0.1")[0] == 0
+    out = tmp_path / "out"
+    assert json.loads((out / "twig_config.json").read_text()).keys() == documented("twig_config.json")
+    stored = json.loads((out / "run.json").read_text())
+    assert stored["identity"].keys() == documented("run.json", "field of `identity`")
+    assert stored["finished"].keys() == documented("run.json", "field of `finished`")
+    assert report.history(out)[-1].keys() == documented("log.jsonl")
+    seal = json.loads((checkpoints.checkpoints(out)[0] / "whole.json").read_text())
+    assert seal.keys() == documented("A checkpoint")
+    assert quietly(["--config", str(out / "config.yaml"), "--out", str(tmp_path / "again")]) == 0
+    assert equal(twig_of(out), twig_of(tmp_path / "again"))
+    (tmp_path / "odd.yaml").write_text("lerning_rate: 1\n")
+    with pytest.raises(SystemExit) as stop:
+        quietly(["--config", str(tmp_path / "odd.yaml")])
+    assert stop.value.code == 2

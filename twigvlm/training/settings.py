@@ -6,10 +6,11 @@ in minutes what LLaVA learns in hours.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-from dataclasses import dataclass, fields
+from argparse import SUPPRESS, ArgumentTypeError, Namespace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from .. import flags
 from ..config import DEFAULT_K, DEFAULT_T
@@ -31,55 +32,121 @@ HELD_OUT, HELD_OUT_SHARE = 64, 100  # samples, if there are at least 100 times a
 EMBEDDED_PRESET = {"batch_size": 16, "lr": 5e-4, "per_device_batch": 8}
 
 
-@dataclass
-class Settings:
-    """None means: decided by base, device or data, and printed."""
+def option(default: Any, text: str, *also: str, **more: Any) -> Any:
+    """A field that is a flag: its help, other names of the flag, and what else argparse knows."""
+    value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**value, metadata={"help": text, **({"aliases": list(also)} if also else {}), **more})
 
-    base: str | None = None
-    random: str | None = None
-    K: int = DEFAULT_K
-    T: int = DEFAULT_T
-    F: int = 0
-    init: str = "base"
-    data: str | None = None
-    images: str | None = None
-    max_length: int = 2048
-    max_skipped: float = 0.01
-    drop_indices: tuple[int, ...] = ()
-    held_out: int | None = None
-    held_out_data: str | None = None
-    held_out_images: str | None = None
-    out: str | None = None
-    epochs: float = 1.0
-    max_steps: int = 0
-    batch_size: int | None = None
-    per_device_batch: int | None = None
-    lr: float | None = None
-    betas: tuple[float, float] = (0.9, 0.98)
-    weight_decay: float = 0.0
-    warmup: float = 0.03
-    schedule: str = "cosine"
-    max_grad_norm: float = 0.0
-    seed: int = 42
-    precision: str = "auto"
-    attention: str = "sdpa"
-    device: str | None = None
-    zero: str = "auto"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    lora_rank: int = 0
-    lora_alpha: float = 0.0
-    lora_dropout: float = 0.0
-    workers: int | None = None
-    save_steps: int = 0
-    save_seconds: float = 600.0
-    keep: int = 2
-    log_steps: int | None = None
-    agreement: str = "base"
-    agreement_steps: int | None = None
-    wandb: bool = False
-    tensorboard: bool = True
-    export_release: str | None = None
+
+def _places(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in text.split(",") if n.strip())
+    except ValueError as fault:
+        raise ArgumentTypeError(f"{text!r}: whole numbers with commas between are needed") from fault
+
+
+@dataclass
+class ModelPart:
+    base: str | None = option(
+        None, "hub id or folder of a LLaVA-1.5 model (default: the embedded one)", "--base-model", "--model"
+    )
+    random: str | None = option(
+        None, f"random weights of a shape instead of a base: {', '.join(SHAPES)} or WIDTHxLAYERS"
+    )
+    K: int = option(DEFAULT_K, "base layers below the twig")
+    T: int = option(DEFAULT_T, "layers of the twig")
+    F: int = option(0, "layer before which the image is wiped when decoding (default: three quarters of L)")
+    init: str = option("base", "what the twig starts from: base (layers K..K+T-1), last, random, or a twig's folder")
+    attention: str = option("sdpa", "attention implementation", choices=BACKENDS)
+
+
+@dataclass
+class DataPart:
+    data: str | None = option(None, "LLaVA's instruction JSON (default with the embedded base: drawn)", "--data-path")
+    images: str | None = option(None, "folder that the image names start from", "--image-folder")
+    max_length: int = option(2048, "tokens of a sample, visual ones included; longer samples are skipped")
+    max_skipped: float = option(0.01, "share of unusable samples beyond which the run stops")
+    drop_indices: tuple[int, ...] = option((), "places in the file to leave out: N,N,...", parse=_places)
+    held_out: int | None = option(
+        None,
+        f"samples kept from training to measure agreement (default {HELD_OUT} of {HELD_OUT * HELD_OUT_SHARE} and more)",
+    )
+    held_out_data: str | None = option(None, "a file of its own for that")
+    held_out_images: str | None = option(None, "and its image folder (default: that of --images)")
+    workers: int | None = option(None, "processes that load samples, per device (default: 1, on GPUs 4)")
+
+
+@dataclass
+class RunPart:
+    out: str | None = option(None, "folder of the run (default runs/twig-BASE-K*-T*)", "--output-dir")
+    epochs: float = option(1.0, "passes over the data")
+    max_steps: int = option(0, "stop after so many steps (default: whole epochs); the schedule ends there")
+    batch_size: int | None = option(None, "samples per optimizer step, over all devices (default 128)")
+    per_device_batch: int | None = option(None, "samples in memory at once per device; accumulation follows")
+    lr: float | None = option(None, "peak learning rate (default 1e-4)", "--learning-rate")
+    betas: list[float] = option([0.9, 0.98], "AdamW's")
+    weight_decay: float = option(0.0, "AdamW's")
+    warmup: float = option(0.03, "share of the steps in which the learning rate rises")
+    schedule: str = option("cosine", "of the learning rate", choices=SCHEDULES)
+    max_grad_norm: float = option(0.0, "clip gradients to this norm (default 0: never, as the authors' runs)")
+    seed: int = option(42, "of the order of samples and of random weights")
+    export_release: str | None = option(None, "write the twig in the authors' format to this file as well")
+
+
+@dataclass
+class DevicePart:
+    device: str | None = option(None, "cpu or cuda (default: the best there is)", choices=("cpu", "cuda"))
+    precision: str = option("auto", "auto is bf16 where the device multiplies it fast", choices=PRECISIONS)
+    zero: str = option(
+        "auto", "DeepSpeed: none, 2, 3, 3_offload or a file; auto (default) is 2 on GPUs and for several processes"
+    )
+    gradient_checkpointing: bool = option(False, "compute the twig twice and keep less")
+    compile: bool = option(False, "torch.compile the layers")
+    lora_rank: int = option(
+        0, "train adapters of this rank on the twig instead of its weights (peft; default 0: its weights)"
+    )
+    lora_alpha: float = option(0.0, "scale of the adapters (default: twice the rank)")
+    lora_dropout: float = option(0.0, "dropout before the adapters")
+
+
+@dataclass
+class WatchPart:
+    save_steps: int = option(0, "steps between checkpoints (default 0: by time only)")
+    save_seconds: float = option(600.0, "seconds between checkpoints (0: by steps only)")
+    keep: int = option(2, "checkpoints that are kept")
+    log_steps: int | None = option(None, "steps between reports (default: 1, in long runs 10)")
+    agreement: str = option(
+        "base",
+        "whose words the twig is measured with: the base's, asked once before the training, or the labels",
+        choices=("base", "labels"),
+    )
+    agreement_steps: int | None = option(
+        None, "steps between measurements on the held-out samples (default: 20 times a run)"
+    )
+    wandb: bool = option(False, "report to Weights & Biases")
+    tensorboard: bool = option(True, "write TensorBoard's files")
+
+
+@dataclass
+class PlanPart:
+    """What to do with the settings."""
+
+    dry_run: bool = option(False, "print the plan, load no weights")
+    devices: int | None = option(None, "devices to plan for (default: those here)")
+    samples: int | None = option(None, "samples to plan for (default: those of --data; 665298)")
+    # DeepSpeed's launcher says it this way and in the environment; the environment counts.
+    local_rank: int | None = option(None, SUPPRESS)
+
+
+PARTS = {
+    "model": ModelPart, "data": DataPart, f"run (with the embedded base: {', '.join(f'{k} {v:g}' for k, v in EMBEDDED_PRESET.items())})": RunPart,
+    "devices": DevicePart, "checkpoints and reports": WatchPart, "plan": PlanPart,
+}  # fmt: skip
+
+
+@dataclass
+class Settings(WatchPart, DevicePart, RunPart, DataPart, ModelPart):
+    """What a training is asked to do. None means: decided by base, device or data, and printed."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, legal: str) -> None:
@@ -98,7 +165,11 @@ class Settings:
         check(self.epochs > 0, "epochs", "a number above 0 is needed")
         check(self.lr is None or 0 < self.lr < 1, "lr", "a number above 0 and below 1 is needed")
         check(0 <= self.warmup < 1, "warmup", "a share from 0 to below 1 is needed")
-        check(all(0 <= b < 1 for b in self.betas), "betas", "two numbers from 0 to below 1 are needed")
+        check(
+            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+            "betas",
+            "two numbers from 0 to below 1 are needed",
+        )
         check(0 <= self.max_skipped <= 1, "max_skipped", "a share from 0 to 1 is needed")
         check(0 <= self.lora_dropout < 1, "lora_dropout", "a share from 0 to below 1 is needed")
         check(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)} is needed")
@@ -163,106 +234,13 @@ def split_batch(batch: int, processes: int, rows: int | None, usual: int) -> tup
     return rows, share // rows
 
 
-def parse(argv: list[str] | None, doc: str) -> tuple[Settings, argparse.Namespace]:
+def parse(argv: list[str] | None, doc: str) -> tuple[Settings, Namespace]:
     """Settings and the flags that say what to do with them (--dry-run and its own)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m twigvlm.training.train",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    _add_flags(parser)
-    args = flags.parse(parser, argv)
-    chosen = {f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)}
-    return Settings(**chosen), args
+    groups = [flags.group(title, part) for title, part in PARTS.items()]
+    args = flags.parse(flags.parser("python -m twigvlm.training.train", doc, *groups), argv)
+    return Settings(**{one.name: getattr(args, one.name) for one in fields(Settings)}), args
 
 
-def _places(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(n) for n in text.split(",") if n.strip())
-    except ValueError as fault:
-        raise argparse.ArgumentTypeError(f"{text!r}: whole numbers with commas between are needed") from fault
-
-
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    default = Settings.__dataclass_fields__
-    preset = ", ".join(f"{k} {v:g}" for k, v in EMBEDDED_PRESET.items())
-
-    def flag(group, name: str, text: str, **kind) -> None:
-        names = [f"--{name.replace('_', '-')}"] + ([f"--{name}"] if "_" in name else []) + kind.pop("also", [])
-        value = kind.pop("default", default[name].default)
-        if kind.get("action") != "store_true" and value not in (None, (), 0) and "default" not in text:
-            text += f" (default {value if not isinstance(value, tuple) else ' '.join(map(str, value))})"
-        group.add_argument(*names, dest=name, default=value, help=text.replace("%", "%%"), **kind)
-
-    model = parser.add_argument_group("model")
-    flag(
-        model,
-        "base",
-        "hub id or folder of a LLaVA-1.5 model (default: the embedded one)",
-        also=["--base-model", "--model"],
-    )
-    flag(model, "random", f"random weights of a shape instead of a base: {', '.join(SHAPES)} or WIDTHxLAYERS")
-    flag(model, "K", "base layers below the twig", type=int)
-    flag(model, "T", "layers of the twig", type=int)
-    flag(model, "F", "layer before which the image is wiped when decoding (default: three quarters of L)", type=int)
-    flag(model, "init", "what the twig starts from: base (layers K..K+T-1), last, random, or a twig's folder")
-    flag(model, "attention", "attention implementation", choices=BACKENDS)
-    data = parser.add_argument_group("data")
-    flag(data, "data", "LLaVA's instruction JSON (default with the embedded base: drawn)", also=["--data-path"])
-    flag(data, "images", "folder that the image names start from", also=["--image-folder"])
-    flag(data, "max_length", "tokens of a sample, visual ones included; longer samples are skipped", type=int)
-    flag(data, "max_skipped", "share of unusable samples beyond which the run stops", type=float)
-    flag(data, "drop_indices", "places in the file to leave out: N,N,...", type=_places)
-    flag(data, "held_out", f"samples kept from training to measure agreement (default {HELD_OUT} of {HELD_OUT * HELD_OUT_SHARE} and more)", type=int)  # fmt: skip
-    flag(data, "held_out_data", "a file of its own for that")
-    flag(data, "held_out_images", "and its image folder (default: that of --images)")
-    flag(data, "workers", "processes that load samples, per device (default: 2, on GPUs 4)", type=int)
-    run = parser.add_argument_group(f"run (with the embedded base: {preset})")
-    flag(run, "out", "folder of the run (default runs/twig-BASE-K*-T*)", also=["--output-dir"])
-    flag(run, "epochs", "passes over the data", type=float)
-    flag(run, "max_steps", "stop after so many steps (default: whole epochs); the schedule ends there", type=int)
-    flag(run, "batch_size", "samples per optimizer step, over all devices (default 128)", type=int)
-    flag(run, "per_device_batch", "samples in memory at once per device; accumulation follows", type=int)
-    flag(run, "lr", "peak learning rate (default 1e-4)", type=float, also=["--learning-rate"])
-    flag(run, "betas", "AdamW's", type=float, nargs=2)
-    flag(run, "weight_decay", "AdamW's", type=float)
-    flag(run, "warmup", "share of the steps in which the learning rate rises", type=float)
-    flag(run, "schedule", "of the learning rate", choices=SCHEDULES)
-    flag(run, "max_grad_norm", "clip gradients to this norm (default 0: never, as the authors' runs)", type=float)
-    flag(run, "seed", "of the order of samples and of random weights", type=int)
-    flag(run, "export_release", "write the twig in the authors' format to this file as well")
-    device = parser.add_argument_group("devices")
-    flag(device, "device", "cpu or cuda (default: the best there is)", choices=("cpu", "cuda"))
-    flag(device, "precision", "auto is bf16 where the device multiplies it fast", choices=PRECISIONS)
-    flag(device, "zero", "DeepSpeed: none, 2, 3, 3_offload or a file; auto is 2 on GPUs and for several processes")
-    flag(device, "gradient_checkpointing", "compute the twig twice and keep less", action="store_true")
-    flag(device, "compile", "torch.compile the layers", action="store_true")
-    flag(device, "lora_rank", "train adapters of this rank on the twig instead of its weights (peft)", type=int)
-    flag(device, "lora_alpha", "scale of the adapters (default: twice the rank)", type=float)
-    flag(device, "lora_dropout", "dropout before the adapters", type=float)
-    watch = parser.add_argument_group("checkpoints and reports")
-    flag(watch, "save_steps", "steps between checkpoints (default 0: by time only)", type=int)
-    flag(watch, "save_seconds", "seconds between checkpoints (0: by steps only)", type=float)
-    flag(watch, "keep", "checkpoints that are kept", type=int)
-    flag(watch, "log_steps", "steps between reports (default: 1, in long runs 10)", type=int)
-    flag(
-        watch,
-        "agreement",
-        "whose words the twig is measured with: the base's, asked once before the training, or the labels",
-        choices=("base", "labels"),
-    )
-    flag(
-        watch,
-        "agreement_steps",
-        "steps between measurements on the held-out samples (default: 20 times a run)",
-        type=int,
-    )
-    flag(watch, "wandb", "report to Weights & Biases", action="store_true")
-    watch.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", help="no TensorBoard files")
-    # DeepSpeed's launcher says it this way and in the environment; the environment counts.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    plan = parser.add_argument_group("plan")
-    plan.add_argument("--dry-run", action="store_true", help="print the plan, load no weights")
-    plan.add_argument("--devices", type=int, help="devices to plan for (default: those here)")
-    plan.add_argument("--samples", type=int, help="samples to plan for (default: those of --data; 665298)")
+def store(settings: Settings, out: Path) -> None:
+    """Write the settings into the folder of their run, as --config takes them."""
+    flags.save(Namespace(**vars(settings)), out)

@@ -39,7 +39,7 @@ from .run.report import Charts, Report, check_wandb
 from .run.results import export_release, write_results
 from .run.timing import StepTimes
 from .run.watch import Job, Signals, TwigWatch
-from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, parse, split_batch
+from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, parse, split_batch, store
 from .twig import Prepared, Start, TwigLesson, checkpoint_gradients, prepare_twig
 from .zero import settle
 
@@ -162,6 +162,7 @@ def _run(one: Run, signals: Signals, objective: Objective) -> int:
     data = _read_data(one, prepared, skips)
     identity |= {"base_signature": prepared.signature}
     ranks.on_first(lambda: checkpoints.identify(out, identity | {"data": data.fingerprint()}))
+    ranks.on_first(lambda: store(settings, out))
     if ranks.on_first(lambda: _finished(out)):
         ranks.on_first(lambda: _again(one))
         return 0

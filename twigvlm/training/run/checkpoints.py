@@ -30,7 +30,7 @@ STEM = "checkpoint-"  # and the steps that it holds
 CHUNK = 1 << 22
 OURS = re.compile(
     r"checkpoint-\d+|run\.json|log\.jsonl|skipped\.jsonl|base_answers\.npz|tensorboard|plan\.json|stopped\.json|"
-    r"model\.safetensors|twig_config\.json|README\.md|curve\.png|wandb|survey-\w+\.npz|\..*|.*\.part"
+    r"model\.safetensors|twig_config\.json|config\.yaml|README\.md|curve\.png|wandb|survey-\w+\.npz|\..*|.*\.part"
 )
 
 
