@@ -17,10 +17,8 @@ UNBOUNDED = {"evaluation/tasks", "pruning/methods"}  # one file a benchmark, one
 
 # What was larger when the limits were set, with its size then. An entry may shrink and has to go once it is within the
 # limit; none may grow or be added.
-LONG_FUNCTIONS = {"training/settings.py:_add_flags": 82}
-LONG_FILES = {
-    "training/train.py": 518,
-}
+LONG_FUNCTIONS: dict[str, int] = {}
+LONG_FILES: dict[str, int] = {}
 LATE = {
     "twigvlm.files imports filelock",  # with the first lock, which no score takes
     f"{TASKS}.mmbench imports xlsxwriter",  # with the first spreadsheet, which no score writes

@@ -13,7 +13,7 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 flags=(--K "${twig_K:-2}" --T "${twig_T:-3}")
-[[ -n "${twig_F:-}" ]] && flags+=(--F "$twig_F")
+[[ -z "${twig_F:-}" ]] || { echo "error: twig_F is not read any more; give --F $twig_F" >&2; exit 2; }
 [[ -n "${MODEL:-}" ]] && flags+=(--base "$MODEL")
 [[ -n "${DATA_PATH:-}" ]] && flags+=(--data "$DATA_PATH")
 [[ -n "${IMAGE_FOLDER:-}" ]] && flags+=(--images "$IMAGE_FOLDER")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -157,10 +158,9 @@ def test_a_whole_run_is_the_authors(golden, tmp_path):
 
     plan = loop.Plan(steps, loop.rates("cosine", settings.lr, facts["max_steps_planned"], 1))
     lesson = TwigLesson(prepared.base, prepared.twig, Ntp())
-    running = loop.Loop(
-        plan, prepared.twig, lesson, lambda module: loop.adamw(module, settings.lr, settings.betas, 0.0), feed,
-        tmp_path, lambda folder, weights: None, CPU, watch=Heard(),
-    )  # fmt: skip
+    place = loop.Place(tmp_path, lambda folder, weights: None, CPU)
+    optimizer = partial(loop.adamw, lr=settings.lr, betas=settings.betas, weight_decay=0.0)
+    running = loop.Loop(plan, loop.Learner(prepared.twig, lesson), optimizer, feed, place, Heard())
     assert running.run()
     expected = [cell["loss"] for cell in facts["micro_batches"]]
     assert len(Heard.losses) == len(expected)
@@ -963,6 +963,10 @@ def test_sizes_of_a_deepspeed_file(tmp_path):
     for name in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         with pytest.raises(InputError, match=rf'zero\.json: {name} is 7, and this run has .*"auto"'):
             zero.settle(Path(zero_file(tmp_path, **{name: 7})), 32, 2, 3, 4, Settings(), False)
+    for told in ({"gradient_clipping": 7.0}, {"bf16": {"enabled": True}}, {"scheduler": {"type": "WarmupLR"}},
+                 {"optimizer": {"type": "AdamW", "params": {"lr": 3.0}}}):  # fmt: skip
+        with pytest.raises(InputError, match=r"zero\.json: .*(7\.0|enabled is True|scheduler|lr is 3\.0)"):
+            zero.settle(Path(zero_file(tmp_path, **told)), 32, 2, 3, 4, Settings(), False)
     with pytest.raises(InputError, match="sub_group_size"):
         zero.settle(
             Path(zero_file(tmp_path, zero_optimization={"stage": 3, "sub_group_size": "auto"})),
@@ -987,7 +991,12 @@ def test_deepspeed_files_that_are_none(run, tmp_path, text):
 
 
 @slow
-@pytest.mark.parametrize("config,expected", [({}, 0), ({"train_batch_size": 64}, 2), ({"gradient_clipping": 7.0}, 2)])
+@pytest.mark.parametrize(
+    "config,expected",
+    [({"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "torch_adam": True}}}, 0),
+     *(pytest.param(c, 2, marks=pytest.mark.nightly) for c in ({"train_batch_size": 64}, {"gradient_clipping": 7.0})),
+     pytest.param({}, 0, marks=pytest.mark.nightly)],
+)  # fmt: skip
 def test_a_deepspeed_file_of_ones_own(world, tmp_path, config, expected):
     pytest.importorskip("deepspeed")
     words = [

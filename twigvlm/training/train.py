@@ -33,7 +33,7 @@ from .lora import add_adapters, has_adapters
 from .objectives import Ntp, Objective
 from .run import checkpoints
 from .run.device import Run, device_of, precision_of, prepare_process
-from .run.loop import FORMAT, Loop, NotFinite, Plan, adamw, rates
+from .run.loop import FORMAT, Learner, Loop, NotFinite, Place, Plan, adamw, rates
 from .run.ranks import Elsewhere, find, join, leave, others_told, tell_failure
 from .run.report import Charts, Report, check_wandb
 from .run.results import export_release, write_results
@@ -300,17 +300,12 @@ def _loop(
     try:
         return Loop(
             plan,
-            twig,
-            TwigLesson(prepared.base, twig, objective, times),
+            Learner(twig, TwigLesson(prepared.base, twig, objective, times)),
             lambda module: adamw(module, settings.lr, settings.betas, settings.weight_decay),
             feed,
-            one.out,
-            lambda folder, weights: write_twig(folder, weights, facts),
-            one.device,
-            one.ranks,
+            Place(one.out, lambda folder, weights: write_twig(folder, weights, facts), one.device, one.ranks, one.form),
             TwigWatch(job, signals),
             times,
-            one.form,
         )
     except ValueError as fault:
         if isinstance(fault, InputError) or one.zero is None:

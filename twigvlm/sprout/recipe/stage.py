@@ -22,7 +22,7 @@ from ...errors import InputError, RunError
 from ...files import replacing, write_text
 from ...model.twig import WEIGHTS
 from ...training.run import checkpoints
-from ...training.run.loop import Loop, LossOf, NotFinite, Plan, Told, Watch, adamw, rates
+from ...training.run.loop import Learner, Loop, LossOf, NotFinite, Place, Plan, Told, Watch, adamw, rates
 from ...workers import batches, loader
 
 LOGGED = 20  # steps a line of metrics
@@ -81,7 +81,8 @@ def fit(
     feed = _Steps(make_batch, config, pinned=device.type == "cuda")
     plan = replace(config.plan, half=computes_bf16(device))
     watch = _Metrics(run_dir / f"{config.name}.jsonl", config.name)
-    loop = Loop(plan, module, loss_of, lambda m: make_optimizer(m, config), feed, out, write_model, device, watch=watch)
+    place = Place(out, write_model, device)
+    loop = Loop(plan, Learner(module, loss_of), lambda m: make_optimizer(m, config), feed, place, watch)
     checkpoints.sweep(out)
     found, _ = checkpoints.last_whole(out)
     if found is not None:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -147,39 +147,53 @@ def open_accelerator(device: torch.device, zero: dict | None):
     return Accelerator(mixed_precision=half, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=zero))
 
 
-class Loop:
-    """One training of `module`, in place, into checkpoints under `out`.
+@dataclass(frozen=True)
+class Place:
+    """Where a loop runs and what it leaves: checkpoints under `out`.
 
     `write_model(folder, weights)` puts the weights that learn beside a checkpoint's states, as a file WEIGHTS;
-    `form` is what another process must agree with to read these states.
+    `form` is what another run must agree with to read these states.
     """
+
+    out: Path
+    write_model: Callable[[Path, dict], None]
+    device: torch.device
+    ranks: Ranks = ALONE
+    form: dict = field(default_factory=lambda: {"format": FORMAT})
+
+
+class Loop:
+    """One training, in place, of what learns in `learner`."""
 
     def __init__(
         self,
         plan: Plan,
-        module: nn.Module,
-        loss_of: LossOf,
+        learner: Learner,
         make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         feed: Feed,
-        out: Path,
-        write_model: Callable[[Path, dict], None],
-        device: torch.device,
-        ranks: Ranks = ALONE,
+        place: Place,
         watch: Watch | None = None,
         times: StepTimes | None = None,
-        form: dict | None = None,
     ):
-        self.plan, self.module, self.feed, self.out = plan, module, feed, out
-        self.device, self.ranks, self.watch, self.times = device, ranks, watch or Watch(), times or StepTimes(device)
-        self.write_model, self.form = write_model, form or {"format": FORMAT}
-        self.learning = [p for p in module.parameters() if p.requires_grad]
+        self.plan, self.module, self.feed, self.place = plan, learner.module, feed, place
+        self.device, self.ranks, self.out = place.device, place.ranks, place.out
+        self.watch, self.times = watch or Watch(), times or StepTimes(place.device)
+        self.learning = [p for p in self.module.parameters() if p.requires_grad]
         self.done, self.waited, self.saved = 0, 0.0, time.monotonic()
         self.stop = self.due = False
-        self.accelerator = open_accelerator(device, plan.zero)
+        self.accelerator = open_accelerator(place.device, plan.zero)
         # The states are accelerate's to write, the weights are ours: a checkpoint is a folder that can be loaded.
         self.accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
         self.accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
-        self.model, self.optimizer = self.accelerator.prepare(Learner(module, loss_of), make_optimizer(module))
+        self.model, self.optimizer = self.accelerator.prepare(learner, self._optimizer(make_optimizer))
+
+    def _optimizer(self, make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]):
+        """The loop's own, or that of DeepSpeed's configuration."""
+        if self.plan.zero is None or "optimizer" not in self.plan.zero:
+            return make_optimizer(self.module)
+        from accelerate.utils import DummyOptim
+
+        return DummyOptim(self.learning)
 
     def resume(self, folder: Path) -> None:
         """Go on from a checkpoint."""
@@ -310,9 +324,9 @@ class Loop:
             self.accelerator.save_state(str(saving / place.name))
             weights = self.accelerator.get_state_dict(self.model)  # on all: ZeRO-3 puts them together
             if self.ranks.first:
-                self.write_model(saving / place.name, self._own(weights))
+                self.place.write_model(saving / place.name, self._own(weights))
         self.ranks.wait()
-        self.ranks.on_first(lambda: checkpoints.put(saving / place.name, place, self.form, self.plan.keep))
+        self.ranks.on_first(lambda: checkpoints.put(saving / place.name, place, self.place.form, self.plan.keep))
         self.times.add("saving", self.times.now() - start)
 
     def _own(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
