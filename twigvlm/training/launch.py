@@ -8,7 +8,6 @@ NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from ..program import run_program
 from .agreement import FILE as ANSWERS
 from .data.loading import fill_in
 from .data.records import Records
-from .settings import HELD_OUT, HELD_OUT_SHARE, STOPPED, Settings, parse
+from .settings import HELD_OUT, HELD_OUT_SHARE, STOPPED, Settings, check_accelerate, parse
 
 TRAIN, ASK = "twigvlm.training.train", "twigvlm.training.agreement"
 SAVING_TIME = 1800  # seconds that processes have to save after SIGTERM, before they are killed
@@ -69,8 +68,7 @@ def start(settings: Settings, argv: list[str]) -> int:
 
 def foresee(settings: Settings) -> None:
     """Raise InputError for what cannot be, before data are drawn and the base is asked: both take minutes."""
-    if importlib.util.find_spec("accelerate") is None:
-        raise InputError("training needs the package accelerate, which is not installed: pip install -e '.[train]'")
+    check_accelerate()
     from ..foresight import Wish
     from .settings import ROWS_PER_DEVICE, split_batch
     from .train import check_export

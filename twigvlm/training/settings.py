@@ -211,6 +211,12 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, ModelPart):
         return file
 
 
+def check_accelerate() -> None:
+    """The package that trains is an extra."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError("training needs the package accelerate, which is not installed: pip install -e '.[train]'")
+
+
 def split_batch(batch: int, processes: int, rows: int | None, usual: int) -> tuple[int, int]:
     """(rows of a micro-batch, gradient accumulation) that make `batch` samples a step on `processes` devices.
 

@@ -7,7 +7,6 @@ command continues a run that was stopped, from its last whole checkpoint.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import signal
@@ -39,7 +38,7 @@ from .run.report import Charts, Report, check_wandb
 from .run.results import export_release, write_results
 from .run.timing import StepTimes
 from .run.watch import Job, Signals, TwigWatch
-from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, parse, split_batch, store
+from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, check_accelerate, parse, split_batch, store
 from .twig import Prepared, Start, TwigLesson, checkpoint_gradients, prepare_twig
 from .zero import settle
 
@@ -124,8 +123,7 @@ def _main(argv: list[str] | None) -> int:
 
 def run(settings: Settings) -> int:
     """The whole of it; gives the exit code."""
-    if importlib.util.find_spec("accelerate") is None:
-        raise InputError("training needs the package accelerate, which is not installed: pip install -e '.[train]'")
+    check_accelerate()
     ranks = find()
     device = device_of(settings, ranks)
     one = Run(settings, ranks, device, precision_of(settings, device), settings.zero_config(device.type, ranks.world))

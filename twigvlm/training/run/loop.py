@@ -24,6 +24,7 @@ from torch import nn
 
 from ...errors import RunError
 from ...model.twig import WEIGHTS
+from ..settings import check_accelerate
 from . import checkpoints
 from .ranks import ALONE, Ranks
 from .timing import StepTimes
@@ -135,6 +136,7 @@ def rates(kind: str, peak: float, steps: int, warm: int, floor: float = 0.0, ear
 
 def open_accelerator(device: torch.device, zero: dict | None):
     """accelerate on this device; DeepSpeed by its configuration."""
+    check_accelerate()
     from accelerate import Accelerator, PartialState
     from accelerate.utils import DeepSpeedPlugin
 
