@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 from conftest import IMAGE, ROOT, batch, prompts, tiny
 
 from twigvlm.config import TwigConfig
 from twigvlm.errors import InputError
+from twigvlm.evaluation import run as evaluation_run
+from twigvlm.evaluation import score as evaluation_score
+from twigvlm.evaluation.tasks import TASKS
 from twigvlm.pruning import METHODS, plan_for
 
 
@@ -33,6 +39,33 @@ def test_adding_a_method(monkeypatch, tmp_path):
     assert fast.stats.visual_measured == 4
     with pytest.raises(InputError, match="legal is 0 to 576"):
         plan_for("centre", 577, 576, TwigConfig(32))
+
+
+def test_adding_a_benchmark(monkeypatch, tmp_path, capsys):
+    """The page's five steps, as a reader would take them: written, laid out, registered, asked, scored."""
+    page = (ROOT / "docs" / "adding-a-benchmark.md").read_text(encoding="utf-8")
+    code, data = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    ask, score = (shlex.split(block) for block in re.findall(r"```bash\n(.*?)```", page, flags=re.S))
+    assert ask[:3] == ["python", "-m", "twigvlm.evaluation.run"] and score[2] == "twigvlm.evaluation.score"
+    (tmp_path / "colours.py").write_text(code, encoding="utf-8")
+    described = importlib.util.spec_from_file_location("twigvlm.evaluation.tasks.colours", tmp_path / "colours.py")
+    module = importlib.util.module_from_spec(described)
+    described.loader.exec_module(module)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(data, "the page", "exec"), {})
+    monkeypatch.setitem(TASKS, "colours", module.Colours())
+    assert evaluation_run.main([*ask[3:], "--device", "cpu", "--workers", "0"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["questions"] == 3 and result["visual_measured"] == pytest.approx(64, abs=0.5)
+    assert result["score"] == pytest.approx(100 * result["parts"]["right"] / 3)
+    said = {
+        line["question_id"]: line["text"] for line in map(json.loads, Path(result["answers"]).read_text().splitlines())
+    }
+    right = sum(text.rstrip(".").lower() == ("red", "blue", "green", "yellow")[int(n)] for n, text in said.items())
+    assert evaluation_score.main(score[3:]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["right"], facts["count"], facts["doubts"]) == (right, 4, {"missing": 1})
+    assert result["parts"]["right"] == right
 
 
 def test_pages_name_what_exists():

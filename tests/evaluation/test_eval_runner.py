@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -16,10 +15,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, speaking, write_base
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import ROOT
+from tests.evaluation.conftest import (
+    MANY,
+    QUESTIONS,
+    SCRIPTS,
+    SUFFIX,
+    children,
+    folder_of,
+    lines,
+    merged,
+    script,
+    started,
+    wait_for,
+)
 from twigvlm.config import GenerationSettings, ModelSettings
 from twigvlm.errors import InputError
 from twigvlm.evaluation import run, suite
@@ -29,116 +41,8 @@ from twigvlm.evaluation.asking.setting import EMBEDDED_DATA, REAL_DATA, Setting,
 from twigvlm.evaluation.tasks import OWN, TASKS
 from twigvlm.evaluation.tasks.base import Question, Score
 from twigvlm.files import write_json
-from twigvlm.model.twig import save_twig
 from twigvlm.processes import Stop, cores, place
 from twigvlm.vlm import TwigVLM
-
-SCRIPTS = ROOT / "scripts" / "v1_5" / "eval"
-QUESTIONS = 20
-MANY = 80
-SUFFIX = "\nAnswer the question using a single word or phrase."
-
-
-# ---------------------------------------------------------------------- a tiny model and tiny data
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> tuple[str, str]:
-    """Folders of a tiny base and its twig (L=6, V=4, K=2, T=2)."""
-    vlm, folder = speaking(), tmp_path_factory.mktemp("model")
-    save_twig(vlm.twig, vlm.trunk, folder / "twig", "tiny")
-    return str(write_base(folder / "base", vlm.model)), str(folder / "twig")
-
-
-@pytest.fixture
-def data(tmp_path) -> Path:
-    """GQA in its own format, and VQAv2 whose truth is elsewhere."""
-    root = tmp_path / "data"
-    pictures = root / "gqa" / "data" / "images"
-    pictures.mkdir(parents=True)
-    for i in range(4):
-        Image.new("RGB", (20 + i, 30), (60 * i, 10, 200)).save(pictures / f"{i}.jpg")
-    asked = [
-        {"question_id": str(100 + i), "image": f"{i % 4}.jpg", "text": f"q {i}?{SUFFIX}"} for i in range(QUESTIONS)
-    ]
-    lines(root / "gqa" / "llava_gqa_testdev_balanced.jsonl", asked)
-    truth = {
-        row["question_id"]: {
-            "isBalanced": True, "answer": "a", "question": "q", "types": {"structural": "query", "semantic": "obj"},
-            "groups": {"global": None}, "semantic": [],
-        } for row in asked
-    }  # fmt: skip
-    write_json(truth, root / "gqa" / "data" / "testdev_balanced_questions.json")
-    (root / "vqav2").mkdir()
-    (root / "vqav2" / "test2015").symlink_to(pictures)
-    rows = [{"question_id": i, "image": "0.jpg", "text": f"v {i}?{SUFFIX}"} for i in range(3)]
-    lines(root / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl", rows)
-    lines(root / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl", rows)
-    return root
-
-
-def lines(file: Path, rows: list[dict]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-class Runner:
-    """The command in this process, on the tiny model."""
-
-    def __init__(self, model: tuple[str, str], data: Path, capsys):
-        base, twig = model
-        self.flags = ["--base-model", base, "--twig-block", twig, "--data", str(data), "--workers", "0"]
-        self.flags += ["--max-new-tokens", "6", "-R", "2", "--device", "cpu"]
-        self.capsys = capsys
-
-    def __call__(self, *flags: str, task: str = "gqa") -> tuple[int, str, str]:
-        self.capsys.readouterr()
-        code = run.main(["--task", task, *self.flags, *flags])
-        return code, *self.capsys.readouterr()
-
-    def done(self, *flags: str, task: str = "gqa") -> dict:
-        code, out, err = self(*flags, task=task)
-        assert code == 0, err
-        return json.loads(out.splitlines()[-1])
-
-    def refused(self, *flags: str, words: tuple = (), code: int = 2, task: str = "gqa") -> str:
-        found, out, err = self(*flags, task=task)
-        last = err.strip().splitlines()[-1]
-        assert found == code and last.startswith("error: ") and "Traceback" not in err, err
-        assert '"score"' not in out
-        for word in words:
-            assert word in last, last
-        return last
-
-
-@pytest.fixture
-def runner(model, data, capsys) -> Runner:
-    return Runner(model, data, capsys)
-
-
-@pytest.fixture
-def asked(monkeypatch) -> list[str]:
-    """The prompts that reach the model, one by one, without warm-ups."""
-    from twigvlm.evaluation.asking.ask import Asker
-
-    seen, answer = [], Asker._answer
-
-    def listening(self, ready):
-        seen.extend(q.id for q in ready.questions)
-        return answer(self, ready)
-
-    monkeypatch.setattr(Asker, "_answer", listening)
-    return seen
-
-
-def folder_of(out: Path, setting: str = "*") -> Path:
-    (found,) = out.glob(f"answers/*/*/{setting}")
-    return found
-
-
-def merged(out: Path) -> bytes:
-    return (folder_of(out) / "merge.jsonl").read_bytes()
-
 
 # ---------------------------------------------------------------------- a whole run
 
@@ -208,20 +112,18 @@ def test_a_base_without_a_tokenizer_asks_nothing(runner, tmp_path, model):
 
 
 @pytest.mark.parametrize("flags", [("--batch-size", "1"), ("--batch-size", "7"), ("--workers", "2")])
-def test_neither_batches_nor_workers_change_a_byte(runner, tmp_path, flags):
-    runner.done("--out", str(tmp_path / "a"))
+def test_neither_batches_nor_workers_change_a_byte(runner, tmp_path, reference, flags):
     runner.done("--out", str(tmp_path / "b"), *flags)
-    assert merged(tmp_path / "a") == merged(tmp_path / "b")
+    assert merged(tmp_path / "b") == reference
 
 
-def test_shards_of_any_number_merge_to_the_same_bytes(runner, tmp_path):
-    runner.done("--out", str(tmp_path / "a"))
+def test_shards_of_any_number_merge_to_the_same_bytes(runner, tmp_path, reference):
     for i in range(3):
         code, text, _ = runner("--out", str(tmp_path / "b"), "--num-shards", "3", "--shard", str(i))
         last = json.loads(text.splitlines()[-1])
         assert code == 0
         assert (last["score"] is None and last["missing"] > 0) if i < 2 else last["score"] is not None
-    assert merged(tmp_path / "a") == merged(tmp_path / "b")
+    assert merged(tmp_path / "b") == reference
     counts = [len(read_lines(f)) for f in sorted(folder_of(tmp_path / "b").glob("3_*.jsonl"))]
     assert sum(counts) == QUESTIONS and max(counts) - min(counts) <= 8
 
@@ -295,8 +197,7 @@ def test_the_model_decides_the_data(runner, tmp_path, data):
 # ---------------------------------------------------------------------- going on
 
 
-def test_sigterm_ends_after_the_batch_and_the_run_goes_on(runner, tmp_path, asked, monkeypatch):
-    runner.done("--out", str(tmp_path / "a"))
+def test_sigterm_ends_after_the_batch_and_the_run_goes_on(runner, tmp_path, asked, monkeypatch, reference):
     asked.clear()
     from twigvlm.evaluation.asking.progress import Progress
 
@@ -306,12 +207,12 @@ def test_sigterm_ends_after_the_batch_and_the_run_goes_on(runner, tmp_path, aske
     assert code == 143 and "score" not in text and "4 of 20" in err
     monkeypatch.setattr(Progress, "look", look)
     result = runner.done("--out", str(tmp_path / "b"), "--batch-size", "4")
-    assert merged(tmp_path / "a") == merged(tmp_path / "b")
+    assert merged(tmp_path / "b") == reference
     assert Counter(asked) == Counter(str(100 + i) for i in range(QUESTIONS))  # nothing twice
     assert result["sessions"] == 2 and result["questions_timed"] == QUESTIONS
 
 
-def test_a_fault_in_the_middle_keeps_what_was_answered(runner, tmp_path, monkeypatch, asked):
+def test_a_fault_in_the_middle_keeps_what_was_answered(runner, tmp_path, monkeypatch, reference):
     generate, calls = TwigVLM.generate, []
 
     def failing(self, *args, **settings):
@@ -325,8 +226,7 @@ def test_a_fault_in_the_middle_keeps_what_was_answered(runner, tmp_path, monkeyp
     assert len(read_lines(folder_of(tmp_path / "b") / "1_0.jsonl")) == 6
     monkeypatch.setattr(TwigVLM, "generate", generate)
     runner.done("--out", str(tmp_path / "b"))
-    runner.done("--out", str(tmp_path / "a"))
-    assert merged(tmp_path / "a") == merged(tmp_path / "b")
+    assert merged(tmp_path / "b") == reference
 
 
 def test_a_line_cut_by_a_power_loss_is_asked_again(runner, tmp_path, asked):
@@ -345,15 +245,14 @@ def test_a_line_cut_by_a_power_loss_is_asked_again(runner, tmp_path, asked):
         assert asked == ["119"] and merged(out) == whole
 
 
-def test_another_number_of_shards_goes_on_with_what_is_there(runner, tmp_path, asked):
+def test_another_number_of_shards_goes_on_with_what_is_there(runner, tmp_path, reference, asked):
     out = tmp_path / "out"
     runner("--out", str(out), "--num-shards", "2", "--shard", "0")
     cut = folder_of(out) / "2_0.jsonl"
     cut.write_bytes(cut.read_bytes()[:-9])
     runner.done("--out", str(out))
     assert Counter(asked)["100"] == 1 and max(Counter(asked).values()) == 2  # twice only the line that was cut
-    runner.done("--out", str(tmp_path / "a"))
-    assert merged(out) == merged(tmp_path / "a")
+    assert merged(out) == reference
 
 
 def test_a_finished_run_is_scored_again_without_a_model(runner, tmp_path, monkeypatch):
@@ -639,14 +538,6 @@ def test_usage_errors_of_the_suite(flags, capsys):
 # ---------------------------------------------------------------------- the scripts
 
 
-def script(name: str, *flags: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
-    clean = {k: v for k, v in os.environ.items() if k not in ("MODEL", "TWIG", "DATA", "CUDA_VISIBLE_DEVICES")}
-    return subprocess.run(
-        ["bash", str(SCRIPTS / f"{name}.sh"), *flags],
-        cwd=cwd, env=clean | env, capture_output=True, text=True, timeout=600, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
 def test_there_is_a_script_for_every_benchmark_and_all_are_a_few_lines():
     names = {file.stem for file in SCRIPTS.glob("*.sh")}
     assert names == {*TASKS, *OWN, "all", "common"}
@@ -661,6 +552,38 @@ def test_an_unknown_option_of_a_script(name, tmp_path):
     assert done.returncode == 2 and "usage:" in done.stderr and not done.stdout
 
 
+@pytest.mark.parametrize("name", [*TASKS, *OWN, "all"])
+def test_what_a_script_hands_over(name, tmp_path):
+    """An interpreter that says what it is told to run, in place of Python."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$1" in -c) exit 0;; esac\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    done = script(name, "-R", "9", "a b", cwd=tmp_path, PYTHON=str(python), MODEL="m", TWIG="t t", DATA="d", twig_T="3")
+    root, *words = done.stdout.splitlines()
+    flags = ["--base-model", "m", "--twig-block", "t t", "--data", "d", "--twig-T", "3"]
+    flags += [] if name == "all" else ["--task", name]
+    module = "suite" if name == "all" else "run"
+    assert done.returncode == 0 and root.split(":")[0] == str(ROOT), done.stderr
+    assert words == ["-m", f"twigvlm.evaluation.{module}", *flags, "-R", "9", "a b"]
+
+
+@pytest.mark.slow
+def test_every_benchmark_on_the_embedded_model(tmp_path, capsys):
+    flags = ["--tasks", "all", "-R", "64", "--limit", "2", "--no-speculation", "--device", "cpu", "--workers", "0"]
+    assert suite.main([*flags, "--max-new-tokens", "16", "--out", str(tmp_path / "out")]) == 0
+    files = list((tmp_path / "out").glob("*/answers/*/*/twig-R64-plain-first2/result.json"))
+    results = {result["task"]: result for result in map(json.loads, (file.read_text() for file in files))}
+    assert set(results) == set(TASKS) and capsys.readouterr().out.splitlines()[0].endswith(
+        f"data {EMBEDDED_DATA} (its default)"
+    )
+    for name, result in results.items():
+        assert result["R"] == 64 and result["questions"] == 2 and result["shards"] == 1
+        assert result["visual_measured"] in (None, pytest.approx(64, abs=0.5))
+        assert (result["score"] is None) == TASKS[name].timed_alone, "only a paid judge scores it"
+        assert result["batch_sizes"] == [1 if TASKS[name].timed_alone else 8]
+
+
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(TASKS))
 def test_every_script_with_two_shards_on_the_embedded_model(name, tmp_path):
@@ -686,43 +609,8 @@ def test_the_command_that_users_type(model, data, tmp_path):
     assert result["shards"] == min(2, cores())
 
 
-@pytest.fixture
-def many(data) -> Path:
-    """More questions than a tiny model answers at once."""
-    file = data / "gqa" / "llava_gqa_testdev_balanced.jsonl"
-    rows = [json.loads(row) for row in file.read_text().splitlines()]
-    truth = json.loads((data / "gqa" / "data" / "testdev_balanced_questions.json").read_text())
-    more = [dict(rows[i % QUESTIONS], question_id=str(1000 + i), text=f"m {i}?{SUFFIX}") for i in range(MANY)]
-    lines(file, more)
-    write_json(
-        {row["question_id"]: truth["100"] for row in more}, data / "gqa" / "data" / "testdev_balanced_questions.json"
-    )
-    return data
-
-
-def started(model, data: Path, out: Path, *flags: str) -> subprocess.Popen:
-    env = dict(os.environ) | {"MODEL": model[0], "TWIG": model[1], "DATA": str(data)}
-    command = ["bash", str(SCRIPTS / "gqa.sh"), "-R", "2", "--max-new-tokens", "8", "--batch-size", "1"]
-    return subprocess.Popen(
-        [*command, "--out", str(out), *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(out: Path, pattern: str, count: int) -> None:
-    end = time.monotonic() + 300
-    while sum(f.read_bytes().count(b"\n") for f in out.glob(f"answers/*/*/*/{pattern}")) < count:
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def children(pid: int) -> dict[int, str]:
-    rows = subprocess.run(["ps", "-ewwo", "pid=,ppid=,args="], capture_output=True, text=True, check=True).stdout
-    cells = [row.split(None, 2) for row in rows.splitlines()]
-    return {int(p): args for p, parent, args in cells if int(parent) == pid}
-
-
 @pytest.mark.slow
-def test_a_shard_killed_in_the_middle(model, many, tmp_path):
+def test_a_shard_killed_in_the_middle(model, many, runner, tmp_path):
     out = tmp_path / "out"
     run_ = started(model, many, out, "--num-shards", "2")
     wait_for(out, "2_1.jsonl", 5)
@@ -735,20 +623,27 @@ def test_a_shard_killed_in_the_middle(model, many, tmp_path):
     assert not (folder / "merge.jsonl").exists() and not (folder / "result.json").exists()
     assert len(read_lines(folder / "2_0.jsonl")) == MANY // 2  # the other one came to its end
     kept = (folder / "2_1.jsonl").read_bytes()
-    again = started(model, many, out, "--num-shards", "2")
-    text, err = again.communicate(timeout=600)
-    assert again.returncode == 0, err
-    assert json.loads(text.splitlines()[-1])["questions_timed"] >= MANY - 1
+    result = same_command(runner, out)
+    assert result["questions_timed"] >= MANY - 1
     whole = kept[: kept.rfind(b"\n") + 1]
     assert (folder / "2_1.jsonl").read_bytes().startswith(whole)  # nothing was asked again
-    alone = started(model, many, tmp_path / "alone")
-    alone.communicate(timeout=600)
+    runner.done("--out", str(tmp_path / "alone"), "--max-new-tokens", "8")
     assert merged(out) == merged(tmp_path / "alone")
 
 
+def same_command(runner, out: Path) -> dict:
+    """The result of what `started` starts, of two shards in this process."""
+    for i in (0, 1):
+        flags = ("--max-new-tokens", "8", "--batch-size", "1", "--num-shards", "2", "--shard", str(i))
+        result = runner.done("--out", str(out), *flags)
+    return result
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--num-shards", "2")], ids=["one", "two"])
-def test_sigterm_to_the_script(model, many, tmp_path, flags):
+@pytest.mark.parametrize(
+    "flags", [pytest.param((), marks=pytest.mark.nightly), ("--num-shards", "2")], ids=["one", "two"]
+)
+def test_sigterm_to_the_script(model, many, runner, tmp_path, flags):
     out = tmp_path / "out"
     run_ = started(model, many, out, *flags)
     wait_for(out, "*.jsonl", 5)
@@ -758,9 +653,7 @@ def test_sigterm_to_the_script(model, many, tmp_path, flags):
     assert "stopped:" in err
     for file in folder_of(out).glob("*.jsonl"):
         assert file.read_bytes().endswith(b"\n")
-    again = started(model, many, out, *flags)
-    text, err = again.communicate(timeout=600)
-    assert again.returncode == 0 and json.loads(text.splitlines()[-1])["questions"] == MANY, err
+    assert same_command(runner, out)["questions"] == MANY
 
 
 @pytest.mark.slow
@@ -778,13 +671,13 @@ def test_shards_end_when_their_launcher_is_killed(model, many, tmp_path):
     assert sum(len(read_lines(f)) for f in folder_of(out).glob("2_*.jsonl")) < MANY
 
 
-@pytest.mark.slow
-def test_torchrun_style_processes_end_in_one_score(model, data, tmp_path):
-    out = tmp_path / "out"
-    base = {"MODEL": model[0], "TWIG": model[1], "DATA": str(data), "WORLD_SIZE": "2"}
-    ends = [script("gqa", "-R", "2", "--out", str(out), "--limit", "6", RANK=rank, **base) for rank in ("1", "0")]
-    assert [end.returncode for end in ends] == [0, 0], ends
-    first, last = (json.loads(end.stdout.splitlines()[-1]) for end in ends)
+def test_torchrun_style_processes_end_in_one_score(runner, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ends = []
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        ends.append(runner.done("--out", str(tmp_path / "out"), "--limit", "6"))
+    first, last = ends
     assert first["score"] is None and first["missing"] == 3 and last["score"] is not None and last["shards"] == 2
 
 

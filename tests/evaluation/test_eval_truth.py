@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from PIL import Image
 
+from tests.conftest import ROOT
 from twigvlm.errors import InputError
 from twigvlm.evaluation import run, score, suite
 from twigvlm.evaluation.asking.job import Job
@@ -19,11 +19,6 @@ from twigvlm.evaluation.tasks.base import Question
 from twigvlm.evaluation.tasks.reading import read_records
 from twigvlm.evaluation.tasks.vqa import exact_match, vqa_accuracy
 from twigvlm.world import drawn as benchmarks
-
-
-@pytest.fixture(scope="module")
-def sprout(tmp_path_factory) -> Path:
-    return benchmarks.ensure(tmp_path_factory.mktemp("data") / "sprout")
 
 
 @pytest.fixture
@@ -402,21 +397,11 @@ def test_own_questions_are_no_benchmark_of_the_suite(capsys):
 
 
 @pytest.mark.slow
-def test_own_questions_from_the_script(own, tmp_path):
-    import subprocess
-
+def test_own_questions_on_the_embedded_model(own, capsys):
     file, pictures = own
-    command = [
-        "bash",
-        str(ROOT / "scripts/v1_5/eval/vqa.sh"),
-        "--question-file",
-        str(file),
-        "--image-folder",
-        str(pictures),
-    ]
-    done = subprocess.run([*command, "--device", "cpu"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    facts = json.loads(done.stdout.splitlines()[-1])
+    flags = ["--question-file", str(file), "--image-folder", str(pictures), "--device", "cpu", "--workers", "0"]
+    assert run.main(["--task", "vqa", *flags, "--max-new-tokens", "16"]) == 0
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["questions"] == 4 and facts["parts"]["count"] == 3
     rows = read_records(file.parent / "answers/vqa_my-questions/sprout/twig-R64/merge.jsonl")
     assert [row["question_id"] for row in rows] == [1, "two", 3, 4]

@@ -7,20 +7,19 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from test_eval_runner import data, lines, model, runner  # noqa: F401 (fixtures)
 from test_workers import DEATHS, HOW, fail, gone, told
 
+from tests.conftest import ROOT
 from twigvlm.evaluation.asking.ask import Prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-FEW = ("KeyError", "unpicklable", "killed")  # one that is told, one that cannot be sent, one that dies
+FEW = ("killed",)  # what a shard says of others it says alone
 HOWS = [how if how in FEW else pytest.param(how, marks=pytest.mark.nightly) for how in HOW]
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_evaluation(runner, tmp_path, monkeypatch, how):  # noqa: F811
+def test_evaluation(runner, tmp_path, monkeypatch, how):
     real = Prepared._ids
 
     def ids(self, question):
@@ -52,7 +51,7 @@ if "--shard" in sys.argv:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", HOWS)
-def test_evaluation_in_shards(model, data, tmp_path, how):  # noqa: F811
+def test_evaluation_in_shards(model, data, tmp_path, how):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "main.py").write_text(
         SITE.format(how=how, tests=str(ROOT / "tests"), root=str(ROOT))
