@@ -22,8 +22,9 @@ from transformers import (
 )
 
 from twigvlm.config import TwigConfig
-from twigvlm.loading.base import Loaded, set_attention
-from twigvlm.model.trunk import Trunk
+from twigvlm.families import trunk_of
+from twigvlm.loading.base import Loaded
+from twigvlm.loading.device import set_attention
 from twigvlm.model.twig import grow
 from twigvlm.vlm import TwigVLM
 
@@ -135,8 +136,8 @@ def _enliven(model: LlavaForConditionalGeneration, fade: float) -> None:
 @cache
 def tiny(K: int = 2, T: int = 2, F: int = 0, noise: float = 0.2, twig: bool = True, **shape) -> TwigVLM:
     """A tiny base with a twig grown on it; `noise` spoils the twig's weights (0: early exit, 3: nonsense)."""
-    trunk = Trunk(tiny_model(**shape))
-    loaded = Loaded(trunk, Path("nowhere"), "tiny", False)
+    model = tiny_model(**shape)
+    trunk, loaded = trunk_of(model), Loaded(model, Path("nowhere"), "tiny", False)
     config = TwigConfig(trunk.L, K, T, F)
     if not twig:
         return TwigVLM(loaded, None, config)

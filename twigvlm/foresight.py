@@ -13,9 +13,11 @@ from typing import Any
 from transformers import LlavaConfig
 
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, ModelSettings, TwigConfig
-from .loading.base import check_attention, pick_device, pick_dtype, read_twig_letters
-from .loading.describe import EMBEDDED_TWIG, HUB_DESCRIPTION, read_config, visual_tokens
+from .loading.describe import EMBEDDED_TWIG, read_config, visual_tokens
+from .loading.device import check_attention, pick_device, pick_dtype
+from .loading.find import HUB_DESCRIPTION
 from .loading.random import random_config
+from .loading.twig import read_twig_letters
 from .pruning import plan_for
 
 

@@ -18,11 +18,14 @@ from .decoding.choose import Chooser
 from .decoding.finite import NotFinite, trace
 from .decoding.pace import Pace, measure, now
 from .errors import InputError
-from .loading.base import Loaded, load_base, load_twig, pick_device, pick_dtype
+from .families import trunk_of
+from .loading.base import Loaded, load_base
 from .loading.describe import EMBEDDED_TWIG
+from .loading.device import pick_device, pick_dtype
+from .loading.twig import load_twig
 from .model.twig import Twig
 from .prompt.images import open_image
-from .prompt.processor import build_processor, make_prompts, pads
+from .prompt.processor import pads
 from .prompt.template import converse, decode
 from .pruning import Plan, plan_for
 
@@ -82,8 +85,8 @@ class TwigVLM:
     """A base VLM, frozen, and perhaps its twig. Make it with `twigvlm.load`."""
 
     def __init__(self, loaded: Loaded, twig: Twig | None, fallback: TwigConfig | None = None):
-        self.trunk, self.twig = loaded.trunk, twig
-        self.model = loaded.trunk.model
+        self.trunk, self.twig = trunk_of(loaded.model), twig
+        self.model = loaded.model
         self.base_name = loaded.name
         self._loaded, self._fallback = loaded, fallback
         self._calls = 0
@@ -98,12 +101,13 @@ class TwigVLM:
 
         Its `apply_chat_template` is the checkpoint's, or vicuna_v1 where LLaVA-1.5 brings none.
         """
-        return build_processor(self._loaded)
+        found = self._loaded
+        return self.trunk.family.processor(found.model.config, found.folder, found.original)
 
     @cached_property
     def prompts(self):
         """How this model is asked: `ids` of a `model.prompt.Talk`, and of the `continuation` of an answer."""
-        return make_prompts(self.processor, self.model.config)
+        return self.trunk.family.prompts(self.processor, self.model.config)
 
     @property
     def tokenizer(self):
@@ -419,9 +423,9 @@ def load(
     if twig is None:
         wanted = any(v is not None for v in (K, T, wipe_layer))
         fallback = (
-            TwigConfig(loaded.trunk.L, DEFAULT_K if K is None else K, T or DEFAULT_T, wipe_layer or 0)
+            TwigConfig(trunk_of(loaded.model).L, DEFAULT_K if K is None else K, T or DEFAULT_T, wipe_layer or 0)
             if wanted
             else None
         )
         return TwigVLM(loaded, None, fallback)
-    return TwigVLM(loaded, load_twig(twig, loaded.trunk, K, T, wipe_layer))
+    return TwigVLM(loaded, load_twig(twig, trunk_of(loaded.model), K, T, wipe_layer))

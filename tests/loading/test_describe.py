@@ -28,7 +28,8 @@ from transformers import (
 
 import twigvlm
 from twigvlm.errors import InputError
-from twigvlm.loading.base import load_base, load_twig
+from twigvlm.loading.base import load_base
+from twigvlm.loading.twig import load_twig
 from twigvlm.model.twig import save_twig
 from twigvlm.prompt.template import Talk
 from twigvlm.training.cost import find_config

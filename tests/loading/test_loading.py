@@ -19,7 +19,8 @@ import twigvlm
 from twigvlm.config import TwigConfig
 from twigvlm.errors import InputError, RunError
 from twigvlm.loading import weights
-from twigvlm.loading.base import canonical, load_twig
+from twigvlm.loading.base import canonical
+from twigvlm.loading.twig import load_twig
 from twigvlm.model.twig import CONFIG, WEIGHTS, grow, save_twig
 
 SPLIT = "lm_head.weight", "model.layers.3.mlp.up_proj.weight"  # what stands in the second shard

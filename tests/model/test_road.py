@@ -25,10 +25,11 @@ from twigvlm.decoding.choose import Chooser
 from twigvlm.decoding.draft import DraftTree, chain, walk
 from twigvlm.decoding.loop import Draft
 from twigvlm.decoding.pace import Costs, Pace, measure
-from twigvlm.loading.base import Loaded, set_attention
+from twigvlm.families import trunk_of
+from twigvlm.loading.base import Loaded
+from twigvlm.loading.device import set_attention
 from twigvlm.model.cache import STEP, CacheGroup
 from twigvlm.model.tap import Tap
-from twigvlm.model.trunk import Trunk
 from twigvlm.model.twig import grow
 from twigvlm.pruning import Given, Keep, Plan, Probe, Rule, Seen, Selection, Wipe
 from twigvlm.pruning.plan import Reducer
@@ -437,7 +438,7 @@ def test_a_probe_equals_rows_of_eager_attention(heads, peek):
         "grouped": lambda a: tiny_model(side=56, heads=4, kv_heads=2, attention=a),
         "q/k-normed": qwen3,
     }[heads]
-    trunk, eager = Trunk(make("sdpa")), Trunk(make("eager"))
+    trunk, eager = trunk_of(make("sdpa")), trunk_of(make("eager"))
     stream = trunk.embed(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(1)), [12, 9], None)
     rows = torch.tensor([[11, 4, -1], [8, 0, 3]])
     layer = trunk.layers[2]
@@ -721,8 +722,8 @@ def test_a_round_reads_the_device_once(monkeypatch):
     with torch.device("meta"):
         empty = LlavaForConditionalGeneration(model.config)
     set_attention(empty.eval(), "sdpa")
-    trunk = Trunk(empty)
-    vlm = TwigVLM(Loaded(trunk, None, "meta", False), grow(trunk, TwigConfig(6, 2, 2, 4)))
+    trunk = trunk_of(empty)
+    vlm = TwigVLM(Loaded(empty, None, "meta", False), grow(trunk, TwigConfig(6, 2, 2, 4)))
     reads = []
 
     def fake(tensor):

@@ -178,9 +178,10 @@ def test_a_whole_run_is_the_authors(golden, tmp_path):
 
 
 def _tokenizer(golden: Path):
-    from twigvlm.prompt.processor import build_processor
+    from twigvlm.prompt.processor import make_processor
 
-    return build_processor(load_base(golden / "A/base", CPU, FP32, "eager", lambda L: [0])).tokenizer
+    loaded = load_base(golden / "A/base", CPU, FP32, "eager", lambda L: [0])
+    return make_processor(loaded.model.config, loaded.folder, loaded.original).tokenizer
 
 
 # ---------------------------------------------------------------------- what is read, what learns
@@ -924,11 +925,11 @@ def test_the_memory_of_a_layer_is_what_autograd_keeps(stage):
 
 
 def load_trunk_for_memory():
+    from twigvlm.families import trunk_of
     from twigvlm.loading.random import random_base
-    from twigvlm.model.trunk import Trunk
 
     model = random_base("512x3", CPU, FP32, layers=3)
-    return Trunk(model.requires_grad_(True))
+    return trunk_of(model.requires_grad_(True))
 
 
 def test_layers_that_are_needed():

@@ -62,7 +62,7 @@ def _stations(trunk: Trunk, twig: Twig | None, rows, pixel_values) -> Iterator[t
         if twig is not None and i + 1 == twig.config.K:
             below = stream
     yield "the base's norm", trunk.decoder.norm, _good(trunk.decoder.norm(stream.hidden[real]))
-    yield "the base's head", trunk.model.lm_head, _good(trunk.logits(stream.hidden[real][-1:]))
+    yield "the base's head", trunk.family.head, _good(trunk.logits(stream.hidden[real][-1:]))
     if twig is None:
         return
     for i, layer in enumerate(twig.layers):
@@ -78,7 +78,7 @@ def _seen(trunk: Trunk, pixel_values: torch.Tensor) -> Iterator[tuple[str, nn.Mo
     for i, (hidden, module) in enumerate(zip(out.hidden_states, modules, strict=False)):
         name = f"layer {i - 1} of the vision tower" if i else "the vision tower's embeddings"
         yield name, module, _good(hidden)
-    yield "the projector", parts.multi_modal_projector, _good(trunk.image_features(pixel_values))
+    yield "the projector", parts.multi_modal_projector, _good(torch.cat(trunk.image_features(pixel_values)))
 
 
 def _good(values: torch.Tensor) -> bool:

@@ -29,9 +29,11 @@ from ..config import AUTO, DEFAULT_K, DEFAULT_T, TwigConfig
 from ..decoding.choose import Chooser
 from ..decoding.pace import Parts, median, now
 from ..errors import InputError
+from ..families import trunk_of
 from ..files import write_json
 from ..foresight import Wish, check
-from ..loading.base import Loaded, pick_device, pick_dtype
+from ..loading.base import Loaded
+from ..loading.device import pick_device, pick_dtype
 from ..loading.random import random_base
 from ..model.trunk import Trunk
 from ..model.twig import grow
@@ -248,9 +250,10 @@ def open_model(args: argparse.Namespace) -> TwigVLM:
     if args.random is None:
         return twigvlm.load(**vars(flags.model_settings(args)))
     device = pick_device(args.device)
-    trunk = Trunk(random_base(args.random, device, pick_dtype(args.dtype, device), args.attn_implementation))
+    model = random_base(args.random, device, pick_dtype(args.dtype, device), args.attn_implementation)
+    trunk = trunk_of(model)
     twig = grow(trunk, TwigConfig(trunk.L, DEFAULT_K if args.twig_K is None else args.twig_K, args.twig_T or DEFAULT_T))
-    return TwigVLM(Loaded(trunk, Path(), f"random {args.random}", True), twig)
+    return TwigVLM(Loaded(model, Path(), f"random {args.random}", True), twig)
 
 
 def check_flags(args: argparse.Namespace) -> None:

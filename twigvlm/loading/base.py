@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,26 +11,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from ..config import DEFAULT_K, FORMAT_VERSION, TwigConfig
 from ..errors import InputError
-from ..model.trunk import Trunk
-from ..model.twig import CONFIG, WEIGHTS, Twig, signature, twig_skeleton
-from .describe import (
-    HUB_FILES,
-    check_ends,
-    fetch_weights,
-    find_base,
-    find_tower,
-    original_config,
-    projector_only,
-    read_json,
-    resolve,
-    stock_config,
-)
+from .describe import check_ends, find_base, find_tower, original_config, projector_only, stock_config
+from .device import check_attention, set_attention
+from .find import fetch_weights, read_json, resolve
 from .weights import Filling, materialise, read_tensors, weight_files
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BACKENDS = ("sdpa", "eager", "flash_attention_2")
 MAX_PADDED_ROWS = 64  # Hugging Face conversions round LLaVA's vocabulary up by as much
 HEAD, EMBEDDINGS = "lm_head.weight", "language_model.embed_tokens.weight"
 
@@ -40,7 +25,7 @@ HEAD, EMBEDDINGS = "lm_head.weight", "language_model.embed_tokens.weight"
 class Loaded:
     """A base, its folder on this disk, the name that the user gave, and how its files are laid out."""
 
-    trunk: Trunk
+    model: LlavaForConditionalGeneration
     folder: Path
     name: str
     original: bool
@@ -87,7 +72,7 @@ def load_base(
         model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight[: model.lm_head.out_features])
     set_attention(model, attention)
     model.generation_config = ends
-    return Loaded(Trunk(model.eval()), folder, name, original)
+    return Loaded(model.eval(), folder, name, original)
 
 
 def _lengthen_embeddings(model: LlavaForConditionalGeneration) -> nn.Parameter:
@@ -158,69 +143,6 @@ def _needs(select: Callable[[str], str | None]) -> Callable[[str], bool]:
     return lambda stored: (name := canonical(stored)) is not None and select(name) is not None
 
 
-def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: int | None) -> Twig:
-    """Read a twig for this base: our folder, or the release's one file (or a folder that holds it).
-
-    `F` overrides the stored wipe layer. Raises InputError when K or T disagree with the file, or the
-    twig grew on another base.
-    """
-    folder, file = _twig_files(resolve(twig, "twig"))
-    facts = read_twig_letters(twig, trunk.L, trunk.model.config.text_config.hidden_size, K, T)
-    shapes = {stored.name: stored.shape for stored in read_tensors(file, torch.device("cpu"))}
-    K = facts.get("K", DEFAULT_K if K is None else K)
-    config = TwigConfig(trunk.L, K, facts["T"], F if F is not None else facts.get("F", 0))
-    vocabulary = _check_head(file, shapes, trunk)
-    module = twig_skeleton(trunk, config, vocabulary)
-    materialise(module, trunk.device, trunk.dtype)
-    filling = Filling(module, lambda key: key)
-    filling.fill([file], trunk.device, file, cut_rows=(HEAD,))
-    if "base_signature" in facts:
-        _check_signature(folder / CONFIG, facts, trunk)
-    return module.eval()
-
-
-def read_twig_letters(
-    twig: str | Path, L: int, hidden_size: int, K: int | None, T: int | None, files: Sequence[str] = HUB_FILES
-) -> dict:
-    """What a twig's files say of it, without its weights: twig_config.json where there is one, and T.
-
-    `files` are fetched if it is on the hub; T is not known where these leave out the weights of a twig without
-    description. Raises InputError when K or T disagree with the files, or a base of L layers with the twig's.
-    """
-    folder, file = _twig_files(resolve(twig, "twig", files))
-    facts = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
-    if not file.exists():
-        if Path(twig).expanduser().exists():
-            raise InputError(f"{file}: no such file; a twig is a folder with {WEIGHTS}")
-        stored = {"T": facts["T"]} if "T" in facts else {}  # the weights are not fetched yet
-    else:
-        stored = {"T": _count_layers(file, {s.name: s.shape for s in read_tensors(file, torch.device("cpu"))})}
-    if facts:
-        _check_description(folder / CONFIG, facts, stored.get("T", facts.get("T")), L, hidden_size)
-    facts |= stored
-    check_letters(file, {"K": K, "T": T}, facts)
-    return facts
-
-
-def check_letters(file: Path, asked: dict[str, int | None], stored: dict) -> None:
-    """Raises InputError where a letter that was asked for is another one in the twig's files."""
-    for letter, value in asked.items():
-        if value is not None and value != stored.get(letter, value):
-            raise InputError(
-                f"{file}: {letter} = {value} was asked for, but the twig was grown with {letter} = {stored[letter]}"
-            )
-
-
-def _twig_files(source: Path) -> tuple[Path, Path]:
-    """(folder of the description, file of the weights)."""
-    file = source / WEIGHTS if source.is_dir() else source
-    if file.suffix != ".safetensors":
-        raise InputError(
-            f"{file}: a twig is one .safetensors file; convert it, or give the folder that holds {WEIGHTS}"
-        )
-    return file.parent, file
-
-
 def canonical(name: str) -> str | None:
     """One name for a tensor of a LLaVA model under every published naming of it.
 
@@ -237,40 +159,6 @@ def canonical(name: str) -> str | None:
     return re.sub(r"^vision_tower\.vision_model\.", "vision_tower.", name)
 
 
-def pick_device(device: str | torch.device | None) -> torch.device:
-    """The one asked for, else CUDA, MPS, CPU in this order."""
-    if device is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        return torch.device(name)
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as fault:
-        raise InputError(f"device is {device!r}; cpu, cuda, cuda:N or mps is needed") from fault
-    usable = {"cpu": True, "meta": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not usable.get(chosen.type, False):
-        raise InputError(f"device {device} is not available here; use {pick_device(None)}")
-    if chosen.type == "cuda" and chosen.index is not None and chosen.index >= torch.cuda.device_count():
-        raise InputError(f"device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return chosen
-
-
-def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """bf16 on CUDA where it has it, else fp16; fp16 on MPS; fp32 on the CPU."""
-    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
-    if dtype is None:
-        if device.type == "cuda":
-            return torch.bfloat16 if bf16 else torch.float16
-        return torch.float16 if device.type == "mps" else torch.float32
-    chosen = DTYPES.get(str(dtype).removeprefix("torch."))
-    if chosen is None:
-        raise InputError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is needed")
-    if chosen is torch.float16 and device.type == "cpu":
-        raise InputError("dtype float16 is not supported on cpu; use float32 or bfloat16")
-    if chosen is torch.bfloat16 and not bf16:
-        raise InputError(f"dtype bfloat16 is not supported on {device}; use float16 or float32")
-    return chosen
-
-
 def _tower_name(name: str) -> str | None:
     """Names inside a CLIP checkpoint; the text half of a whole CLIP model is not wanted."""
     if name.startswith(("text_model.", "text_projection.", "visual_projection.")) or name == "logit_scale":
@@ -284,75 +172,3 @@ def skeleton(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> L
         model = LlavaForConditionalGeneration(config)
     materialise(model, device, dtype)
     return model
-
-
-def check_attention(attention: str) -> None:
-    """Raises InputError for a backend that is unknown or not installed."""
-    if attention not in BACKENDS:
-        raise InputError(f"attn_implementation is {attention!r}; one of {', '.join(BACKENDS)} is needed")
-    if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
-        raise InputError(
-            "attn_implementation flash_attention_2 needs the package flash-attn, which is not installed: "
-            'pip install -e ".[flash]" --no-build-isolation (a CUDA device is needed), or use sdpa'
-        )
-
-
-def set_attention(model: LlavaForConditionalGeneration, attention: str) -> None:
-    """The backend of every layer. Raises InputError as `check_attention` does."""
-    check_attention(attention)
-    tower = "sdpa" if attention == "flash_attention_2" else attention
-    model.model.vision_tower.config._attn_implementation = tower
-    text = "flash_or_sdpa" if attention == "flash_attention_2" else attention
-    model.model.language_model.config._attn_implementation = text
-
-
-def _count_layers(file: Path, shapes: dict[str, tuple[int, ...]]) -> int:
-    numbers = {int(m[1]) for m in (re.match(r"model\.layers\.(\d+)\.", k) for k in shapes) if m}
-    if not numbers:
-        raise InputError(
-            f"{file}: no key model.layers.0.*; this is not a twig (lm_head, model.norm, model.layers.0..T-1)"
-        )
-    if numbers != set(range(len(numbers))):
-        raise InputError(f"{file}: layers {sorted(numbers)} found, expected 0 to {max(numbers)} without a gap")
-    return len(numbers)
-
-
-def _check_description(file: Path, facts: dict, stored_T: int, L: int, hidden_size: int) -> None:
-    version = facts.get("format_version")
-    if version != FORMAT_VERSION:
-        raise InputError(f"{file}: format version is {version!r}, this program reads {FORMAT_VERSION}")
-    if facts.get("T") != stored_T:
-        raise InputError(f"{file}: T is {facts.get('T')}, but the weights beside it have {stored_T} layers")
-    for letter in ("K", "F"):
-        if not isinstance(facts.get(letter), int):
-            raise InputError(f"{file}: {letter} is {facts.get(letter)!r}; a layer's number is expected")
-    for key, found in (("L", L), ("hidden_size", hidden_size)):
-        if facts.get(key) != found:
-            raise InputError(
-                f"{file}: this twig grew on {facts.get('base')!r} with {key} = {facts.get(key)}, but the base has {key} = {found}; "
-                "give the twig of this base"
-            )
-
-
-def _check_head(file: Path, shapes: dict[str, tuple[int, ...]], trunk: Trunk) -> int:
-    """Rows of the twig's head: at most the base's.
-
-    A twig of the same base with a padded vocabulary has more, which no word belongs to: they are cut.
-    """
-    shape, base = shapes.get("lm_head.weight"), tuple(trunk.model.lm_head.weight.shape)
-    if shape is None:
-        raise InputError(f"{file}: missing key lm_head.weight, expected with shape {list(base)}")
-    if len(shape) != 2 or shape[1] != base[1] or abs(shape[0] - base[0]) > MAX_PADDED_ROWS:
-        raise InputError(
-            f"{file}: key lm_head.weight has shape {list(shape)}, expected {list(base)}: a twig of another base?"
-        )
-    return min(shape[0], base[0])
-
-
-def _check_signature(file: Path, facts: dict, trunk: Trunk) -> None:
-    stored = torch.tensor(facts["base_signature"])
-    found = torch.tensor(signature(trunk))
-    if stored.shape != found.shape or not torch.allclose(stored, found, rtol=0.02, atol=1e-4):
-        raise InputError(
-            f"{file}: this twig grew on other weights ({facts.get('base')!r}) than this base's; give the twig of this base"
-        )

@@ -8,8 +8,9 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ..errors import InputError
-from .base import set_attention, skeleton
+from .base import skeleton
 from .describe import KNOWN_TOWERS
+from .device import set_attention
 
 STD = 0.02
 SHAPES = {  # width, feed-forward width, layers, heads: the Vicuna of each LLaVA-1.5

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
 
 from ..errors import InputError, RunError
-from ..loading.describe import visual_tokens
 from .cache import CacheGroup
 from .skinny import quick
 from .stream import Stream
@@ -56,17 +53,29 @@ def through(layer: nn.Module, hidden: torch.Tensor, mask: torch.Tensor | None, r
     return layer(hidden, attention_mask=mask, position_embeddings=rotary, **memory, **more)
 
 
-class Trunk:
-    """Drives a stock `LlavaForConditionalGeneration`, which stays as it is."""
+class Family(Protocol):
+    """What differs between families of models: see `twigvlm.families`."""
 
-    def __init__(self, model: LlavaForConditionalGeneration):
-        self.model = model
-        self.decoder = model.model.language_model
+    model: nn.Module
+    decoder: nn.Module
+    head: nn.Linear
+    image_token_id: int
+    context: int
+    V: int
+
+    def sizes(self, pixel_values: torch.Tensor | None) -> list[int]: ...
+    def see(self, pixel_values: torch.Tensor, tap: Tap | None = None) -> list[torch.Tensor]: ...
+    def tower_layer(self, layer: int | None) -> nn.Module: ...
+    def positions(self, place: torch.Tensor) -> torch.Tensor: ...
+
+
+class Trunk:
+    """Drives a stock model, which stays as it is."""
+
+    def __init__(self, family: Family):
+        self.family, self.model, self.decoder = family, family.model, family.decoder
         self.layers = self.decoder.layers
-        self.image_token_id = model.config.image_token_id
-        text = model.config.text_config
-        # Within a decoder's sliding window it attends to all; beyond it nothing is written.
-        self.context = min(text.max_position_embeddings, getattr(text, "sliding_window", None) or sys.maxsize)
+        self.image_token_id, self.context = family.image_token_id, family.context
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -84,12 +93,12 @@ class Trunk:
     @property
     def vocabulary(self) -> int:
         """Rows of the head."""
-        return self.model.lm_head.out_features
+        return self.family.head.out_features
 
     @property
     def V(self) -> int:
         """Visual tokens per image."""
-        return visual_tokens(self.model.config)
+        return self.family.V
 
     # ------------------------------------------------------------------ what goes in
 
@@ -112,42 +121,25 @@ class Trunk:
         place = place.masked_fill(place >= torch.tensor(lengths)[:, None], -1).to(self.device)
         hidden = self.decoder.embed_tokens(ids.masked_fill(visual, 0).to(self.device))
         if sizes:
-            features = self.image_features(pixel_values, tap)
-            flat = torch.cat(list(features)).to(hidden)
+            flat = torch.cat(self.image_features(pixel_values, tap)).to(hidden)
             hidden = hidden.masked_scatter(visual.to(self.device)[..., None], flat)
-        positions = place.clamp(min=0)[None]
+        positions = self.family.positions(place)
         full = min(lengths) == ids.shape[1]
         return Stream(hidden, positions, place, _pictures(visual, sizes).to(self.device), full)
 
-    def sizes(self, images: int) -> list[int]:
-        """Visual tokens of each of so many images."""
-        return [self.V] * images
-
-    def image_features(self, pixel_values: torch.Tensor, tap: Tap | None = None) -> torch.Tensor:
-        """[images, 3, h, w] → projected visual tokens [images, V, D]."""
-        listen = {"taps": [tap]} if tap is not None else {}
-        with tapped(self.model.model.vision_tower.config) if tap is not None else nullcontext():
-            out = self.model.get_image_features(pixel_values=pixel_values.to(self.device, self.dtype), **listen)
-        features = getattr(out, "pooler_output", out)
-        return torch.stack(list(features)) if not torch.is_tensor(features) else features
+    def image_features(self, pixel_values: torch.Tensor, tap: Tap | None = None) -> list[torch.Tensor]:
+        """Images → projected visual tokens of each [size, D]."""
+        return self.family.see(pixel_values.to(self.device, self.dtype), tap)
 
     def listen_tower(self, layer: int | None, images: int) -> Tap:
         """A tap on the class token's row in a layer of the vision tower (None: the one whose output is used)."""
-        tower = self.model.model.vision_tower
-        last = self.model.config.vision_feature_layer
-        place = last - 1 if last >= 0 else last  # hidden state n leaves layer n - 1, and there is one more of them
-        module = tower.encoder.layers[place if layer is None else layer].self_attn
-        return Tap(module, torch.zeros(images, 1, dtype=torch.long, device=self.device), causal=False)
+        rows = torch.zeros(images, 1, dtype=torch.long, device=self.device)
+        return Tap(self.family.tower_layer(layer), rows, causal=False)
 
     def _sizes(self, visual: torch.Tensor, pixel_values: torch.Tensor | None) -> list[int]:
         """Tokens of each image, after comparing them with the image tokens of each row."""
-        images = 0 if pixel_values is None else len(pixel_values)
-        side = self.model.config.vision_config.image_size
-        if images and pixel_values.shape[1:] != (3, side, side):
-            raise InputError(
-                f"pixel_values have shape {list(pixel_values.shape)}; [images, 3, {side}, {side}] is needed"
-            )
-        sizes, tokens = self.sizes(images), int(visual.sum())
+        sizes, tokens = self.family.sizes(pixel_values), int(visual.sum())
+        images = len(sizes)
         if tokens != sum(sizes):
             raise InputError(
                 f"input_ids hold {tokens} image tokens (id {self.image_token_id}), but {images} images need "
@@ -212,8 +204,8 @@ class Trunk:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] that left the last layer → fp32 [..., vocabulary]."""
-        with quick([self.model.lm_head]):
-            return self.model.lm_head(self.decoder.norm(hidden)).float()
+        with quick([self.family.head]):
+            return self.family.head(self.decoder.norm(hidden)).float()
 
     def _call(self, layer: nn.Module, hidden: torch.Tensor, attention: Attention, taps: list[Tap]) -> torch.Tensor:
         facts = (attention.mask, attention.rotary, attention.cache)

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, LlamaTokenizer, LlavaConfig, LlavaProces
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..errors import InputError
-from ..loading.base import Loaded
-from ..loading.describe import read_json, visual_tokens
+from ..loading.describe import visual_tokens
+from ..loading.find import read_json
 from .images import open_image, pad_to_square
 from .template import IMAGE, VICUNA_V1, CheckpointPrompts, TextEncoder, VicunaPrompts
 
@@ -74,13 +74,11 @@ def _flat(images) -> Iterator:
         yield from _flat(image) if isinstance(image, (list, tuple)) else [image]
 
 
-def build_processor(loaded: Loaded) -> LlavaProcessor:
-    """Tokenizer and image processor from the model's folder. Raises InputError when it has no tokenizer."""
-    return make_processor(loaded.trunk.model.config, loaded.folder, loaded.original)
-
-
 def make_processor(config: LlavaConfig, folder: Path, original: bool) -> LlavaProcessor:
-    """The same without the model: `original` is LLaVA's own layout of the folder."""
+    """Tokenizer and image processor from a model's folder; `original` is LLaVA's own layout of it.
+
+    Raises InputError when it has no tokenizer.
+    """
     tokenizer = _tokenizer(folder, original)
     if getattr(config, "mm_use_im_start_end", False):
         tokenizer.image_frame = tuple([_frame_id(tokenizer, folder, word)] for word in FRAME)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import twigvlm
 
 from ..config import TwigConfig
+from ..families import trunk_of
 from ..loading.base import load_base
 from ..model.twig import CONFIG, Init, grow, save_twig
 from ..record import ROOT
@@ -116,7 +117,7 @@ class Ablation:
         """The folder of this twig, made at the first call."""
         folder = self.work / growth.name
         if not (folder / CONFIG).exists():
-            trunk = load_base(self.base, torch.device(self.device or "cpu"), torch.float32, "sdpa").trunk
+            trunk = trunk_of(load_base(self.base, torch.device(self.device or "cpu"), torch.float32, "sdpa").model)
             torch.manual_seed(0)  # of a random initialisation
             twig = grow(trunk, TwigConfig(trunk.L, growth.K, growth.T), growth.init)
             if growth.trained:

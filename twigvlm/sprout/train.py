@@ -23,7 +23,9 @@ from transformers import LlavaForConditionalGeneration
 
 from .. import flags
 from ..config import TwigConfig
-from ..loading.base import load_base, pick_device
+from ..families import trunk_of
+from ..loading.base import load_base
+from ..loading.device import pick_device
 from ..model.trunk import Trunk
 from ..model.twig import Twig, grow, save_twig
 from ..program import run_program
@@ -157,7 +159,7 @@ class Recipe:
         """Grow and train the twig on the base as it is published (rounded to fp16), which stays as it is."""
         save_base(self.load("joint", LAYERS), self.tokenizer, self.out / "base")
         device = torch.device(self.device)
-        trunk = load_base(self.out / "base", device, torch.float32, "sdpa").trunk
+        trunk = trunk_of(load_base(self.out / "base", device, torch.float32, "sdpa").model)
         loop = self.loop("twig", 800, 5e-4, final_lr=0.02)
         twig = grow(trunk, TwigConfig(trunk.L))
         train_twig(trunk, twig, loop, self.out, self.settings.compiled)

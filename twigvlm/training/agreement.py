@@ -20,7 +20,9 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..loading.base import load_base, pick_device, pick_dtype
+from ..families import trunk_of
+from ..loading.base import load_base
+from ..loading.device import pick_device, pick_dtype
 from ..model.trunk import Trunk
 from ..model.twig import signature
 from ..program import run_program
@@ -139,10 +141,10 @@ def run(settings: Settings) -> None:
     if not len(data.held_out):
         print("No samples are held out; agreement is measured on each batch before it is learnt.")
         return
-    if load_answers(file, signature(loaded.trunk), data) is not None:
+    if load_answers(file, signature(trunk_of(loaded.model)), data) is not None:
         print(f"{file}: already there")
         return
-    count = find_answers(loaded.trunk, data, file, nullcontext())
+    count = find_answers(trunk_of(loaded.model), data, file, nullcontext())
     print(f"{file}: the base's words at {count} answer positions of {len(data.held_out)} held-out samples")
 
 

@@ -84,12 +84,12 @@ def find_config(settings: Settings) -> LlavaConfig:
 
 def build_meta(config: LlavaConfig, twig: TwigConfig, init: str) -> tuple:
     """(trunk, twig) of the right shapes without data, as `prepare_twig` would leave them."""
-    from ..model.trunk import Trunk
+    from ..families import trunk_of
     from ..model.twig import grow
 
     config.text_config.num_hidden_layers = len(layers_needed(twig, init))
     with torch.device("meta"):
-        trunk = Trunk(LlavaForConditionalGeneration(config))
+        trunk = trunk_of(LlavaForConditionalGeneration(config))
         grown = grow(trunk, twig, copied=trunk.layers[-twig.T :])
     shorten(trunk, twig.K)
     trim_tower(trunk)

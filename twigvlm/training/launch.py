@@ -18,8 +18,9 @@ import time
 from pathlib import Path
 
 from ..errors import InputError
-from ..loading.base import check_attention, check_letters, pick_device
-from ..loading.describe import read_json
+from ..loading.device import check_attention, pick_device
+from ..loading.find import read_json
+from ..loading.twig import check_letters
 from ..model.twig import CONFIG
 from ..program import run_program
 from .agreement import FILE as ANSWERS

@@ -15,7 +15,7 @@ from typing import Any
 from .. import flags
 from ..config import DEFAULT_K, DEFAULT_T
 from ..errors import InputError
-from ..loading.base import BACKENDS
+from ..loading.device import BACKENDS
 from ..loading.random import SHAPES
 from .zero import read_zero
 

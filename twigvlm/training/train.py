@@ -20,7 +20,7 @@ import torch
 
 from ..errors import InputError, RunError
 from ..files import write_json
-from ..loading.describe import read_json
+from ..loading.find import read_json
 from ..model.twig import CONFIG, WEIGHTS, describe, write_twig
 from ..workers import end_workers, workers_told
 from .agreement import FILE as ANSWERS

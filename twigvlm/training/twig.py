@@ -17,8 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import TwigConfig
 from ..errors import InputError
+from ..families import trunk_of
 from ..loading.base import HEAD, Loaded, load_base
-from ..loading.describe import EMBEDDED_BASE, read_json
+from ..loading.describe import EMBEDDED_BASE
+from ..loading.find import read_json
 from ..loading.random import random_base, random_config
 from ..loading.weights import Filling
 from ..model.stream import Stream
@@ -35,12 +37,9 @@ class Prepared:
     """A base and a twig with fp32 weights on its layer K, which shares no tensor with it."""
 
     loaded: Loaded
+    base: Trunk
     twig: Twig
     signature: list[float]
-
-    @property
-    def base(self) -> Trunk:
-        return self.loaded.trunk
 
 
 @dataclass(frozen=True)
@@ -83,10 +82,10 @@ def prepare_twig(
     if shape is not None:
         count = len(keep(random_config(shape).text_config.num_hidden_layers))
         model = random_base(shape, device, dtype, attention, layers=count)
-        loaded = Loaded(Trunk(model), EMBEDDED_BASE, f"random {shape}", False)  # the folder has a tokenizer
+        loaded = Loaded(model, EMBEDDED_BASE, f"random {shape}", False)  # the folder has a tokenizer
     else:
         loaded = load_base(base, device, dtype, attention, keep)
-    trunk, config = loaded.trunk, configs[-1]
+    trunk, config = trunk_of(loaded.model), configs[-1]
     known_by = signature(trunk)
     init = start.init if start.init in INITS else "base"
     twig = grow(trunk, config, init, None if whole else trunk.layers[-config.T :])
@@ -96,7 +95,7 @@ def prepare_twig(
     trunk.model.requires_grad_(False)
     if start.init not in INITS:
         _copy_twig(start, known_by, twig)
-    return Prepared(loaded, twig.float().requires_grad_(True), known_by)
+    return Prepared(loaded, trunk, twig.float().requires_grad_(True), known_by)
 
 
 def layers_needed(config: TwigConfig, init: str) -> list[int]:

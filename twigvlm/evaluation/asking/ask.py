@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 from ... import load
 from ...errors import InputError
-from ...loading.base import load_base, pick_device, pick_dtype
+from ...loading.base import load_base
+from ...loading.device import pick_device, pick_dtype
 from ...processes import Stop, cores
 from ...prompt.images import open_image
 from ...prompt.template import converse, decode

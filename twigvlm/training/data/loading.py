@@ -12,8 +12,9 @@ import numpy as np
 from transformers import LlavaProcessor
 
 from ...errors import InputError
+from ...families import trunk_of
 from ...loading.base import Loaded
-from ...prompt.processor import build_processor, make_prompts
+from ...prompt.processor import make_processor, make_prompts
 from ...prompt.template import VicunaPrompts
 from ...workers import batches, loader
 from ...world.conversations import CONVERSATIONS, DRAWN, IMAGES, ensure_drawn
@@ -100,8 +101,8 @@ def read_data(
     One process looks and tells all; `judge` sees there what is unusable. Raises InputError for files
     that are not there or hold nothing usable.
     """
-    processor = build_processor(loaded)
-    if not isinstance(make_prompts(processor, loaded.trunk.model.config), VicunaPrompts):
+    processor = make_processor(loaded.model.config, loaded.folder, loaded.original)
+    if not isinstance(make_prompts(processor, loaded.model.config), VicunaPrompts):
         raise InputError(
             f"{loaded.folder}: this model is asked in its own chat template, but a twig is trained on conversations in "
             "vicuna_v1; give a LLaVA-1.5 model"
@@ -128,7 +129,7 @@ def read_data(
         places = choose_held_out(usable, settings.held_out, settings.seed)
         usable = np.setdiff1d(usable, places)
     dataset.usable = usable
-    trunk = loaded.trunk
+    trunk = trunk_of(loaded.model)
     pad = processor.tokenizer.pad_token_id
     collate = Collator(trunk.image_token_id, trunk.V, 0 if pad is None else pad)
     return TrainingData(dataset, found, usable, aside, places, collate)
@@ -157,7 +158,7 @@ def open_file(
 ) -> TwigDataset:
     if data is None:
         raise InputError("no data: give --data FILE (LLaVA's instruction JSON) and --images FOLDER")
-    trunk = loaded.trunk
+    trunk = trunk_of(loaded.model)
     limit = min(settings.max_length, trunk.context)
     dataset = TwigDataset(Records(data), images, processor.tokenizer, processor.image_processor, limit, trunk.V)
     if settings.drop_indices and data == settings.data:

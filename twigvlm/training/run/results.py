@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from ...files import write_json, write_text
-from ...loading.describe import read_json
+from ...loading.find import read_json
 from ...model.twig import CONFIG, WEIGHTS, Twig, write_twig
 from ...record import provenance
 from ..data.survey import counts

@@ -1,0 +1,66 @@
+"""LLaVA-1.5: CLIP, a two-layer projector, a Llama or Mistral decoder; each picture is V tokens, whatever its size was."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration
+
+from ..errors import InputError
+from ..loading.describe import visual_tokens
+from ..model.tap import Tap, tapped
+from ..prompt.processor import make_processor, make_prompts
+
+
+class Llava:
+    """What the trunk asks of a family, see `model.trunk.Family`."""
+
+    processor = staticmethod(make_processor)  # (configuration, folder, original layout) → Hugging Face's processor
+    prompts = staticmethod(make_prompts)  # (processor, configuration) → how the model is asked
+
+    def __init__(self, model: LlavaForConditionalGeneration):
+        self.model = model
+        self.decoder = model.model.language_model
+        self.image_token_id = model.config.image_token_id
+        text = model.config.text_config
+        # Within a decoder's sliding window it attends to all; beyond it nothing is written.
+        self.context = min(text.max_position_embeddings, getattr(text, "sliding_window", None) or sys.maxsize)
+
+    @property
+    def head(self) -> nn.Linear:
+        return self.model.lm_head
+
+    @property
+    def V(self) -> int:
+        """Visual tokens per image."""
+        return visual_tokens(self.model.config)
+
+    def sizes(self, pixel_values: torch.Tensor | None) -> list[int]:
+        """Visual tokens of each image. Raises InputError for images of another size than the tower's."""
+        images = 0 if pixel_values is None else len(pixel_values)
+        side = self.model.config.vision_config.image_size
+        if images and pixel_values.shape[1:] != (3, side, side):
+            raise InputError(
+                f"pixel_values have shape {list(pixel_values.shape)}; [images, 3, {side}, {side}] is needed"
+            )
+        return [self.V] * images
+
+    def see(self, pixel_values: torch.Tensor, tap: Tap | None = None) -> list[torch.Tensor]:
+        """Images → projected visual tokens of each [size, D]; `tap` listens to a layer of the tower."""
+        listen = {"taps": [tap]} if tap is not None else {}
+        with tapped(self.model.model.vision_tower.config) if tap is not None else nullcontext():
+            out = self.model.get_image_features(pixel_values=pixel_values, **listen)
+        return list(getattr(out, "pooler_output", out))
+
+    def tower_layer(self, layer: int | None) -> nn.Module:
+        """The attention of a layer of the vision tower; None: of the one whose output is used."""
+        last = self.model.config.vision_feature_layer
+        place = last - 1 if last >= 0 else last  # hidden state n leaves layer n - 1, and there is one more of them
+        return self.model.model.vision_tower.encoder.layers[place if layer is None else layer].self_attn
+
+    def positions(self, place: torch.Tensor) -> torch.Tensor:
+        """Rotary positions [A, B, S] of the tokens of a prompt."""
+        return place.clamp(min=0)[None]
