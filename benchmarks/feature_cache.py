@@ -25,9 +25,10 @@ from twigvlm import flags
 from twigvlm.files import write_json
 from twigvlm.record import provenance
 from twigvlm.training.cost import make_plan
-from twigvlm.training.data.loading import complete, gather
+from twigvlm.training.data.loading import fill_in, read_data
+from twigvlm.training.objectives import Ntp
 from twigvlm.training.settings import Settings
-from twigvlm.training.twig import Seed, TwigForTraining, plant
+from twigvlm.training.twig import Start, TwigLesson, prepare_twig
 
 ROWS, REPEATS, PASSES = 8, 6, (1, 2, 3, 5)
 DISK = 2e9  # bytes a second that the arithmetic for 7B grants to the disk
@@ -41,25 +42,24 @@ def seconds(work) -> float:
 
 def measure(folder: Path) -> dict[str, float]:
     """Seconds a sample of each part, medians over micro-batches; bytes a sample."""
-    settings = complete(Settings(device="cpu"))
-    planted = plant(None, Seed(settings.K, settings.T), torch.device("cpu"), torch.bfloat16)
-    material = gather(settings, planted.loaded, cache=folder, progress=False)
-    model = TwigForTraining(planted.trunk, planted.twig)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, fused=True)
+    settings = fill_in(Settings(device="cpu"))
+    prepared = prepare_twig(None, Start(settings.K, settings.T), torch.device("cpu"), torch.bfloat16)
+    data = read_data(settings, prepared.loaded, cache=folder, progress=False)
+    lesson = TwigLesson(prepared.base, prepared.twig, Ntp())
+    optimizer = torch.optim.AdamW(prepared.twig.parameters(), lr=settings.lr, fused=True)
     found: dict[str, list[float]] = {name: [] for name in ("trunk", "twig", "write", "read")}
     size = 0
     for turn in range(REPEATS + 1):  # the first one warms up
-        batch = material.collate(material.dataset.__getitems__(range(turn * ROWS, (turn + 1) * ROWS)))
+        batch = data.collate(data.dataset.__getitems__(range(turn * ROWS, (turn + 1) * ROWS)))
         kept: list = []
 
         def trunk(batch=batch, kept=kept) -> None:
             with torch.autocast("cpu", torch.bfloat16):
-                kept.append(model.read(batch["input_ids"], batch["lengths"], batch["pixel_values"]))
+                kept.append(lesson.read(batch))
 
         def twig(batch=batch, kept=kept) -> None:
             with torch.autocast("cpu", torch.bfloat16):
-                logits, targets = model.answers(kept[0], batch["labels"])
-                loss = torch.nn.functional.cross_entropy(logits, targets)
+                loss, _ = lesson.objective(kept[0], batch["labels"], prepared.twig, prepared.base)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -91,6 +91,69 @@ def over(sizes: Mapping[str, int], limit: int, allowed: Mapping[str, int]) -> li
     return too_large + [f"{k} is within {limit}: strike it" for k in allowed if sizes.get(k, 0) <= limit]
 
 
+# Which room may look into which: those named and, everywhere, the ground floor. Each room may look at itself.
+GROUND = {"config", "errors", "files", "processes", "program", "record", "threads", "workers"}
+LOOKS_INTO: dict[str, set[str]] = {
+    "model": set(),
+    "loading": {"model"},
+    "prompt": {"loading"},
+    "world": {"flags"},  # its commands'
+    "pruning": {"model", "prompt"},
+    "families": {"model", "loading", "prompt"},
+    "decoding": {"model", "prompt", "pruning"},
+    "vlm": {"decoding", "families", "loading", "model", "prompt", "pruning"},
+    "flags": {"pruning"},
+    "foresight": {"loading", "pruning"},
+    "evaluation": {"vlm", "flags", "foresight", "decoding", "families", "loading", "model", "prompt", "world"},
+    "training": {"vlm", "flags", "foresight", "families", "loading", "model", "prompt", "world"},
+    "sprout": {
+        "vlm",
+        "flags",
+        "foresight",
+        "evaluation",
+        "families",
+        "loading",
+        "model",
+        "prompt",
+        "training",
+        "world",
+    },
+}
+# Who else needs transformers: its warpers, its processors, its parser, its log.
+TRANSFORMERS = {"model", "loading", "prompt", "families", "training", "sprout"}
+ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run"}
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def test_rooms_look_one_way():
+    wrong = []
+    for name, others in edges().items():
+        here = room(name)
+        allowed = GROUND | {here} | LOOKS_INTO.get(here, set())
+        allowed |= {""} if "vlm" in allowed else set()  # `import twigvlm` is a look at the public face
+        wrong += [f"{name} imports {other}" for other in sorted(others) if here and room(other) not in allowed]
+    assert not wrong
+    assert {room(name) for name in trees()} - {""} <= set(LOOKS_INTO) | GROUND, "a room without a rule"
+
+
+def test_who_needs_which_package():
+    wrong = set()
+    for name, found in trees().items():
+        for other in imports(name, *found):
+            package = other.split(".")[0]
+            if package in ("accelerate", "deepspeed", "peft") and room(name) != "training":
+                wrong.add(f"{name} imports {package}")
+            known = room(name) in TRANSFORMERS or name.removeprefix("twigvlm.") in ALSO_TRANSFORMERS
+            if package == "transformers" and not known:
+                wrong.add(f"{name} imports {package}")
+            if package in ("torch", "transformers") and room(name) == "world":
+                wrong.add(f"{name} imports {package}")
+    assert not wrong
+
+
 def relative(path: Path) -> str:
     return path.relative_to(PACKAGE).as_posix()
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from transformers import LlavaConfig
+from typing import TYPE_CHECKING, Any
 
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, ModelSettings, TwigConfig
 from .loading.describe import EMBEDDED_TWIG, read_config, visual_tokens
@@ -19,6 +17,9 @@ from .loading.find import HUB_DESCRIPTION
 from .loading.random import random_config
 from .loading.twig import read_twig_letters
 from .pruning import plan_for
+
+if TYPE_CHECKING:
+    from transformers import LlavaConfig
 
 
 @dataclass(frozen=True)

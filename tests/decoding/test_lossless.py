@@ -227,7 +227,7 @@ def masked_forward(vlm, row, answer, pictures, r, method, query):
     visual = ids[0] == vlm.image_token_id
     visual[len(row) :] = False
     hidden = trunk.decoder.embed_tokens(ids)
-    hidden[0, visual] = trunk.image_features(pictures).flatten(0, 1)
+    hidden[0, visual] = torch.cat(trunk.image_features(pictures))
     rotary = trunk.decoder.rotary_emb(hidden, torch.arange(len(ids[0]))[None])
     causal = torch.ones(len(ids[0]), len(ids[0])).tril().bool()
     below, first = road(trunk.layers[: config.K], hidden, [causal] * config.K, rotary)

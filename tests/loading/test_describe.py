@@ -28,6 +28,7 @@ from transformers import (
 
 import twigvlm
 from twigvlm.errors import InputError
+from twigvlm.families import trunk_of
 from twigvlm.loading.base import load_base
 from twigvlm.loading.twig import load_twig
 from twigvlm.model.twig import save_twig
@@ -457,7 +458,7 @@ def test_a_twig_of_the_padded_base_on_the_original_one(tmp_path, original, twig)
 
     grown = grow(vlm.trunk, TwigConfig(6, K=2, T=2))
     save_twig(grown, vlm.trunk, tmp_path / "grown", "padded")
-    trunk = load_base(original, torch.device("cpu"), torch.float32, "sdpa").trunk
+    trunk = trunk_of(load_base(original, torch.device("cpu"), torch.float32, "sdpa").model)
     found = load_twig(tmp_path / "grown", trunk, None, None, None)
     assert found.lm_head.weight.shape == (64, 32)
     assert torch.equal(found.lm_head.weight, grown.lm_head.weight[:64])

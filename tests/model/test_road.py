@@ -215,8 +215,8 @@ def test_pictures_of_unequal_size_in_one_prompt(monkeypatch):
     """Sizes and features of another family's tower: four, one and three tokens."""
     vlm, sizes = tiny(), [4, 1, 3]
     features = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in sizes]
-    monkeypatch.setattr(vlm.trunk, "sizes", lambda images: sizes)
-    monkeypatch.setattr(vlm.trunk, "image_features", lambda pixels, tap=None: features)
+    monkeypatch.setattr(vlm.trunk.family, "sizes", lambda pixels: sizes)
+    monkeypatch.setattr(vlm.trunk.family, "see", lambda pixels, tap=None: features)
     mark = vlm.image_token_id
     row = [5, *[mark] * 5, 6, 7, *[mark] * 3, 8, 9]
     stream = vlm.trunk.embed(torch.tensor([row]), [len(row)], torch.zeros(3, 3, 28, 28))

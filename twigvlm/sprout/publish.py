@@ -1,4 +1,4 @@
-"""Put a trained base and twig into checkpoints/, each with its model card, and the measured figures into the README.
+"""Put a trained base and twig into checkpoints/, each with its model card, and the measured figures into README and docs.
 
 `python -m twigvlm.sprout.publish` does all of it; `--readme-only` after a new measurement of the same weights. The only
 program that writes into checkpoints/ and benchmarks/results/ unasked: what others measure goes under runs/.
@@ -15,13 +15,14 @@ from pathlib import Path
 
 from .. import flags
 from ..errors import InputError
+from ..files import write_text
 from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..program import run_program
 from ..record import ROOT, provenance, table
 from ..world.questions import KINDS
 
 RESULTS = ROOT / "benchmarks" / "results"
-START, END = "<!-- figures -->", "<!-- end of figures -->"  # marks in the README
+START, END = "<!-- figures -->", "<!-- end of figures -->"  # marks in README and docs/results.md
 PLACES = ("--out", "--plots", "--work")  # flags that say where something goes
 LIMIT = 30 * 2**20  # bytes of base and twig together, so that a clone stays small
 
@@ -119,12 +120,17 @@ def publish(run: Path, report: Path) -> None:
             shutil.copyfile(file, RESULTS / f"sprout_report{file.suffix}")
 
 
-def refresh_readme(readme: Path, results: Path) -> None:
-    """Rewrite what stands between the README's figure marks from the result files, each with its command."""
-    parts = [_quality(results), _speed(results), _benchmarks(results)]
-    text = readme.read_text(encoding="utf-8")
+def refresh(results: Path, root: Path = ROOT) -> None:
+    """Rewrite what stands between the marks of README and docs/results.md from the result files, each with its command."""
+    _between_marks(root / "README.md", [_benchmarks(results)])
+    detailed = [part.replace("](benchmarks/", "](../benchmarks/") for part in (_quality(results), _speed(results))]
+    _between_marks(root / "docs" / "results.md", detailed)
+
+
+def _between_marks(page: Path, parts: list[str]) -> None:
+    text = page.read_text(encoding="utf-8")
     start, end = text.index(START) + len(START), text.index(END)
-    readme.write_text(text[:start] + "\n" + "\n\n".join(filter(None, parts)) + "\n" + text[end:], encoding="utf-8")
+    write_text(text[:start] + "\n" + "\n\n".join(filter(None, parts)) + "\n" + text[end:], page)
 
 
 def _command(facts: dict) -> str:
@@ -185,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> None:
         if not args.readme_only:
             publish(args.run, args.report or args.run / "sprout_report.json")
-        refresh_readme(ROOT / "README.md", RESULTS)
+        refresh(RESULTS)
 
     return run_program(body)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ...errors import InputError
-from ...loading.base import pick_device
+from ...loading.device import pick_device
 from ..settings import Settings
 from ..zero import read_zero, stage_of
 from .loop import FORMAT
