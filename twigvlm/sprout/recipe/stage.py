@@ -95,6 +95,8 @@ def fit(
         found, _ = checkpoints.last_whole(out)
         kept = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
         raise RunError(f"{config.name}: {fault}; {kept}; lower lr (now {config.lr})") from fault
+    finally:
+        watch.close()
 
 
 def _resume_old(file: Path, module: torch.nn.Module, loop: Loop) -> None:
@@ -158,6 +160,12 @@ class _Metrics(Watch):
 
     def __init__(self, path: Path, name: str):
         self.path, self.name, self.figures, self.waited = path, name, [], 0.0
+        self.bar: tqdm | None = None
+
+    def close(self) -> None:
+        """Leave the terminal to others: an open bar would be drawn once more behind their last words."""
+        if self.bar is not None:
+            self.bar.close()
 
     def begin(self, loop: Loop) -> None:
         self.bar = tqdm(initial=loop.done, total=loop.plan.steps, desc=self.name, mininterval=2, smoothing=0.02)
@@ -178,8 +186,6 @@ class _Metrics(Watch):
             log.write(json.dumps(line | {"time": round(time.time())}) + "\n")
         self.bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
         self.figures, self.waited = [], 0.0
-        if loop.done == loop.plan.steps:
-            self.bar.close()
 
 
 def _logged_step(line: str) -> float:
