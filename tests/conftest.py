@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
@@ -12,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden.reduce import unpack
 from hypothesis import HealthCheck, settings
 from transformers import (
     CLIPVisionConfig,
@@ -39,17 +43,37 @@ settings.register_profile(
 settings.load_profile("steady")
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = ROOT.parent / "shared" / "golden"
 EOS = 2
 BYTES_END = 3 + 256  # in `tiny_tokenizer`: special tokens and bytes come first
 IMAGE = "image"  # stands for one picture in the layout of a prompt
+WHOLE = ROOT.parent / "shared" / "golden"  # the golden set of which tests/golden carries a part
+
+
+def choose_golden() -> Path:
+    """The golden set that TWIGVLM_GOLDEN names, a folder or `reduced`; else the whole one if it is there, else the carried one.
+
+    The carried one is unpacked once; processes that this one starts (xdist's workers) find it by the variable.
+    """
+    chosen = os.environ.get("TWIGVLM_GOLDEN") or (str(WHOLE) if _is_golden(WHOLE) else "reduced")
+    if chosen == "reduced":
+        chosen, owner = tempfile.mkdtemp(prefix="twigvlm-golden-"), os.getpid()
+        atexit.register(lambda: os.getpid() == owner and shutil.rmtree(chosen, ignore_errors=True))
+        os.environ["TWIGVLM_GOLDEN"] = str(unpack(Path(chosen)))
+    if not _is_golden(Path(chosen)):
+        raise pytest.UsageError(f"TWIGVLM_GOLDEN={chosen}: no golden set (no A/cases.json); a folder, or `reduced`")
+    return Path(chosen).resolve()
+
+
+def _is_golden(folder: Path) -> bool:
+    return (folder / "A" / "cases.json").is_file()
+
+
+GOLDEN = choose_golden()
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Inputs and outputs of the authors' released code on tiny random models."""
-    if not (GOLDEN / "A" / "cases.json").exists():
-        pytest.skip(f"no golden data at {GOLDEN}")
     return GOLDEN
 
 

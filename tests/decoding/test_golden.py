@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, choose_golden
+from golden import reduce
 
 import twigvlm
 from twigvlm.model.tap import Tap
@@ -19,14 +22,10 @@ from twigvlm.pruning import kept_tokens
 IMAGE_ID, V = -200, 576  # as the golden files write them
 SPECULATIVE = "self_speculative"
 LAYOUTS = ("base", "hf")  # the original's files and the Hugging Face ones
-pytestmark = pytest.mark.usefixtures("golden")
 
 
-def _read(name: str) -> list[dict]:
-    file = GOLDEN / "A" / name
-    if not file.exists():  # the golden fixture skips the tests; collecting them must work
-        return []
-    found = json.loads(file.read_text(encoding="utf-8"))
+def _read(name: str, golden: Path = GOLDEN) -> list[dict]:
+    found = json.loads((golden / "A" / name).read_text(encoding="utf-8"))
     return found if isinstance(found, list) else found["cases"]
 
 
@@ -36,22 +35,22 @@ PROMPTS = [pytest.param(c, id=c["id"]) for c in _read("cases.json") if "prompt" 
 
 
 @cache
-def load(layout: str, twig: str, K: int, F: int) -> twigvlm.TwigVLM:
-    return twigvlm.load(GOLDEN / "A" / layout, GOLDEN / "A" / twig, K=K, wipe_layer=F)
+def load(layout: str, twig: str, K: int, F: int, golden: Path = GOLDEN) -> twigvlm.TwigVLM:
+    return twigvlm.load(golden / "A" / layout, golden / "A" / twig, K=K, wipe_layer=F)
 
 
 @cache
-def arrays(file: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / file) as opened:
+def arrays(file: str, golden: Path = GOLDEN) -> dict[str, np.ndarray]:
+    with np.load(golden / file) as opened:
         return dict(opened)
 
 
-def pixels_of(case: dict) -> torch.Tensor | None:
+def pixels_of(case: dict, golden: Path = GOLDEN) -> torch.Tensor | None:
     if case.get("processed_pixels"):
-        return torch.from_numpy(arrays("images/processed_pixels.npz")[case["processed_pixels"]])[None]
+        return torch.from_numpy(arrays("images/processed_pixels.npz", golden)[case["processed_pixels"]])[None]
     if not case.get("pixels"):
         return None
-    return torch.from_numpy(np.load(GOLDEN / "images" / case["pixels"])).float().reshape(1, 3, 336, 336)
+    return torch.from_numpy(np.load(golden / "images" / case["pixels"])).float().reshape(1, 3, 336, 336)
 
 
 def ids_of(case: dict, image_token_id: int) -> list[int]:
@@ -99,10 +98,10 @@ def record(monkeypatch):
     return listen
 
 
-def generate(vlm: twigvlm.TwigVLM, case: dict, run: dict, facts: dict, pruning: bool):
+def generate(vlm: twigvlm.TwigVLM, case: dict, run: dict, facts: dict, pruning: bool, golden: Path = GOLDEN):
     return vlm.generate(
         torch.tensor([ids_of(case, vlm.image_token_id)]),
-        pixels_of(case),
+        pixels_of(case, golden),
         retained_tokens=facts["R"] if pruning else None,
         draft_length=5 if run["strategy"] == SPECULATIVE else 0,
         max_new_tokens=facts["max_new_tokens"],
@@ -146,8 +145,9 @@ def test_case(case, run, layout, record):
     torch.testing.assert_close(seen.logits[0][0, : len(first)], first, atol=1e-4, rtol=0)
     assert seen.cache_lengths[:2] == run["cache_lengths_first_two_calls"]
     if f"{name}/all_logits" in golden:
-        every = torch.cat(seen.logits)[:, : len(first)].numpy()
-        np.testing.assert_allclose(every, golden[f"{name}/all_logits"], atol=1e-4)
+        expected = golden[f"{name}/all_logits"]  # of every step, or of the first ones
+        every = torch.cat(seen.logits)[: len(expected), : len(first)].numpy()
+        np.testing.assert_allclose(every, expected, atol=1e-4)
     if pruning:
         begin = ids_of(case, vlm.image_token_id).index(vlm.image_token_id)
         scores = seen.scores[0][begin : begin + V].numpy()
@@ -169,7 +169,8 @@ def test_edge_case(case, run, layout):
 def test_image_features(name, layout):
     case = next(c for c in _read("cases.json") if c["id"] == name)
     features = load(layout, "twig", 2, 6).trunk.image_features(pixels_of(case))[0]
-    np.testing.assert_allclose(features.numpy(), arrays("A/arrays.npz")[f"{name}/image_features"], atol=2e-5)
+    expected = arrays("A/arrays.npz")[f"{name}/image_features"]  # all channels, or the first ones
+    np.testing.assert_allclose(features[:, : expected.shape[1]].numpy(), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("case", PROMPTS)
@@ -202,3 +203,82 @@ def test_the_prefix_space_behind_an_end_token():
     ours = vlm.tokenizer.convert_ids_to_tokens(encode(vlm.tokenizer, text, vlm.image_token_id, V, bos=False))
     end = theirs.index("</s>")
     assert ours[: end + 1] == theirs[: end + 1] and ours[end + 1 :] == ["▁", *theirs[end + 1 :]]
+
+
+# ---------------------------------------------------------------------- the set that tests/golden carries
+
+
+@pytest.fixture(scope="module")
+def carried(tmp_path_factory) -> Path:
+    """The carried set, also where the tests above read the whole one."""
+    return reduce.unpack(tmp_path_factory.mktemp("carried"))
+
+
+def content_of(file: str | io.BytesIO | Path, name: str):
+    """What a golden file says; of an npz file that is its arrays, since numpy's releases may wrap them differently."""
+    if not name.endswith(("npz", "npy")):
+        return file.read_bytes() if isinstance(file, Path) else file.getvalue()
+    found = np.load(file)
+    found = {k: found[k] for k in found.files} if name.endswith("npz") else {"": found}
+    return {k: (v.dtype, v.shape, v.tobytes()) for k, v in found.items()}
+
+
+def test_the_carried_set_is_small():
+    files = [f for f in reduce.ARCHIVE.parent.rglob("*") if f.is_file() and "__pycache__" not in f.parts]
+    assert {f.name for f in files} == {"README.md", "reduce.py", reduce.ARCHIVE.name}
+    assert sum(f.stat().st_size for f in files) < reduce.LIMIT
+
+
+def test_the_carried_set_is_the_reduced_whole_one(carried):
+    """File by file, nothing more and nothing less; where there is no whole set, reducing changes nothing any more."""
+    names = {f"images/{name}" for name in reduce.random_pixels()}
+    for name in names:
+        assert content_of(carried / name, name) == content_of(GOLDEN / name, name), name
+    for name, content in reduce.members(GOLDEN):
+        assert content_of(carried / name, name) == content_of(io.BytesIO(content), name), name
+        names.add(name)
+    assert names == {f.relative_to(carried).as_posix() for f in carried.rglob("*") if f.is_file()}
+
+
+def test_packing(carried, tmp_path, monkeypatch):
+    """What is packed comes out again; pictures that unpacking would draw otherwise are refused."""
+    monkeypatch.setattr(reduce, "TAKEN", ("images/*.png", "scorers/**/*", "training/*.npz"))
+    reduce.pack(carried, tmp_path / "one.tar.xz")
+    reduce.pack(carried, tmp_path / "two.tar.xz")
+    assert (tmp_path / "one.tar.xz").read_bytes() == (tmp_path / "two.tar.xz").read_bytes()
+    again = reduce.unpack(tmp_path / "again", tmp_path / "one.tar.xz")
+    for name, _ in reduce.members(carried):
+        assert content_of(again / name, name) == content_of(carried / name, name), name
+    np.save(again / "images" / "random_pixels_1.npy", np.zeros((3, 336, 336), np.float16))
+    with pytest.raises(SystemExit, match=r"random_pixels_1\.npy"):
+        reduce.pack(again, tmp_path / "three.tar.xz")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", [c.values[0]["id"] for c in PROMPTS[:1]] + ["rand_mid"])
+def test_the_carried_set_decodes(case, layout, carried):
+    """As the released code does, under the budget and with drafts."""
+    case = next(c for c in _read("cases.json", carried) if c["id"] == case)
+    run = next(r for r in case["runs"] if r["pruning"] and r["strategy"] == SPECULATIVE)
+    vlm = load(layout, "twig", run["K"], run["F"], carried)
+    check_answer(generate(vlm, case, run, run, True, carried), run, run, True)
+
+
+@pytest.mark.parametrize("twig", ["twig_K1T1", "twig_K3T2", "twig_K5T2"])
+def test_the_carried_set_decodes_with_other_twigs(twig, carried):
+    case = next(c for c in _read("edge_cases.json", carried) if c["twig"] == twig)
+    run = next(r for r in case["runs"] if r["strategy"] == SPECULATIVE)
+    out = generate(load("base", twig, case["K"], case["F"], carried), case, run, case, case["pruning"], carried)
+    check_answer(out, run, case, case["pruning"])
+
+
+def test_which_set_is_read(monkeypatch, tmp_path, carried):
+    monkeypatch.setenv("TWIGVLM_GOLDEN", str(carried))
+    assert choose_golden() == carried
+    monkeypatch.setenv("TWIGVLM_GOLDEN", "reduced")
+    unpacked = choose_golden()
+    assert unpacked != carried and (unpacked / "A" / "cases.json").is_file()
+    assert choose_golden() == unpacked, "processes started from here read the same folder"
+    monkeypatch.setenv("TWIGVLM_GOLDEN", str(tmp_path))
+    with pytest.raises(pytest.UsageError, match=r"no A/cases\.json"):
+        choose_golden()

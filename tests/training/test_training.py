@@ -101,7 +101,8 @@ def test_loss_gradients_and_steps_are_the_authors(golden, K, T, attention):
     apart = torch.cat(apart)
     # Adam makes steps of gradients that are almost zero, so that another order of sums shows in a few of them.
     share = 0.9999 if attention == "eager" else 0.999
-    assert (apart <= 1e-6).double().mean() >= share and apart.max() < 1e-4
+    allowed = max(1, round((1 - share) * len(apart)))  # a set that carries few of them may still hold one
+    assert (apart > 1e-6).sum() <= allowed and apart.max() < 1e-4
 
 
 class GoldenOrder:

@@ -95,8 +95,7 @@ LONG_768 = {*LONG, "set1_06", "set1_07", "set1_17", "set1_19", "set1_29", "set1_
 
 
 def _training(name: str):
-    file = GOLDEN / "training" / name
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return json.loads((GOLDEN / "training" / name).read_text(encoding="utf-8"))
 
 
 SAMPLES = _training("conversations.json")
@@ -111,7 +110,6 @@ def golden_tokenizer() -> LlamaTokenizer:
     return tokenizer
 
 
-@pytest.mark.usefixtures("golden")
 @pytest.mark.parametrize("limit", [2048, 768])
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["id"])
 def test_golden(sample, limit):
@@ -133,7 +131,6 @@ def test_golden(sample, limit):
         assert found.length == expected.get("model_len", len(found.input_ids) + 2 * 575)  # no length: two images crash
 
 
-@pytest.mark.usefixtures("golden")
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["id"])
 def test_a_prompt_has_the_ids_that_were_learnt(sample):
     """A conversation to be continued is encoded as the same conversation was for training."""
@@ -147,7 +144,6 @@ def test_a_prompt_has_the_ids_that_were_learnt(sample):
     assert prompt.encode(golden_tokenizer(), text, IMAGE_LABEL, 1) == found.input_ids
 
 
-@pytest.mark.usefixtures("golden")
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda s: s["id"])
 def test_golden_batches(sample):
     """Where the images have become visual tokens."""
@@ -163,7 +159,6 @@ def test_golden_batches(sample):
     assert (batch["input_ids"] == 512).sum() == 576 * len(found.images)
 
 
-@pytest.mark.usefixtures("golden")
 @pytest.mark.parametrize("name", ["loss_A_K1T2", "loss_A_K2T3"])
 def test_golden_collated(name):
     facts = _training(f"{name}.json")
@@ -178,7 +173,6 @@ def test_golden_collated(name):
     assert batch["lengths"] == facts["merged_lengths"]
 
 
-@pytest.mark.usefixtures("golden")
 def test_golden_pixels():
     dataset = TwigDataset(
         Records(GOLDEN / "training" / "conversations.json"), GOLDEN / "images", golden_tokenizer(), processor(336), 2048
@@ -201,7 +195,6 @@ def test_golden_pixels():
     assert dataset[47].id == "set1_47_broken_image_file" and dataset[47].index == 47
 
 
-@pytest.mark.usefixtures("golden")
 def test_special_tokens_as_the_authors_read_them():
     text = TextEncoder(golden_tokenizer())
     for name in ("set1_34_text_holds_eos", "set1_35_text_holds_unk_and_bos"):
@@ -880,7 +873,6 @@ def lines_of(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.usefixtures("golden")
 @pytest.mark.parametrize(("limit", "tower"), [(2048, True), (768, False)])
 def test_inspect(tmp_path, limit, tower, inspected):
     base = GOLDEN / "A" / "base"

@@ -1,0 +1,89 @@
+"""The golden set that the repository carries, made from the whole one: `python tests/golden/reduce.py WHOLE`.
+
+Files are taken as they are; of some arrays only a part fits (`_part`), and random pictures are drawn again when
+the set is unpacked. The same whole set gives the same members, whatever the machine.
+"""
+
+from __future__ import annotations
+
+import io
+import lzma
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+ARCHIVE = Path(__file__).with_name("golden.tar.xz")
+LIMIT = 3_000_000  # bytes of all files in this folder
+TAKEN = ("A/**/*", "images/*.png", "images/*.npz", "scorers/**/*", "training/*.json", "training/*.npz")
+STEPS = 4  # of an answer, of whose logits all are carried
+CHANNELS = 16  # of every patch's features
+# Weights are of four bytes, and that is where the coder looks for what repeats.
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 1, "lp": 2, "pb": 2}]
+
+
+def _part(key: str, array: np.ndarray) -> np.ndarray | None:
+    """What is carried of an array of the whole set; None: nothing."""
+    if key.endswith("/all_logits"):
+        return array[:STEPS]
+    if key.endswith("/image_features"):
+        return array[:, :CHANNELS]
+    if key.startswith(("after3/", "final/")):  # a trained layer: its norms and one matrix
+        return array if array.ndim == 1 or "q_proj" in key else None
+    return None if key == "supervised_logits" else array
+
+
+def _reduced(file: Path) -> bytes:
+    """An npz file with what is carried of it; stored as it is, so that the archive's compression sees it."""
+    with np.load(file) as arrays:
+        parts = {key: part for key in arrays.files if (part := _part(key, arrays[key])) is not None}
+    out = io.BytesIO()
+    np.savez(out, **parts)
+    return out.getvalue()
+
+
+def members(whole: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every file that is carried, in the archive's order."""
+    for file in sorted({file for pattern in TAKEN for file in whole.glob(pattern) if file.is_file()}):
+        content = _reduced(file) if file.suffix == ".npz" else file.read_bytes()
+        yield file.relative_to(whole).as_posix(), content
+
+
+def random_pixels() -> dict[str, np.ndarray]:
+    """The two random pictures, as they were drawn; numpy promises that RandomState's numbers stay."""
+    draw = np.random.RandomState(5)
+    return {f"random_pixels_{n}.npy": draw.randn(3, 336, 336).astype(np.float16) for n in range(2)}
+
+
+def pack(whole: Path, archive: Path = ARCHIVE) -> None:
+    for name, pixels in random_pixels().items():
+        if not np.array_equal(np.load(whole / "images" / name), pixels):
+            raise SystemExit(f"{whole / 'images' / name}: not the numbers that unpacking draws; mend random_pixels")
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as opened:
+        for name, content in members(whole):
+            entry = tarfile.TarInfo(name)  # no owner and no date
+            entry.size = len(content)
+            opened.addfile(entry, io.BytesIO(content))
+    archive.write_bytes(lzma.compress(tar.getvalue(), filters=FILTERS))
+
+
+def unpack(folder: Path, archive: Path = ARCHIVE) -> Path:
+    """Lay the carried set out in a folder, which then looks like the whole one."""
+    with tarfile.open(archive, "r:xz") as opened:
+        for entry in opened:
+            file = folder / entry.name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(opened.extractfile(entry).read())
+    for name, pixels in random_pixels().items():
+        np.save(folder / "images" / name, pixels)
+    return folder
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "A" / "cases.json").is_file():
+        raise SystemExit("usage: python tests/golden/reduce.py FOLDER, a whole golden set (with A/cases.json)")
+    pack(Path(sys.argv[1]))
+    print(f"{ARCHIVE}: {ARCHIVE.stat().st_size:,} bytes")
