@@ -133,7 +133,7 @@ def test_a_twig_says_before_loading_that_it_grew_elsewhere(tmp_path):
     ],
 )
 def test_a_training_is_checked_before_data_are_drawn_and_the_base_is_asked(settings, words, monkeypatch):
-    monkeypatch.setattr(launch, "complete", lambda *_: pytest.fail("drew data"))
+    monkeypatch.setattr(launch, "fill_in", lambda *_: pytest.fail("drew data"))
     with pytest.raises(InputError) as fault:
         launch.start(Settings(**{"device": "cpu"} | settings), [])
     assert all(word in str(fault.value) for word in words), fault.value
