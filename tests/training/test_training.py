@@ -493,9 +493,7 @@ def test_a_killed_run_ends_with_the_same_weights(run, tmp_path, at):
     ]
 
 
-@pytest.mark.parametrize(
-    "where", ["seal", "write_results", *(pytest.param(w, marks=slow) for w in ("prune", "flush"))]
-)
+@pytest.mark.parametrize("where", ["seal", "write_results", *(pytest.param(w, marks=slow) for w in ("prune", "flush"))])
 def test_killed_while_saving(run, tmp_path, monkeypatch, where):
     """Between any two of the file operations of a checkpoint, and after the last one."""
     flags = ["--epochs", "1", "--save-steps", "2", "--keep", "1"]
