@@ -73,7 +73,7 @@ def test_lmms_eval_takes_every_option_that_a_task_does_not_say():
 class Some:
     """For a parser of its own."""
 
-    width: int = option(3, "of it", aliases=["-w"])
+    width: int = option(3, "of it", "-w")
     heat: float | None = option(None, "of it")
     places: list[int] = option((), "some")
     loud: bool = option(False, "or not")
@@ -125,3 +125,19 @@ def test_flags_that_contradict_each_other():
             flags.generation(SimpleNamespace(**args | {name: 0.5}))
     assert flags.generation(SimpleNamespace(**args), has_twig=False)["retained_tokens"] is None
     assert not flags.generation(SimpleNamespace(**args))["do_sample"]
+
+
+@pytest.mark.parametrize("asked", [
+    [], ["--no-pruning"], ["--no-speculation", "-R", "96"], ["--temperature", "0.5", "--top-p", "0.9", "--seed", "3"],
+    ["--draft-length", "auto", "--query", "text", "--pruning", "random", "--twig-F", "20", "--base-model", "a/b", "--twig-block", "c"],
+])  # fmt: skip
+def test_settings_say_the_flags_that_they_came_from(asked, tmp_path):
+    def read(argv: list[str]) -> tuple[ModelSettings, GenerationSettings]:
+        parser = flags.parser("some", None, flags.model(), flags.writing(seed=0))
+        flags.add_switches(parser)
+        args = flags.parse(parser, argv)
+        return flags.model_settings(args), GenerationSettings(**flags.generation(args))
+
+    found = read(asked)
+    flags.save(argparse.Namespace(**flags.of(*found)), tmp_path)
+    assert read(["--config", str(tmp_path / flags.CONFIG)]) == found

@@ -48,9 +48,10 @@ class TwigConfig:
             )
 
 
-def option(default: Any, text: str, **more: Any) -> Any:
-    """A field with the text that helps whoever sets it; `more` is for its flag: see `twigvlm.flags`."""
-    return field(default=default, metadata={"help": text, **more})
+def option(default: Any, text: str, *also: str, **more: Any) -> Any:
+    """A field that is a flag: its help, other names of the flag, and `more` of `twigvlm.flags` and argparse."""
+    value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return field(**value, metadata={"help": text, **({"aliases": list(also)} if also else {}), **more})
 
 
 def whole_or_auto(text: str) -> int | str:
@@ -79,7 +80,7 @@ class ModelSettings:
     T: int | None = option(None, "layers of the twig (default: from the twig's files)", flag="twig_T", metavar="T")
     wipe_layer: int | None = option(
         None, "layer before which the image is wiped when decoding, F (default: from the twig's files, else 0.75 L)",
-        aliases=["--twig-F"], metavar="F",
+        "--twig-F", metavar="F",
     )  # fmt: skip
     device: str | None = option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
     dtype: str | None = option(None, "float32, bfloat16 or float16 (default: what the device likes)")
@@ -99,7 +100,7 @@ class GenerationSettings:
     """
 
     retained_tokens: float | None = option(
-        None, "R, average of visual tokens per base layer", aliases=["-R"], metavar="R", unless=64.0
+        None, "R, average of visual tokens per base layer", "-R", metavar="R", unless=64.0
     )  # None prunes nothing; with several images so many per image, shared between them by score
     pruning: str = option("twig", "how visual tokens are chosen", metavar="NAME")  # a name in twigvlm.pruning.METHODS
     query: str = option("last", "whose attention chooses: last (text token) or text (all of it, paper Eq. 3)")

@@ -5,11 +5,5 @@ class InputError(ValueError):
     """What was asked for cannot be: names value, limit and remedy. Programs exit with 2."""
 
 
-# The flags of more than one program.
-TOP_P_ALONE = (
-    "--top-p filters what is sampled, and nothing is sampled without --temperature above 0; give both or neither"
-)
-
-
 class RunError(RuntimeError):
     """It could have worked and did not (a network, a disk, a full memory). Programs exit with 1."""

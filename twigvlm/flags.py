@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from .config import GenerationSettings, ModelSettings
-from .errors import TOP_P_ALONE, InputError
+from .errors import InputError
 from .files import write_text
 
 CONFIG = "config.yaml"  # the resolved flags, in the folder of a run or of its results
@@ -172,13 +172,23 @@ def settle(options: Mapping[str, Any], whole: bool = False, plain: bool = False)
     """
     made = dict(options)
     heat = made.get("temperature", 0.0)
-    if not heat and made.get("top_p") is not None:
-        raise InputError(TOP_P_ALONE)
-    if not heat and made.get("top_k") is not None:
-        raise InputError(TOP_P_ALONE.replace("top-p", "top-k"))
+    for name in ("top_p", "top_k"):
+        if not heat and made.get(name) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')} filters what is sampled, and nothing is sampled without --temperature "
+                "above 0; give both or neither"
+            )
     made |= {"do_sample": heat > 0, "temperature": heat or 1.0}
     if whole:
         made["retained_tokens"] = None
     if plain:
         made["draft_length"] = 0
     return made
+
+
+def of(model: ModelSettings, writing: GenerationSettings) -> dict[str, Any]:
+    """The flags that say this: what `model_settings` and `generation` read."""
+    said = {f.metadata.get("flag", f.name): getattr(model, f.name) for f in fields(ModelSettings)}
+    said |= {f.name: getattr(writing, f.name) for f in fields(GenerationSettings) if "help" in f.metadata}
+    said["temperature"] = writing.temperature if writing.do_sample else 0.0
+    return said | {"no_pruning": writing.retained_tokens is None, "no_speculation": writing.draft_length == 0}

@@ -106,7 +106,7 @@ class TwigVLM:
 
     @cached_property
     def prompts(self):
-        """How this model is asked: `ids` of a `model.prompt.Talk`, and of the `continuation` of an answer."""
+        """How this model is asked: `ids` of a `prompt.template.Talk`, and of the `continuation` of an answer."""
         return self.trunk.family.prompts(self.processor, self.model.config)
 
     @property

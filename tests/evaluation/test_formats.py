@@ -12,9 +12,11 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.evaluation.conftest import folder_of
+from twigvlm import flags
+from twigvlm.evaluation import run, suite
 from twigvlm.evaluation.asking.job import Job
 from twigvlm.evaluation.asking.setting import Setting
-from twigvlm.evaluation.tasks import TASKS
+from twigvlm.evaluation.tasks import TASKS, find
 
 PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").split("\n## Evaluation\n")[1].split("\n## ")[0]
 
@@ -56,6 +58,34 @@ def test_the_files_of_a_run_hold_what_the_page_says(runner, tmp_path):
         "result.json",
         "upload.json",
     }
+
+
+@pytest.mark.parametrize("asked", [["-R", "2"], ["--baseline"], ["-R", "3", "--no-speculation"], ["--no-pruning"]])
+def test_the_flags_of_a_folder_ask_for_that_folder(model, data, tmp_path, asked):
+    """Also where a part of the work, or several settings at once, were asked for."""
+    given = [
+        "--base-model",
+        model[0],
+        "--twig-block",
+        model[1],
+        "--data",
+        str(data),
+        "--limit",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
+    args = run.parse(["--task", "gqa", *given, *asked, "--num-shards", "2", "--shard", "1", "--answer-only"])
+    job = run.job_of(args, find("gqa"), run.setting_of(args, find("gqa")), args.out)
+    flags.save(run.config_of(args, job), tmp_path)
+    again = run.parse(["--config", str(tmp_path / flags.CONFIG)])
+    assert run.job_of(again, find("gqa"), run.setting_of(again, find("gqa")), again.out) == job
+    assert again.shard is None and again.num_shards is None and not again.answer_only
+    several = suite.parse(["--tasks", "gqa,vqav2", "-R", "2,3", *given])
+    for job in suite.jobs_of(several):
+        flags.save(run.config_of(several, job), tmp_path)
+        again = run.parse(["--config", str(tmp_path / flags.CONFIG)])
+        assert run.job_of(again, job.task, run.setting_of(again, job.task), again.out, again.split) == job
 
 
 @pytest.mark.parametrize("name", list(TASKS))

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -399,3 +400,19 @@ def test_nothing_is_published_without_figures_of_it(tmp_path, capsys):
     assert publish.main(["--run", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert f"--base {tmp_path}/base --twig {tmp_path}/twig --out {tmp_path}" in message
+
+
+def test_figures_are_written_between_the_marks_of_both_pages(tmp_path):
+    """Nothing else changes, and links are right where they stand."""
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/results.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    publish.refresh(publish.RESULTS, tmp_path)
+    for name, other in (("README.md", ""), ("docs/results.md", "../")):
+        before, after = (root.joinpath(name).read_text() for root in (ROOT, tmp_path))
+        for text in (before, after):
+            assert text.count(publish.START) == text.count(publish.END) == 1
+        around = [(t.split(publish.START)[0], t.split(publish.END)[1]) for t in (before, after)]
+        assert around[0] == around[1]
+        assert f"]({other}benchmarks/results/" in after.split(publish.START)[1].split(publish.END)[0]
+    assert "python -m twigvlm.evaluation.speed" in (tmp_path / "docs/results.md").read_text()

@@ -42,6 +42,10 @@ MODULE = "twigvlm.evaluation.run"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    return flags.parse(make_parser(), argv)
+
+
+def make_parser() -> argparse.ArgumentParser:
     writing = flags.writing(max_new_tokens=None, seed=0)
     parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
     names = (*TASKS, *OWN, *ALIASES)
@@ -57,7 +61,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--baseline", action="store_true", help="the base alone: no twig, nothing pruned (no -R)")
     parser.add_argument("--json", action="store_true", help="end with the JSON line on a terminal too")
     add_options(parser)
-    return flags.parse(parser, argv)
+    return parser
+
+
+def config_of(args: argparse.Namespace, job: Job) -> Namespace:
+    """The flags that ask this program for `job` alone, whichever program and part of it `args` are of."""
+    setting, own = job.setting, ("data", "question_file", "image_folder", "skip_broken", "batch_size", "workers")
+    said = flags.of(setting.model, setting.writing) | {"baseline": setting.baseline, "limit": setting.limit}
+    said |= {"task": job.task.name, "split": job.split, "out": job.out}
+    return Namespace(**said | {name: getattr(args, name, None) for name in own})
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -178,7 +190,7 @@ def answer(job: Job, part: int, count: int, args: argparse.Namespace, models: Mo
     job.folder.record(job.identity | late)
     size = args.batch_size or asker.default_batch(job.task.timed_alone)
     lines, figures = open_shard(job.folder, part, count)
-    flags.save(args, job.folder.path)
+    flags.save(config_of(args, job), job.folder.path)
     with lines, figures, Progress(job, found, score=not args.answer_only) as progress:
         asker.begin(figures, seconds, size, part, count)
         asker.ask(batches(todo, size), lines, figures, stop, progress.look)

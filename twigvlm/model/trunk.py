@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -62,6 +62,9 @@ class Family(Protocol):
     image_token_id: int
     context: int
     V: int
+
+    processor: Callable  # (configuration, folder, LLaVA's own layout) → Hugging Face's processor
+    prompts: Callable  # (processor, configuration) → how the model is asked
 
     def sizes(self, pixel_values: torch.Tensor | None) -> list[int]: ...
     def see(self, pixel_values: torch.Tensor, tap: Tap | None = None) -> list[torch.Tensor]: ...

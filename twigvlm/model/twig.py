@@ -28,7 +28,7 @@ Init = Literal["base", "last", "random"]
 
 
 class Twig(nn.Module):
-    """Fresh twigs come from `grow`, stored ones from `model.load`."""
+    """Fresh twigs come from `grow`, stored ones from `loading.twig`."""
 
     def __init__(self, config: TwigConfig, layers: nn.ModuleList, norm: nn.Module, lm_head: nn.Linear):
         super().__init__()

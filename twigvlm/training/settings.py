@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from .. import flags
-from ..config import DEFAULT_K, DEFAULT_T
+from ..config import DEFAULT_K, DEFAULT_T, option
 from ..errors import InputError
 from ..loading.device import BACKENDS
 from ..loading.random import SHAPES
@@ -30,12 +29,6 @@ HELD_OUT, HELD_OUT_SHARE = 64, 100  # samples, if there are at least 100 times a
 
 # Measured on sprout (docs/LOG.md): the base is small enough for large steps.
 EMBEDDED_PRESET = {"batch_size": 16, "lr": 5e-4, "per_device_batch": 8}
-
-
-def option(default: Any, text: str, *also: str, **more: Any) -> Any:
-    """A field that is a flag: its help, other names of the flag, and what else argparse knows."""
-    value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return field(**value, metadata={"help": text, **({"aliases": list(also)} if also else {}), **more})
 
 
 def _places(text: str) -> tuple[int, ...]:

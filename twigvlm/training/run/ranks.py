@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ...errors import InputError, RunError
+from ...processes import rank_of
 from ...workers import end_workers
 
 FAILED = "a process of the run has failed"  # a key of the store
@@ -111,13 +112,11 @@ ALONE = Ranks()
 
 
 def find(env: MutableMapping[str, str] = os.environ) -> Ranks:
-    """From the environment; what Slurm says is written there in torchrun's words."""
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in env:
+    """From the environment; what Slurm says of a step (`srun`) is written there in torchrun's words."""
+    if "RANK" not in env and "SLURM_STEP_ID" in env and rank_of(env, arrays=False):
         _adopt_slurm(env)
-    try:
-        return Ranks(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
-    except ValueError as fault:
-        raise InputError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers ({fault})") from fault
+    found = rank_of({name: value for name, value in env.items() if not name.startswith("SLURM_")})
+    return Ranks(found.index, found.count, found.local or 0) if found else ALONE
 
 
 def _adopt_slurm(env: MutableMapping[str, str]) -> None:
