@@ -31,8 +31,8 @@ from twigvlm.loading.device import set_attention
 from twigvlm.model.cache import STEP, CacheGroup
 from twigvlm.model.tap import Tap
 from twigvlm.model.twig import grow
-from twigvlm.pruning import Given, Keep, Plan, Probe, Rule, Seen, Selection, Wipe
-from twigvlm.pruning.plan import Reducer
+from twigvlm.pruning import Given, Keep, Plan, Probe, Reducer, Rule, Seen, Selection, Tokens, Wipe
+from twigvlm.pruning.reducer import CLASS, best
 from twigvlm.vlm import TwigVLM
 
 NEW = 8
@@ -216,7 +216,7 @@ def test_pictures_of_unequal_size_in_one_prompt(monkeypatch):
     vlm, sizes = tiny(), [4, 1, 3]
     features = [torch.randn(n, 32, generator=torch.Generator().manual_seed(n)) for n in sizes]
     monkeypatch.setattr(vlm.trunk.family, "sizes", lambda pixels: sizes)
-    monkeypatch.setattr(vlm.trunk.family, "see", lambda pixels, tap=None: features)
+    monkeypatch.setattr(vlm.trunk.family, "see", lambda pixels: features)
     mark = vlm.image_token_id
     row = [5, *[mark] * 5, 6, 7, *[mark] * 3, 8, 9]
     stream = vlm.trunk.embed(torch.tensor([row]), [len(row)], torch.zeros(3, 3, 28, 28))
@@ -295,17 +295,21 @@ def test_merged_tokens_stand_behind_their_centre(positions, draft_length):
 class Best(Reducer):
     """The five tokens that the class token looks at most, and the mean of the others behind the last of them."""
 
-    probe: ClassVar[Probe] = Probe("tower", "cls")
+    class_token: ClassVar[bool] = True
 
     def most(self, V: int) -> int:
         return 6
 
-    def __call__(self, features, scores, tap):
-        assert scores.shape == features.shape[:2] and tap.keys is not None
-        chosen = scores.topk(5).indices.sort().values
+    def listens(self, layer: int, read: int) -> str | None:
+        return CLASS if layer == read else None
+
+    def __call__(self, view):
+        scores = view.attention().mean(1)
+        chosen = best(scores, 5)
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-        rest = (features * ~keep[..., None]).sum(1, keepdim=True) / (~keep).sum(1)[:, None, None]
-        return Selection(keep, rest, chosen[:, -1:])
+        rest = (view.projected * ~keep[..., None]).sum(1, keepdim=True) / (~keep).sum(1)[:, None, None]
+        seat = torch.full_like(chosen[:, :1], -1)
+        return Tokens(torch.cat([view.select(chosen).features, rest], 1), torch.cat([chosen, seat], 1))
 
 
 @pytest.mark.parametrize("twig", [True, False])

@@ -17,9 +17,10 @@ from ..model.stream import Stream, fit, front, join
 from ..model.tap import Tap
 from ..model.trunk import Trunk
 from ..model.twig import Twig
-from ..pruning.plan import Plan, Probe, Seen, Selection
+from ..pruning.plan import Plan
+from ..pruning.rule import Heard, Probe, Seen, Selection
 from .draft import DraftTree
-from .reduce import reduce
+from .reduce import Reduced, reduce
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Prompts:
     stream: Stream
     ids: Sequence[Sequence[int]]
     seeds: Sequence[int] = ()  # of sampling
-    draws: Sequence[int] = ()  # of random pruning
-    tap: Tap | None = None  # of the vision tower, for a plan with a reducer
+    draws: Sequence[int] = ()  # of pruning that draws
+    reduced: Reduced | None = None  # what a plan's reducer has left of the pictures
 
 
 @dataclass
@@ -65,19 +66,26 @@ class State:
         self.heard_prompt: torch.Tensor | None = None  # B, tokens of the prompt that the twig has read
         self.hint: torch.Tensor | None = None  # B D, the twig's state of the newest token
         self.kept: torch.Tensor | None = None
+        self._uncut = True  # no stage has acted yet
         self.entered: list[tuple[int, torch.Tensor]] = []
         self._pending = list(plan.stages)
         self._scores: dict[Probe, torch.Tensor] = {}  # fp32 B Q P
-        self._taps: dict[Probe, Tap] = {}
+        self._taps: dict[Probe, tuple[Tap, torch.Tensor]] = {}  # and the places [B, S] of what entered the layer
         self._memory: dict = {}
-        self._room = list(self.totals)  # visual tokens that a row can still have
+        reduced = prompts.reduced
+        self.entering = reduced.room if reduced is not None else self.totals  # visual tokens of each row in layer 0
+        self._marked = reduced.marks if reduced is not None else {}
+        self._room = list(self.entering)  # visual tokens that a row can still have
         image = stream.visual >= 0
         self._ordinal = image.long().cumsum(1) - 1  # B P
         self._last_image = torch.where(image, stream.place, -1).max(1).values
         self._text = [_after(row, trunk.image_token_id) for row in prompts.ids]
-        self.awaiting = stream  # about to enter the next segment
-        if plan.tower is not None and any(self.totals):
-            self._reduce(prompts)
+        self.awaiting = self.entry = stream  # about to enter the next segment; and what entered the first
+        if reduced is not None:
+            self.kept = reduced.source
+            self.awaiting = self.entry = self._compact(reduced.stream, 0)
+            if self.above is not None:
+                self.above.shift = self.segments[0].cache.shift
 
     # ------------------------------------------------------------------ the layers
 
@@ -191,11 +199,9 @@ class State:
         width, _ = fit(image, max(self._room))
         order = front(image, width)
         part = stream.take(order)
-        seen = Seen(part, self._shown(rule.probe, stream, part), self.totals, self.prompt,
-                    self._taps.get(rule.probe), self.draws, self._memory)  # fmt: skip
-        chosen = rule(seen)
+        chosen = rule(self._seen(rule.probe, stream, part))
         self._remember(part.place, chosen.keep)
-        self._room = [min(n, rule.most(t)) for n, t in zip(self._room, self.totals, strict=True)]
+        self._room = [min(n, rule.most(t)) for n, t in zip(self._room, self.entering, strict=True)]
         return self._carry_out(stream, order, chosen, rule.exact, layer, tree)
 
     def _carry_out(
@@ -207,8 +213,11 @@ class State:
         stays = stays.scatter(1, torch.where(fate < 0, stream.width, fate), True)[:, :-1]
         stays = stays | (stream.visual < 0)
         if chosen.merged is not None:
-            behind = torch.where(chosen.behind < 0, -1, order.gather(1, chosen.behind.clamp(min=0)))
-            stream, stays = stream.insert(chosen.merged, behind, stays)
+            behind, instead = (
+                None if index is None else torch.where(chosen.behind < 0, -1, order.gather(1, index.clamp(min=0)))
+                for index in (chosen.behind, chosen.instead)
+            )
+            stream, stays = stream.insert(chosen.merged, behind, stays, instead)
         keep = stays & stream.real()
         nodes = tree.width if tree is not None else 0
         left = [n - t + r for n, t, r in zip(self.lengths, self.totals, self._room, strict=True)]
@@ -233,21 +242,6 @@ class State:
         moved = (stream.place - cache.shift[:, None]).clamp(0, self.trunk.context - 1)
         return replace(stream, positions=torch.where(later, moved, stream.positions))
 
-    def _reduce(self, prompts: Prompts) -> None:
-        """Let the plan's reducer choose among the tower's tokens, and close the gaps."""
-        stream, where = self.prompt, reduce(self.plan.tower, prompts, self.trunk)
-        self._room = where.room
-        self._remember(stream.place, where.keep & (stream.visual >= 0))
-        stays = where.keep
-        if where.merged is not None:
-            stream, stays = stream.insert(where.merged, where.behind, stays)
-        keep = stays & stream.real()
-        left = [n - t + r for n, t, r in zip(self.lengths, self.totals, self._room, strict=True)]
-        width, full = fit(keep, max(left), stream.full and len(set(left)) == 1)
-        self.awaiting = self._compact(stream.keep(keep, width, full), 0)
-        if self.above is not None:
-            self.above.shift = self.segments[0].cache.shift
-
     # ------------------------------------------------------------------ probing
 
     def _listen(self, source: str, stream: Stream, layers: range = range(0)) -> dict[Probe, Tap]:
@@ -262,19 +256,22 @@ class State:
 
     def _hear(self, taps: dict[Probe, Tap], stream: Stream) -> None:
         for probe, tap in taps.items():
-            self._taps[probe] = tap
+            self._taps[probe] = tap, stream.place
             weights = tap.weights().mean(1).masked_fill((tap.rows < 0)[..., None], 0)
             self._scores[probe] = self._by_place(weights, stream.place)
 
-    def _shown(self, probe: Probe | None, stream: Stream, part: Stream) -> torch.Tensor | None:
-        """The scores [B, Q, V'] of the visual tokens `part` that a probe asks for."""
-        if probe is None:
-            return None
-        if probe.source == "peek":
-            tap = self.trunk.peek(self.trunk.layers[probe.layer], stream, self._rows(stream, probe))
-            self._hear({probe: tap}, stream)
-        scores = self._scores[probe]
-        return scores.gather(2, part.place.clamp(min=0)[:, None].expand(-1, scores.shape[1], -1))
+    def _seen(self, probe: Probe | None, stream: Stream, part: Stream) -> Seen:
+        """What a rule is shown of the visual tokens `part`."""
+        scores = heard = None
+        if probe is not None:
+            rows = self._rows(stream, probe)
+            if probe.source == "peek":
+                self._hear({probe: self.trunk.peek(self.trunk.layers[probe.layer], stream, rows)}, stream)
+            scores = self._scores[probe]
+            scores = scores.gather(2, part.place.clamp(min=0)[:, None].expand(-1, scores.shape[1], -1))
+            heard = Heard(*self._taps[probe], stream.take(rows))
+        return Seen(part, scores, self.entering, self.entry, heard, self.draws, self.prompt.width, self._marked,
+                    self._memory, self.trunk.decoder.norm)  # fmt: skip
 
     def _rows(self, stream: Stream, probe: Probe) -> torch.Tensor:
         """[B, Q]: indices of the asked rows, -1 pads."""
@@ -306,7 +303,8 @@ class State:
             segment.places = stream.place, stream.visual
 
     def _remember(self, place: torch.Tensor, keep: torch.Tensor) -> None:
-        if self.kept is None or (self.plan.tower is not None and not self.entered):
+        if self._uncut:
+            self._uncut = False
             ordinal = self._ordinal.gather(1, place.clamp(min=0))
             self.kept = torch.where(keep & (place >= 0), ordinal, -1)
 
@@ -361,10 +359,11 @@ def embed(
     padded = torch.zeros(len(ids), max(map(len, ids)), dtype=torch.long)
     for out, row in zip(padded, ids, strict=True):
         out[: len(row)] = torch.tensor(row)
-    probe, tap = plan.tower.probe if plan.tower is not None else None, None
-    if probe is not None and pixel_values is not None:
-        tap = trunk.listen_tower(probe.layer, len(pixel_values))
-    return Prompts(trunk.embed(padded, [len(row) for row in ids], pixel_values, tap), ids, seeds, draws, tap)
+    lengths = [len(row) for row in ids]
+    if plan.tower is None or pixel_values is None or not len(pixel_values):
+        return Prompts(trunk.embed(padded, lengths, pixel_values), ids, seeds, draws)
+    stream = trunk.lay_out(padded, lengths, pixel_values)
+    return Prompts(stream, ids, seeds, draws, reduce(plan.tower, trunk, stream, ids, pixel_values, draws))
 
 
 def _after(row: Sequence[int], image: int) -> int:

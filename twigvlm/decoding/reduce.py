@@ -1,50 +1,99 @@
-"""Where an image's tokens stand in a batch, for reducers that choose among them before the decoder.
+"""The prompt behind a reducer: what it has left of each picture stands where the picture stood.
 
-Legend: B rows, S tokens, D width, V visual tokens an image, c merged tokens an image.
+Legend: B rows, S tokens, D width, I images, V visual tokens an image, n tokens left of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..pruning.plan import Reducer
+from ..model.stream import Stream, fit, front
+from ..model.trunk import Trunk
+from ..pruning.reducer import Reducer, Tokens, View
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """A reducer's choice, row by row: what stays [B, S], what comes in [B, n, D] behind which index [B, n]."""
+    """What enters the decoder, in places of the whole prompt."""
 
-    keep: torch.Tensor
-    merged: torch.Tensor | None
-    behind: torch.Tensor | None
-    room: list[int]  # visual tokens of each row at most
+    stream: Stream  # B S'
+    source: torch.Tensor  # B W, the patches (0.. over a row's images) that are left, -1 is none
+    room: list[int]  # visual tokens of each row, at most
+    marks: dict[str, torch.Tensor]  # bool B S, over the places of the prompt
 
 
-def reduce(reducer: Reducer, prompts, trunk) -> Reduced:
-    """Ask `reducer` about every image; images are blocks of V tokens, in their order."""
-    stream, V = prompts.stream, trunk.V
-    device = stream.place.device
-    columns = [[i for i, t in enumerate(row) if t == trunk.image_token_id] for row in prompts.ids]
-    images = [(b, cols[i : i + V]) for b, cols in enumerate(columns) for i in range(0, len(cols), V)]
-    row = torch.tensor([b for b, _ in images], device=device)[:, None]
-    column = torch.tensor([cols for _, cols in images], device=device)
-    scores = None
-    if prompts.tap is not None:
-        scores = prompts.tap.weights().mean(1)[:, 0]
-        scores = scores[:, scores.shape[1] - V :]  # without the class token
-    chosen = reducer(stream.hidden[row, column], scores, prompts.tap)
-    keep = stream.real().index_put((row, column), chosen.keep)
+def reduce(
+    reducer: Reducer,
+    trunk: Trunk,
+    stream: Stream,
+    ids: Sequence[Sequence[int]],
+    pixel_values: torch.Tensor,
+    draws: Sequence[int] = (),
+) -> Reduced:
+    """Ask `reducer` about every image of the prompts laid out in `stream`; images are blocks of V tokens, in their order."""
+    V, device = trunk.V, stream.place.device
+    columns = [[i for i, t in enumerate(row) if t == trunk.image_token_id] for row in ids]
+    images = [
+        (b, nth, cols[i : i + V]) for b, cols in enumerate(columns) for nth, i in enumerate(range(0, len(cols), V))
+    ]
+    tower = trunk.family.tower()
+    view = View(
+        reducer, V, tower.class_tokens, trunk.family.project, trunk.embed_text,
+        [ids[b][columns[b][-1] + 1 :] for b, _, _ in images], [_mixed(draws[b], nth) for b, nth, _ in images] if draws else (),
+    )  # fmt: skip
+    view.states = trunk.look(pixel_values, view)
+    blocks = Blocks(
+        torch.tensor([b for b, _, _ in images], device=device)[:, None],
+        torch.tensor([nth for _, nth, _ in images], device=device)[:, None],
+        torch.tensor([cols for _, _, cols in images], device=device),
+    )
     room = [len(cols) // V * reducer.most(V) for cols in columns]
-    if chosen.merged is None:
-        return Reduced(keep, None, None, room)
-    c = chosen.merged.shape[1]
-    most = max(len(cols) // V for cols in columns) * c
-    merged = stream.hidden.new_zeros(stream.rows, most, stream.hidden.shape[-1])
-    behind = torch.full((stream.rows, most), -1, device=device)
-    nth = [sum(1 for other, _ in images[:i] if other == b) for i, (b, _) in enumerate(images)]
-    slot = torch.tensor(nth, device=device)[:, None] * c + torch.arange(c, device=device)
-    merged = merged.index_put((row, slot), chosen.merged.to(merged))
-    at = torch.where(chosen.behind < 0, -1, column.gather(1, chosen.behind.clamp(min=0)))
-    return Reduced(keep, merged, behind.index_put((row, slot), at), room)
+    most = [len(row) - len(cols) + n for row, cols, n in zip(ids, columns, room, strict=True)]
+    return _put(stream, reducer(view), blocks, room, most, reducer.exact)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where images lie: their row and number in it [I, 1], and the columns of their tokens [I, V]."""
+
+    row: torch.Tensor
+    nth: torch.Tensor
+    columns: torch.Tensor
+
+
+def _put(stream: Stream, tokens: Tokens, at: Blocks, room: list[int], most: list[int], exact: bool) -> Reduced:
+    n, V = tokens.source.shape[1], at.columns.shape[1]
+    there = torch.arange(n, device=at.row.device) < (n if tokens.count is None else tokens.count[:, None])
+    there = there.expand_as(tokens.source)
+    slots = (at.row, at.columns[:, :n])  # the first of each image's columns; who stands there has its source's place
+    places = at.columns.gather(1, _seats(tokens.source, there, V))
+    moved = replace(
+        stream,
+        hidden=stream.hidden.index_put(slots, tokens.features.to(stream.hidden)),
+        place=stream.place.index_put(slots, places),
+    )
+    keep = (stream.visual < 0).index_put(slots, there) & stream.real()
+    width, full = fit(keep, max(most), exact and stream.full and len(set(most)) == 1)
+    patch = torch.where(there & (tokens.source >= 0), at.nth * V + tokens.source, -1)
+    source = torch.full_like(stream.place, -1).index_put(slots, patch)
+    nothing = torch.zeros_like(stream.place, dtype=torch.bool)
+    marks = {name: nothing.index_put((at.row, places), mark & there) for name, mark in tokens.marks.items()}
+    return Reduced(moved.keep(keep, width, full), source, room, marks)
+
+
+def _seats(source: torch.Tensor, there: torch.Tensor, V: int) -> torch.Tensor:
+    """[I, n]: the patch whose place each token takes; what is no patch takes those that nobody has."""
+    taken = torch.zeros(len(source), V + 1, dtype=torch.bool, device=source.device)
+    patches = there & (source >= 0)
+    taken = taken.scatter(1, torch.where(patches, source, V), True)[:, :V]
+    nobodys = front(~taken, source.shape[1]).clamp(min=0)
+    nth = ((~patches).long().cumsum(1) - 1).clamp(min=0, max=nobodys.shape[1] - 1)
+    return torch.where(patches, source, nobodys.gather(1, nth))
+
+
+def _mixed(seed: int, nth: int) -> int:
+    """A seed of the nth image of a row."""
+    return (seed + nth * 0x9E3779B97F4A7C15) % 2**63

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from transformers import LlavaForConditionalGeneration
 
 from ..errors import InputError
 from ..loading.describe import visual_tokens
-from ..model.tap import Tap, tapped
+from ..model.tower import Tower
 from ..prompt.processor import make_processor, make_prompts
 
 
@@ -48,18 +47,28 @@ class Llava:
             )
         return [self.V] * images
 
-    def see(self, pixel_values: torch.Tensor, tap: Tap | None = None) -> list[torch.Tensor]:
-        """Images → projected visual tokens of each [size, D]; `tap` listens to a layer of the tower."""
-        listen = {"taps": [tap]} if tap is not None else {}
-        with tapped(self.model.model.vision_tower.config) if tap is not None else nullcontext():
-            out = self.model.get_image_features(pixel_values=pixel_values, **listen)
+    def see(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """Images → projected visual tokens of each [size, D]."""
+        out = self.model.get_image_features(pixel_values=pixel_values)
         return list(getattr(out, "pooler_output", out))
 
-    def tower_layer(self, layer: int | None) -> nn.Module:
-        """The attention of a layer of the vision tower; None: of the one whose output is used."""
-        last = self.model.config.vision_feature_layer
-        place = last - 1 if last >= 0 else last  # hidden state n leaves layer n - 1, and there is one more of them
-        return self.model.model.vision_tower.encoder.layers[place if layer is None else layer].self_attn
+    def tower(self) -> Tower:
+        """The vision tower, for methods that look into it. Raises InputError where it is read in an unusual way."""
+        config, model = self.model.config, self.model.model.vision_tower
+        last, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
+        if not isinstance(last, int):
+            raise InputError(f"vision_feature_layer is {last}; methods that look into the tower need one layer")
+        tower = Tower(model, last - 1 if last >= 0 else last + len(model.encoder.layers))  # state n leaves layer n - 1
+        if tower.class_tokens and strategy != "default":
+            raise InputError(
+                f"vision_feature_select_strategy is {strategy!r}, so the class token counts as a visual token; methods "
+                "that look into the tower need 'default'"
+            )
+        return tower
+
+    def project(self, states: torch.Tensor) -> torch.Tensor:
+        """The tower's states [..., C] → [..., D]."""
+        return self.model.model.multi_modal_projector(states)
 
     def positions(self, place: torch.Tensor) -> torch.Tensor:
         """Rotary positions [A, B, S] of the tokens of a prompt."""

@@ -51,13 +51,16 @@ class Stream:
         """The real tokens under `mask` [B, S], moved to the front in order; no row may keep more than `width`."""
         return self.take(front(mask & self.real(), width), full)
 
-    def insert(self, extra: torch.Tensor, behind: torch.Tensor, marks: torch.Tensor) -> tuple[Stream, torch.Tensor]:
+    def insert(
+        self, extra: torch.Tensor, behind: torch.Tensor, marks: torch.Tensor, instead: torch.Tensor | None = None
+    ) -> tuple[Stream, torch.Tensor]:
         """With new tokens [B, c, D], each behind the token at index `behind` [B, c] (-1: not there).
 
-        A new token takes place, position and picture of the one that it stands behind. `marks` [B, S]
-        bool of the tokens go along, true for the new ones.
+        A new token takes place, position and picture of the one at `instead` [B, c] (default: that it
+        stands behind). `marks` [B, S] bool of the tokens go along, true for the new ones.
         """
-        both = join_raw([self, replace(self.take(behind), hidden=extra.to(self.hidden.dtype))])
+        like = self.take(behind if instead is None else instead)
+        both = join_raw([self, replace(like, hidden=extra.to(self.hidden.dtype))])
         steps = torch.arange(self.width, device=behind.device).expand(self.rows, -1)
         order = torch.cat([2 * steps, 2 * behind + 1], 1).masked_fill(~both.real(), 2 * both.width)
         order = order.argsort(dim=1, stable=True)

@@ -20,6 +20,7 @@ from .cache import CacheGroup
 from .skinny import quick
 from .stream import Stream
 from .tap import Tap, tapped
+from .tower import Tower, Watcher
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,9 @@ class Family(Protocol):
     prompts: Callable  # (processor, configuration) → how the model is asked
 
     def sizes(self, pixel_values: torch.Tensor | None) -> list[int]: ...
-    def see(self, pixel_values: torch.Tensor, tap: Tap | None = None) -> list[torch.Tensor]: ...
-    def tower_layer(self, layer: int | None) -> nn.Module: ...
+    def see(self, pixel_values: torch.Tensor) -> list[torch.Tensor]: ...
+    def tower(self) -> Tower: ...
+    def project(self, states: torch.Tensor) -> torch.Tensor: ...
     def positions(self, place: torch.Tensor) -> torch.Tensor: ...
 
 
@@ -105,39 +107,40 @@ class Trunk:
 
     # ------------------------------------------------------------------ what goes in
 
-    def embed(
-        self,
-        input_ids: torch.Tensor,
-        lengths: Sequence[int],
-        pixel_values: torch.Tensor | None,
-        tap: Tap | None = None,
-    ) -> Stream:
+    def embed(self, input_ids: torch.Tensor, lengths: Sequence[int], pixel_values: torch.Tensor | None) -> Stream:
         """Prompts [B, S], right-padded, and images [images, 3, h, w] in the order of their tokens → Stream.
 
-        `tap` listens to a layer of the vision tower. Raises InputError when the image tokens are not
-        as many as each image needs, row by row, or the images have another size than the tower's.
+        Raises InputError when the image tokens are not as many as each image needs, row by row, or the
+        images have another size than the tower's.
         """
+        stream = self.lay_out(input_ids, lengths, pixel_values)
+        if pixel_values is None or not len(pixel_values):
+            return stream
+        flat = torch.cat(self.image_features(pixel_values)).to(stream.hidden)
+        return replace(stream, hidden=stream.hidden.masked_scatter((stream.visual >= 0)[..., None], flat))
+
+    def lay_out(self, input_ids: torch.Tensor, lengths: Sequence[int], pixel_values: torch.Tensor | None) -> Stream:
+        """`embed` before anybody has looked at the pictures: their tokens hold nothing yet."""
         ids = input_ids.cpu()  # places are counted on the host, before the device is asked anything
         visual = ids == self.image_token_id
         sizes = self._sizes(visual, pixel_values)
         place = torch.arange(ids.shape[1]).expand_as(ids)
         place = place.masked_fill(place >= torch.tensor(lengths)[:, None], -1).to(self.device)
-        hidden = self.decoder.embed_tokens(ids.masked_fill(visual, 0).to(self.device))
-        if sizes:
-            flat = torch.cat(self.image_features(pixel_values, tap)).to(hidden)
-            hidden = hidden.masked_scatter(visual.to(self.device)[..., None], flat)
-        positions = self.family.positions(place)
+        hidden = self.embed_text(ids.masked_fill(visual, 0))
         full = min(lengths) == ids.shape[1]
-        return Stream(hidden, positions, place, _pictures(visual, sizes).to(self.device), full)
+        return Stream(hidden, self.family.positions(place), place, _pictures(visual, sizes).to(self.device), full)
 
-    def image_features(self, pixel_values: torch.Tensor, tap: Tap | None = None) -> list[torch.Tensor]:
+    def embed_text(self, ids: torch.Tensor | Sequence[int]) -> torch.Tensor:
+        """Token ids [...] → [..., D]."""
+        return self.decoder.embed_tokens(torch.as_tensor(ids, dtype=torch.long, device=self.device))
+
+    def image_features(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Images → projected visual tokens of each [size, D]."""
-        return self.family.see(pixel_values.to(self.device, self.dtype), tap)
+        return self.family.see(pixel_values.to(self.device, self.dtype))
 
-    def listen_tower(self, layer: int | None, images: int) -> Tap:
-        """A tap on the class token's row in a layer of the vision tower (None: the one whose output is used)."""
-        rows = torch.zeros(images, 1, dtype=torch.long, device=self.device)
-        return Tap(self.family.tower_layer(layer), rows, causal=False)
+    def look(self, pixel_values: torch.Tensor, watcher: Watcher) -> torch.Tensor:
+        """Images → states [images, N, C] of the vision tower, where `watcher` may look in and merge: see `model.tower`."""
+        return self.family.tower().look(pixel_values.to(self.device, self.dtype), watcher)
 
     def _sizes(self, visual: torch.Tensor, pixel_values: torch.Tensor | None) -> list[int]:
         """Tokens of each image, after comparing them with the image tokens of each row."""

@@ -1,156 +1,20 @@
-"""A pruning method as data: where it acts, which attention it wants to see, and what it answers.
+"""A pruning method as data: where it acts, with which rules, under which budget.
 
-A method answers with a selection; the road (decoding.prefill) cuts. Nothing here knows of masks,
-caches or positions. Legend: B rows, V' visual tokens of a row now, Q asked rows, D width, c merged tokens.
+Legend: L layers of the base, V visual tokens of an image, K and F where the twig grows and where it wipes.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar, Literal
 
-import numpy as np
-import torch
-
 from ..errors import InputError
-from ..model.stream import Stream
-from ..model.tap import Tap
-
-Rows = Literal["last", "text", "cls"]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Rows of attention that a rule wants to see.
-
-    `source`: the last twig layer ("twig"), base layer `layer` as it ran ("layer"), base layer `layer`
-    that is about to run on what the rule sees ("peek"), or vision-tower layer `layer` ("tower").
-    `rows`: the last prompt token ("last"), the text after the last image ("text"; where there is none
-    the last token), or the tower's class token ("cls").
-    """
-
-    source: Literal["twig", "layer", "peek", "tower"]
-    rows: Rows = "last"
-    layer: int | None = None
-
-
-@dataclass
-class Seen:
-    """What a rule is shown: its rows' attention and the visual tokens that are left."""
-
-    visual: Stream  # B V'; padding behind rows with fewer
-    scores: torch.Tensor | None  # fp32 B Q V', mean over heads of the probed attention; rows that are not there are 0
-    total: Sequence[int]  # visual tokens of each row before anything was pruned
-    prompt: Stream | None = None  # as it was embedded
-    tap: Tap | None = None  # query and keys of the probed rows, for rules that want more than the mean
-    draws: Sequence[int] = ()  # a seed of each row, for rules that draw
-    memory: dict = field(default_factory=dict)  # shared by the stages of one prefill
-
-
-@dataclass(frozen=True)
-class Selection:
-    """`keep` [B, V'] bool stay; `merged` [B, c, D] come in, each behind the visual token `behind` [B, c] (-1: none)."""
-
-    keep: torch.Tensor
-    merged: torch.Tensor | None = None
-    behind: torch.Tensor | None = None
-
-
-class Rule(ABC):
-    """Chooses among the visual tokens at one place of the decoder."""
-
-    probe: Probe | None = None
-    exact: ClassVar[bool] = True  # a row keeps just what `most` says
-
-    @abstractmethod
-    def most(self, total: int) -> int:
-        """Upper bound of visual tokens left in a row (merged ones included) that had `total` in its prompt."""
-
-    @abstractmethod
-    def __call__(self, seen: Seen) -> Selection: ...
-
-
-@dataclass(frozen=True)
-class Keep(Rule):
-    """The `r` of `V` tokens an image that are scored highest, pooled over a row's images; ties go to the earlier.
-
-    The score is the attention that `probe` sees, summed over its rows; without a probe, a random draw
-    of the row's own seed.
-    """
-
-    r: int
-    V: int
-    probe: Probe | None = None
-
-    def most(self, total: int) -> int:
-        return -(-self.r * total // self.V)
-
-    def __call__(self, seen: Seen) -> Selection:
-        scores = seen.scores.sum(1) if self.probe is not None else _draw(seen)
-        budget = torch.tensor([self.most(n) for n in seen.total], device=scores.device)
-        return Selection(highest(scores, seen.visual.real(), budget))
-
-
-@dataclass(frozen=True)
-class Wipe(Rule):
-    """The image leaves."""
-
-    def most(self, total: int) -> int:
-        return 0
-
-    def __call__(self, seen: Seen) -> Selection:
-        return Selection(torch.zeros_like(seen.visual.place, dtype=torch.bool))
-
-
-@dataclass(frozen=True)
-class Given(Rule):
-    """A selection made beforehand: `kept` [B, P] bool over the places of each prompt."""
-
-    kept: torch.Tensor
-    exact: ClassVar[bool] = False
-
-    def most(self, total: int) -> int:
-        return total
-
-    def __call__(self, seen: Seen) -> Selection:
-        kept = self.kept.to(seen.visual.place.device)
-        return Selection(kept.gather(1, seen.visual.place.clamp(min=0)) & seen.visual.real())
-
-
-def highest(scores: torch.Tensor, real: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
-    """[B, V'] bool: the `budget` [B] best-scored among the `real` tokens of each row."""
-    order = scores.masked_fill(~real, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    return (order.argsort(dim=1) < budget[:, None]) & real
-
-
-def _draw(seen: Seen) -> torch.Tensor:
-    """Random scores [B, V'], which depend on a row's seed and its tokens' places alone."""
-    place = seen.visual.place
-    # Drawn for every place of the prompt, so that neither the batch nor an earlier stage shifts the draw.
-    drawn = [_uniform(seed, seen.prompt.width) for seed in seen.draws]
-    return torch.stack(drawn).to(place.device).gather(1, place.clamp(min=0))
-
-
-def _uniform(seed: int, count: int) -> torch.Tensor:
-    """The first `count` of a row's random numbers; numpy's stream does not depend on how many are asked for."""
-    return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).random(count, dtype=np.float32))
-
-
-class Reducer(ABC):
-    """Chooses among the tokens of each image before the decoder sees them."""
-
-    probe: Probe | None = None
-
-    @abstractmethod
-    def most(self, V: int) -> int:
-        """Upper bound of tokens left of an image."""
-
-    @abstractmethod
-    def __call__(self, features: torch.Tensor, scores: torch.Tensor | None, tap: Tap | None) -> Selection:
-        """`features` [images, V, D] projected; `scores` fp32 [images, V] of the probed row; rows are images here."""
+from .budget import within
+from .reducer import Reducer
+from .rule import Rule
 
 
 @dataclass(frozen=True)
@@ -181,7 +45,8 @@ class Plan:
 
     @property
     def random(self) -> bool:
-        return any(isinstance(rule, Keep) and rule.probe is None for _, rule in self.stages)
+        """Something is drawn, so rows need seeds."""
+        return any(part.draws for part in (self.tower, *(rule for _, rule in self.stages)) if part is not None)
 
     def tokens_per_layer(self, layers: int, visual: int) -> list[int]:
         """Visual tokens of one image that enter each base layer, at most."""
@@ -203,12 +68,20 @@ class Shape:
     F: int
 
 
+@dataclass(frozen=True)
 class Method(ABC):
-    """Owns its budget: from R, the visual tokens that enter a layer on average (R_in), to a plan."""
+    """Owns its budget: from R, the visual tokens that enter a layer on average (R_in), to a plan.
+
+    Its fields are its settings, which people write behind its name: `sparsevlm:version=1.0`.
+    `count="authors"` reads R as the authors do, and gives their own settings where they published some.
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
+    needs: ClassVar[str] = ""  # beyond a base: "twig", "class token", "text tower"
+    trained: ClassVar[bool] = False
+    count: Literal["entering", "authors"] = "entering"
 
     @abstractmethod
     def legal(self, shape: Shape) -> tuple[Fraction, Fraction]:
@@ -217,3 +90,70 @@ class Method(ABC):
     @abstractmethod
     def plan(self, R: float, shape: Shape) -> Plan:
         """Raises InputError for an R outside the legal range."""
+
+    def authors(self, entering: Sequence[float]) -> float:
+        """The authors' own count of tokens, from those that enter each layer, 0 to L-1."""
+        return sum(entering) / len(entering)
+
+
+@dataclass(frozen=True)
+class TowerMethod(Method):
+    """Leaves R tokens of each image before the decoder, so in every layer; positions as in the shorter prompt.
+
+    `keep`: tokens of an image, for when a decoder method goes on from there (`visionzip:keep=288+twig`).
+    """
+
+    keep: int | None = None
+
+    def legal(self, shape: Shape) -> tuple[Fraction, Fraction]:
+        return Fraction(1), Fraction(shape.V)
+
+    def plan(self, R: float, shape: Shape) -> Plan:
+        if self.keep is not None:
+            raise InputError(
+                f"{self.name}:keep={self.keep} is for a method that goes on from there ({self.name}:keep={self.keep}+twig); "
+                f"alone, {self.name} keeps R"
+            )
+        exact = within(R, self.legal(shape), f"{self.name} keeps R of an image's V={shape.V} tokens in every layer")
+        return Plan(tower=self.reducer(round(exact), shape))
+
+    @abstractmethod
+    def reducer(self, n: int, shape: Shape) -> Reducer:
+        """That leaves `n` tokens of each image."""
+
+
+@dataclass(frozen=True)
+class Composed(Method):
+    """One method before the decoder, another one within: the second spends R on what the first has left.
+
+    Without `keep` the first leaves 2 R, as TOPS and TReVS do.
+    """
+
+    paper: ClassVar[str] = "composed"
+    summary: ClassVar[str] = "one method before the decoder, one within it"
+    first: TowerMethod | None = None
+    then: Method | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.first.name}+{self.then.name}"
+
+    def left(self, R: float, shape: Shape) -> int:
+        """Tokens of an image that enter the decoder."""
+        keep = round(2 * R) if self.first.keep is None else self.first.keep
+        if self.first.keep is not None and not 1 <= keep <= shape.V:
+            raise InputError(f"{self.first.name}:keep is {keep}; 1 to V={shape.V} tokens of an image can stay")
+        return max(1, min(keep, shape.V))
+
+    def legal(self, shape: Shape) -> tuple[Fraction, Fraction]:
+        keep = shape.V if self.first.keep is None else self.first.keep
+        low, high = self.then.legal(replace(shape, V=keep))
+        return (low if self.first.keep is not None else Fraction(1)), high
+
+    def plan(self, R: float, shape: Shape) -> Plan:
+        exact = within(R, (Fraction(0), Fraction(shape.V)), "an image has no more tokens")
+        n = self.left(float(exact), shape)
+        later = self.then.plan(R, replace(shape, V=n))
+        if later.tower is not None:
+            raise InputError(f"{self.then.name} acts before the decoder itself; it cannot go on from {self.first.name}")
+        return replace(later, tower=self.first.reducer(n, shape))

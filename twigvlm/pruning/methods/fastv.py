@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from ...errors import InputError
 from ..budget import within
-from ..plan import Keep, Method, Plan, Probe, Shape
+from ..plan import Method, Plan, Shape
+from ..rule import Keep, Probe
 
 
 @dataclass(frozen=True)

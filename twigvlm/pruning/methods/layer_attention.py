@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ...errors import InputError
-from ..plan import Probe, Shape
+from ..plan import Shape
+from ..rule import Probe
 from .twig import Twig
 
 

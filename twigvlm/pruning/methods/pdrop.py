@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from ...errors import InputError
 from ..budget import within
-from ..plan import Keep, Method, Plan, Probe, Shape
+from ..plan import Method, Plan, Shape
+from ..rule import Keep, Probe
 
 CUTS = (Fraction(2, 32), Fraction(10, 32), Fraction(20, 32))  # of the depth
 SHARES = (Fraction(1), Fraction(1, 2), Fraction(1, 4))  # of a

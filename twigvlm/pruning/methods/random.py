@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ..plan import Probe, Shape
+from ..plan import Shape
+from ..rule import Probe
 from .twig import Twig
 
 

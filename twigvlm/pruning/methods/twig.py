@@ -7,7 +7,8 @@ from fractions import Fraction
 from typing import ClassVar
 
 from ..budget import kept_tokens, legal_range
-from ..plan import Keep, Method, Plan, Probe, Rows, Shape, Wipe
+from ..plan import Method, Plan, Shape
+from ..rule import Keep, Probe, Rows, Wipe
 
 
 @dataclass(frozen=True)
