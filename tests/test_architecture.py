@@ -98,13 +98,24 @@ LOOKS_INTO: dict[str, set[str]] = {
     "loading": {"model"},
     "prompt": {"loading"},
     "world": {"flags"},  # its commands'
-    "pruning": {"model", "prompt"},
+    "pruning": {"flags", "model", "prompt"},  # its commands have flags
     "families": {"model", "loading", "prompt"},
     "decoding": {"model", "prompt", "pruning"},
     "vlm": {"decoding", "families", "loading", "model", "prompt", "pruning"},
     "flags": {"pruning"},
     "foresight": {"loading", "pruning"},
-    "evaluation": {"vlm", "flags", "foresight", "decoding", "families", "loading", "model", "prompt", "world"},
+    "evaluation": {
+        "vlm",
+        "flags",
+        "foresight",
+        "decoding",
+        "families",
+        "loading",
+        "model",
+        "prompt",
+        "pruning",
+        "world",
+    },
     "training": {"vlm", "flags", "foresight", "families", "loading", "model", "prompt", "world"},
     "sprout": {
         "vlm",

@@ -19,6 +19,10 @@ from .errors import InputError
 from .files import write_text
 
 CONFIG = "config.yaml"  # the resolved flags, in the folder of a run or of its results
+PRUNING = (
+    "{}; settings stand behind a colon (NAME:KEY=VALUE,SWITCH), + joins one method before the decoder and one within it; "
+    "python -m twigvlm.pruning.catalogue tells of each (default {})"
+)
 NOT_KEPT = {"config", "json"}  # of what a command is asked: nothing that its result depends on
 
 
@@ -55,7 +59,7 @@ def writing(leave: Collection[str] = (), **defaults: Any) -> type:
     flags = group("how to answer", GenerationSettings, leave, **defaults)
     for one in fields(flags):
         if one.name == "pruning":
-            one.metadata = {**one.metadata, "help": f"{', '.join(METHODS)} (default {one.default})"}
+            one.metadata = {**one.metadata, "help": PRUNING.format(", ".join(METHODS), one.default)}
     return flags
 
 

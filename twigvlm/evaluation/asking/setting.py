@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from ...record import ROOT
 from ..tasks.base import Question
 
 DEFAULT_R = 64.0
+DEFAULT_PRUNING = GenerationSettings.pruning
+LONGEST = 80  # letters of a method's settings in a file's name
 EMBEDDED_NAME = "sprout"
 EMBEDDED_BASE, EMBEDDED_TWIG = ROOT / "checkpoints" / "sprout-base", ROOT / "checkpoints" / "sprout-twig-K2-T3"
 EMBEDDED_DATA, REAL_DATA = ROOT / "playground" / "data" / "sprout", ROOT / "playground" / "data" / "eval"
@@ -26,6 +29,37 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "twig_config.json")
 LATE = ("K", "T", "F", "dtype")
 OLDER = ("retained_tokens", "pruning", "max_new_tokens", "do_sample", "temperature", "top_p", "seed")
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a weight file: enough to notice other weights, little enough for 14 GB
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What the setting must know of a method: the one way to write it, whether it asks a twig, whether it draws."""
+
+    spec: str
+    needs_twig: bool
+    draws: bool
+
+
+@lru_cache(maxsize=256)
+def pruning_of(spec: str, query: str = "last") -> Pruning:
+    """Raises InputError for an unknown method or setting. Only what is not the default needs torch."""
+    if spec == DEFAULT_PRUNING:
+        return Pruning(spec, True, False)
+    from ...pruning.spec import find_method, needs_of, some_plan, spec_of
+
+    method = find_method(spec, query)
+    return Pruning(spec_of(method, query), "twig" in needs_of(method), some_plan(method).random)
+
+
+def file_name(spec: str) -> str:
+    """A method's name and settings as a part of a file's name, legal on every system and its own for each of them.
+
+    `sparsevlm:version=1.0,faithful` → `sparsevlm~version=1.0,faithful`; where more than the colon must go, or the
+    name is long, a digest of all of it tells two apart.
+    """
+    plain = spec.replace(":", "~")
+    name = re.sub(r"[^\w.+,=~-]", "-", plain)[:LONGEST]
+    return name if name == plain else f"{name}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -40,9 +74,12 @@ class Setting:
     def __post_init__(self) -> None:
         if self.baseline:
             object.__setattr__(self, "writing", replace(self.writing, retained_tokens=None))
-        elif self.twig_name is None and (self.speculation if self.R is None else self.writing.pruning == "twig"):
+        object.__setattr__(self, "writing", replace(self.writing, pruning=self._pruning.spec))
+        needed = self.speculation if self.R is None else self._pruning.needs_twig
+        if self.twig_name is None and not self.baseline and needed:
+            what = "" if self.R is None else f", and pruning {self.writing.pruning!r} needs one"
             raise InputError(
-                f"{self.model.base} comes without a twig; give --twig-block (TWIG=…), or --baseline for the base alone, "
+                f"{self.model.base} comes without a twig{what}; give --twig-block (TWIG=…), or --baseline for the base alone, "
                 "or another --pruning"
             )
         if self.twig_name is None:
@@ -53,6 +90,10 @@ class Setting:
     @property
     def R(self) -> float | None:
         return self.writing.retained_tokens
+
+    @property
+    def _pruning(self) -> Pruning:
+        return pruning_of(self.writing.pruning, self.writing.query)
 
     @property
     def speculation(self) -> bool:
@@ -87,11 +128,11 @@ class Setting:
         if self.R is None:
             name = "ssd" if self.speculation else "base" if self.baseline else "plain"
         else:
-            name = f"{w.pruning}-R{self.R:g}" + ("" if self.speculation else "-plain")
+            name = f"{file_name(w.pruning)}-R{self.R:g}" + ("" if self.speculation else "-plain")
         name += "".join(f"-{key.replace('_', '-')}-{value}" for key, value in self.unusual().items())
         if w.do_sample:
             name += f"-t{w.temperature:g}" + (f"-p{w.top_p:g}" if w.top_p else "") + f"-seed{w.seed}"
-        elif w.seed and w.pruning == "random" and self.R is not None:
+        elif w.seed and self.R is not None and self._pruning.draws:
             name += f"-seed{w.seed}"
         if self.limit is not None:
             name += f"-first{self.limit}"
@@ -122,7 +163,7 @@ class Setting:
             facts |= {"twig": self.twig_name, "twig files": fingerprint(m.twig or EMBEDDED_TWIG)}
         if self.R is not None:
             facts["pruning"] = w.pruning
-        if w.do_sample or w.pruning == "random":
+        if w.do_sample or self._pruning.draws:
             facts["seed"] = w.seed
         asked = {"K": m.K, "T": m.T, "dtype": m.dtype and m.dtype.removeprefix("torch.")}
         return facts | self.unusual() | {key: value for key, value in asked.items() if value is not None}

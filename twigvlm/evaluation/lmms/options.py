@@ -94,7 +94,9 @@ class Options:
             key = OTHER_NAMES.get(name, name)
             reader = {**LOADING, **WRITING, **RUNNING}.get(key)
             if reader is None:
-                raise InputError(f"model_args: unknown option {name!r}{_resembling(name)}; known: {', '.join(NAMES)}")
+                raise InputError(
+                    f"model_args: unknown option {name!r}{_resembling(name)}; known: {', '.join(NAMES)}{_of_a_method(given)}"
+                )
             if key in values:
                 both = next(f"{other} and {key}" for other in OTHER_NAMES if OTHER_NAMES[other] == key)
                 raise InputError(f"model_args: {both} are one option under two names; give one of them")
@@ -115,6 +117,13 @@ def _settle(values: dict[str, Any]) -> None:
         del values["pruning"]
     if values.get("speculation") is False and values.setdefault("draft_length", 0) != 0:
         raise InputError("model_args: speculation=false and draft_length contradict each other; leave one out")
+
+
+def _of_a_method(given: Mapping[str, Any]) -> str:
+    """lmms-eval splits model_args at commas, those between a method's settings too."""
+    return (
+        " (settings of one pruning method are separated by semicolons here)" if ":" in str(given.get("pruning")) else ""
+    )
 
 
 def _resembling(name: str) -> str:

@@ -16,6 +16,8 @@ class LayerAttention(Twig):
     name: ClassVar[str] = "layer-attention"
     paper: ClassVar[str] = "TwigVLM's ablation of the signal"
     summary: ClassVar[str] = "attention of base layer K-1 under the twig's budget"
+    needs: ClassVar[str] = ""
+    trained: ClassVar[bool] = False
 
     def probe(self, shape: Shape) -> Probe | None:
         if shape.K == 0:

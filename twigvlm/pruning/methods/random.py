@@ -15,6 +15,8 @@ class Random(Twig):
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "control"
     summary: ClassVar[str] = "a random draw for every sample, under the twig's budget"
+    needs: ClassVar[str] = ""
+    trained: ClassVar[bool] = False
 
     def probe(self, shape: Shape) -> Probe | None:
         return None

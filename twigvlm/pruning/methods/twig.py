@@ -18,6 +18,8 @@ class Twig(Method):
     name: ClassVar[str] = "twig"
     paper: ClassVar[str] = "TwigVLM, ICCV 2025"
     summary: ClassVar[str] = "attention of the last twig layer; the image leaves before layer F"
+    needs: ClassVar[str] = "twig"
+    trained: ClassVar[bool] = True
     query: Rows = "last"
 
     def probe(self, shape: Shape) -> Probe | None:
