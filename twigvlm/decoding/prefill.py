@@ -270,7 +270,8 @@ class State:
             scores = self._scores[probe]
             scores = scores.gather(2, part.place.clamp(min=0)[:, None].expand(-1, scores.shape[1], -1))
             heard = Heard(*self._taps[probe], stream.take(rows))
-        return Seen(part, scores, self.entering, self.entry, heard, self.draws, self.prompt.width, self._marked,
+        text = stream.take(self._rows(stream, Probe("layer", "text")))
+        return Seen(part, scores, self.entering, self.entry, text, heard, self.draws, self.prompt.width, self._marked,
                     self._memory, self.trunk.decoder.norm)  # fmt: skip
 
     def _rows(self, stream: Stream, probe: Probe) -> torch.Tensor:
@@ -281,6 +282,9 @@ class State:
         # The text after the last image; where an image is last, its last token, as with "last".
         after = torch.minimum(self._last_image, self.length - 2)
         asked = prompt & (stream.place > after[:, None])
+        steps = torch.arange(stream.width, device=asked.device)
+        none = ~asked.any(1, keepdim=True)  # it has left
+        asked = asked | (none & (steps == prompt.sum(1, keepdim=True) - 1))
         return front(asked, max(self._text))
 
     def _by_place(self, values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from numbers import Real
 
 from ..errors import InputError
 
 FINEST = 10**6  # denominator of an R
+PAPER_L = 32  # decoder layers of the model that methods name their layers for
 FORMULA = "r = ceil((L*R - K*V) / (F - K)) must lie in 0..V"
 
 
@@ -44,6 +48,53 @@ def within(R: float, legal: tuple[Fraction, Fraction], why: str) -> Fraction:
             f"retained tokens R is {R:g}; legal is {_show(low, math.ceil)} to {_show(high, math.floor)}, because {why}"
         )
     return exact
+
+
+def at_depth(layers: Sequence[int], L: int, name: str) -> tuple[int, ...]:
+    """`layers` of 32 at the same depths of a decoder of L layers, each of its own and none before 1.
+
+    Raises InputError where L has no room for them.
+    """
+    found: list[int] = []
+    for layer in layers:
+        found.append(max(round(Fraction(layer, PAPER_L) * L), found[-1] + 1 if found else 1))
+    if found[-1] >= L:
+        raise InputError(
+            f"{name} cuts before {len(layers)} layers ({', '.join(map(str, layers))} of {PAPER_L}), and a decoder of "
+            f"L = {L} layers has room for fewer; more layers are needed"
+        )
+    return tuple(found)
+
+
+def shared_out(total: Fraction, layers: Sequence[int], ratio: Sequence[Fraction], V: int) -> list[Fraction]:
+    """Tokens in each of several runs of layers, in the `ratio` asked, that make up `total` tokens times layers.
+
+    Where the first would be more than V, what is left fills the others up evenly. `ratio` falls.
+    """
+    top = [Fraction(share) / ratio[0] * V for share in ratio]  # the first one at V
+    whole = sum((n * share for n, share in zip(layers, top, strict=True)), Fraction(0))
+    if total <= whole:
+        return [share * total / whole for share in top]
+    filled = (total - whole) / (sum(layers) * V - whole) if sum(layers) * V > whole else Fraction(0)
+    return [share + (V - share) * filled for share in top]
+
+
+@functools.lru_cache(1024)
+def counts(total: Fraction, layers: tuple[int, ...], ratio: tuple[Fraction, ...], V: int) -> tuple[int, ...]:
+    """`shared_out` in whole tokens: nearest to the ratio among those that make up `total` exactly, where any do."""
+    ideal = shared_out(total, layers, ratio, V)
+    reach, best = layers[-1], None
+    for early in itertools.product(*(range(math.floor(n) - reach, math.ceil(n) + reach + 1) for n in ideal[:-1])):
+        spent = sum(n * count for n, count in zip(layers, early, strict=False))
+        last = round((total - spent) / layers[-1])
+        found = (*early, last)
+        if not all(V >= a >= b >= 0 for a, b in itertools.pairwise((V, *found))):
+            continue
+        wrong = max(abs(total - spent - layers[-1] * last) - Fraction(1, 2), Fraction(0))
+        far = sum((abs(a - b) for a, b in zip(found, ideal, strict=True)), Fraction(0))
+        if best is None or (wrong, far) < best[0]:
+            best = (wrong, far), found
+    return best[1]
 
 
 def _show(bound: Fraction, rounding) -> str:

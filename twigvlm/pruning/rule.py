@@ -46,17 +46,14 @@ class Heard:
     def by_head(self, tokens: Stream) -> torch.Tensor:
         """fp32 [B, H, Q, W]: attention of the asked rows to `tokens` [B, W], each head alone; rows not there are 0."""
         weights = self.tap.weights().masked_fill((self.tap.rows < 0)[:, None, :, None], 0)
-        at = self._index(tokens)[:, None, None].expand(-1, *weights.shape[1:3], -1)
+        at = found(self.place, tokens.place)[:, None, None].expand(-1, *weights.shape[1:3], -1)
         return weights.gather(3, at)
 
     def keys(self, tokens: Stream) -> torch.Tensor:
         """[B, W, key heads, d]: the keys of `tokens` [B, W], rotated."""
         keys = self.tap.keys.transpose(1, 2)
-        return keys.gather(1, self._index(tokens)[..., None, None].expand(-1, -1, *keys.shape[2:]))
-
-    def _index(self, tokens: Stream) -> torch.Tensor:
-        """[B, W]: where tokens stood when they entered the layer (anything for padding)."""
-        return (self.place[:, None] == tokens.place[..., None]).to(torch.uint8).argmax(2)
+        at = found(self.place, tokens.place)
+        return keys.gather(1, at[..., None, None].expand(-1, -1, *keys.shape[2:]))
 
 
 @dataclass
@@ -67,6 +64,7 @@ class Seen:
     scores: torch.Tensor | None  # fp32 B Q V', mean over heads of the probed attention; rows that are not there are 0
     total: Sequence[int]  # visual tokens of each row that entered layer 0
     prompt: Stream  # as it entered layer 0
+    text: Stream | None = None  # B Q, what follows the last image (or the last token, where nothing does), as it is now
     heard: Heard | None = None  # of the probe, for rules that want more than the mean over heads
     draws: Sequence[int] = ()  # a seed of each row, for rules that draw
     places: int = 0  # P, of the longest prompt
@@ -77,6 +75,11 @@ class Seen:
     def marks(self, name: str) -> torch.Tensor:
         """[B, V'] bool: which of the visual tokens the plan's reducer marked by that name."""
         return self.marked[name].gather(1, self.visual.place.clamp(min=0)) & self.visual.real()
+
+    def first(self, tokens: Stream) -> torch.Tensor:
+        """[B, W, D]: what `tokens` [B, W] were before layer 0 (anything for padding)."""
+        at = found(self.prompt.place, tokens.place)
+        return self.prompt.hidden.gather(1, at[..., None].expand(-1, -1, self.prompt.hidden.shape[-1]))
 
     def budget(self, most: Callable[[int], int]) -> torch.Tensor:
         """[B]: what each row may keep."""
@@ -164,6 +167,11 @@ class Given(Rule):
     def __call__(self, seen: Seen) -> Selection:
         kept = self.kept.to(seen.visual.place.device)
         return Selection(kept.gather(1, seen.visual.place.clamp(min=0)) & seen.visual.real())
+
+
+def found(places: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """[B, W]: where those `wanted` [B, W] stand among `places` [B, S] (anything for padding)."""
+    return (places[:, None] == wanted[..., None]).to(torch.uint8).argmax(2)
 
 
 def highest(scores: torch.Tensor, real: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """FastV (ECCV 2024): once, after layer 2, by that layer's attention from the last prompt token; nothing is wiped.
 
 The count is TwigVLM's Eq. 4 for a method without wiping: n = (L*R - k*V) / (L - k), rounded, k layers
-reading all tokens: 166, 98 and 30 of 576 at R = 192, 128 and 64.
+reading all tokens: 166, 98 and 30 of 576 at R = 192, 128 and 64. FastV's own count is the same average,
+so `count=authors` changes nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ class FastV(Method):
     def legal(self, shape: Shape) -> tuple[Fraction, Fraction]:
         if not 1 <= self.layer < shape.L:
             raise InputError(
-                f"fastv prunes after layer {self.layer}; 1 to {shape.L - 1} is possible with L = {shape.L}"
+                f"{self.name} prunes after layer {self.layer}; 1 to {shape.L - 1} is possible with L = {shape.L}"
             )
         return Fraction(self.layer * shape.V, shape.L), Fraction(shape.V)
 
+    def why(self, shape: Shape) -> str:
+        return f"{self.name} keeps (L*R - {self.layer}*V) / (L - {self.layer}) of V (L={shape.L}, V={shape.V})"
+
+    def kept(self, R: Fraction, shape: Shape) -> int:
+        return round((shape.L * R - self.layer * shape.V) / (shape.L - self.layer))
+
     def plan(self, R: float, shape: Shape) -> Plan:
-        k, L, V = self.layer, shape.L, shape.V
-        exact = within(R, self.legal(shape), f"fastv keeps (L*R - {k}*V) / (L - {k}) of V (L={L}, V={V})")
-        n = round((L * exact - k * V) / (L - k))
-        return Plan(((k, Keep(n, V, Probe("layer", "last", layer=k - 1))),))
+        n = self.kept(within(R, self.legal(shape), self.why(shape)), shape)
+        return Plan(((self.layer, Keep(n, shape.V, Probe("layer", "last", layer=self.layer - 1))),))

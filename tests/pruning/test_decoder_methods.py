@@ -1,0 +1,309 @@
+"""Methods that act within the decoder: published values, published counts, and each rule against a slow plain one."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE, batch, prompts, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twigvlm.config import TwigConfig
+from twigvlm.errors import InputError
+from twigvlm.pruning import METHODS, Rule, Seen, Selection, Shape, plan_for
+from twigvlm.pruning.methods import dart, sieve
+from twigvlm.pruning.select import cosine, discounted
+from twigvlm.pruning.spec import find_method
+
+SEVEN_B = TwigConfig(32, 2, 3, 24)
+
+
+@pytest.fixture(scope="module")
+def arrays(golden):
+    """Arrays of a golden file, floats as fp32 with an axis for rows in front."""
+
+    def read(name: str) -> SimpleNamespace:
+        with np.load(golden / "pruning" / f"{name}.npz") as file:
+            found = {k: torch.from_numpy(file[k]) for k in file.files}
+        return SimpleNamespace(**{k: v.float() if v.dtype == torch.float16 else v for k, v in found.items()})
+
+    return read
+
+
+def true(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bool)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-7)
+
+
+# ---------------------------------------------------------------------- golden values
+
+
+def test_dart_is_the_authors_function(arrays):
+    """Pivots; and what they keep, in the order in which the authors' run took them."""
+    g = arrays("dart")
+    P, V = int(g.prefix), int(g.visual)
+    keys, own, after = g.keys.transpose(1, 2), g.states[:, P : P + V], g.states[:, P:]
+    images = dart.Spread._pivots(keys[:, P : P + V], true(1, V), torch.tensor([4]))
+    texts = dart.Spread._pivots(keys[:, P + V :], true(1, keys.shape[1] - P - V), torch.tensor([4]))
+    assert images[0].tolist() == g.image_pivots.tolist() and texts[0].tolist() == g.text_pivots.tolist()
+    assert {*g.pivot_order.tolist()} == {*images[0].tolist(), *(texts[0] + V).tolist()}
+    stay = torch.zeros(1, V, dtype=torch.bool).scatter(1, images, True)
+    likeness = cosine(after[:, g.pivot_order], own)
+    for n in (192, 128, 64, 166):
+        kept = stay | dart.least_like(likeness, true(1, 8), ~stay, torch.tensor([n // 8 * 8]))
+        assert kept[0].nonzero()[:, 0].tolist() == getattr(g, f"kept_{n}").tolist()
+
+
+def test_sieve_is_its_formula(arrays):
+    g = arrays("formula_sieve")
+    text, visual, rows = g.text[None], g.visual[None], g.attention[None]
+    left, share = sieve.unsaid(visual, text, true(1, text.shape[1]))
+    centred = text - text.mean(1, keepdim=True)
+    close(sieve.ridge(sieve.spectrum(centred @ centred.transpose(1, 2))[0]), g.lam[None])
+    close(share[0], g.cmr)
+    relevance = sieve.attended(rows, true(1, visual.shape[1]))
+    close(relevance[0], g.relevance)
+    worth = (relevance * share).square()
+    close(worth[0], g.score)
+    order = discounted(worth, cosine(left), true(1, visual.shape[1]), len(g.order))
+    assert order[0].tolist() == g.order.tolist()
+
+
+# ---------------------------------------------------------------------- published counts
+
+TABLE = {  # method: layers before which it cuts, tokens of 576 after each at R = 192, 128 and 64
+    "fastv": ([2], [[166], [98], [30]]),
+    "fastv:count=authors": ([2], [[166], [98], [30]]),
+    "dart": ([2], [[166], [98], [30]]),
+    "dart:count=authors": ([2], [[196], [132], [68]]),
+    "sieve": ([2], [[166], [98], [30]]),
+    "sieve:cuts=two": ([2, 16], [[224, 116], [136, 65], [40, 21]]),
+    "pdrop": ([2, 10, 20], [[312, 156, 78], [184, 92, 46], [56, 28, 14]]),
+    "twig-discount": ([2, 24], [[227, 0], [134, 0], [41, 0]]),
+}
+
+
+@pytest.mark.parametrize("spec", TABLE)
+def test_counts_on_llava(spec):
+    cuts, kept = TABLE[spec]
+    for R, left in zip((192, 128, 64), kept, strict=True):
+        plan = plan_for(spec, R, 576, SEVEN_B)
+        assert [before for before, _ in plan.stages] == cuts
+        assert [rule.most(576) for _, rule in plan.stages] == left
+
+
+ENTERING = [  # what the tables say of R where it is not what the label says, and the authors' own count
+    ("dart:count=authors", 192, 219.8, 192),
+    ("dart:count=authors", 128, 159.8, 128),
+    ("dart:count=authors", 64, 99.8, 64),
+    ("dart", 64, 64.1, 26),
+    ("pdrop:count=authors", 270, 270, 270),
+]
+
+
+@pytest.mark.parametrize(("spec", "R", "entering", "label"), ENTERING)
+def test_the_authors_count(spec, R, entering, label):
+    counts = plan_for(spec, R, 576, SEVEN_B).tokens_per_layer(32, 576)
+    assert sum(counts) / 32 == pytest.approx(entering, abs=0.051)
+    assert find_method(spec).authors(counts) == pytest.approx(label, abs=0.05)
+
+
+@pytest.mark.parametrize("spec", ["pdrop:cuts=authors", "pdrop:count=authors"])
+def test_pyramiddrops_own_cuts(spec):
+    """Half, a quarter and an eighth before 8, 16 and 24; R below 144 is out of their reach."""
+    plan = plan_for(spec, 270, 576, SEVEN_B)
+    assert [(b, rule.most(576)) for b, rule in plan.stages] == [(8, 288), (16, 144), (24, 72)]
+    with pytest.raises(InputError, match="legal is 144 to 576"):
+        plan_for(spec, 128, 576, SEVEN_B)
+
+
+# ---------------------------------------------------------------------- what a rule saw and chose
+
+
+@dataclass(frozen=True)
+class Spy(Rule):
+    """Another rule, whose dealings are written down."""
+
+    rule: Rule
+    log: list
+
+    @property
+    def probe(self):
+        return self.rule.probe
+
+    @property
+    def exact(self):
+        return self.rule.exact
+
+    @property
+    def draws(self):
+        return self.rule.draws
+
+    def most(self, total: int) -> int:
+        return self.rule.most(total)
+
+    def __call__(self, seen: Seen) -> Selection:
+        chosen = self.rule(seen)
+        self.log.append((self.rule, seen, chosen))
+        return chosen
+
+
+@contextmanager
+def spied(vlm):
+    """Lists (rule, seen, selection) of every cut that `vlm` makes meanwhile."""
+    log, plain = [], vlm._plan
+
+    def spying(*arguments):
+        plan = plain(*arguments)
+        return replace(plan, stages=tuple((before, Spy(rule, log)) for before, rule in plan.stages))
+
+    with patch.object(vlm, "_plan", spying):
+        yield log
+
+
+class Row:
+    """Row b of what a rule saw, without padding, in float64."""
+
+    def __init__(self, seen: Seen, b: int):
+        visual, text = seen.visual.real()[b], seen.text.real()[b]
+        self.total = seen.total[b]
+        self.visual, self.text = seen.visual.hidden[b, visual].double(), seen.text.hidden[b, text].double()
+        self.scores = seen.scores[b][:, visual].double()  # Q V'
+        heads, there = seen.heard.by_head(seen.visual)[b].double(), seen.heard.asked.real()[b]
+        self.heads = heads[:, there][..., visual]  # H Q V'
+        self.keys = seen.heard.keys(seen.visual)[b, visual].double()
+        self.text_keys = seen.heard.keys(seen.heard.asked)[b, there].double()
+        self.norm = lambda x: seen.norm(x.float()).double()
+
+
+def chosen(selection: Selection, seen: Seen, b: int) -> list[int]:
+    return selection.keep[b][seen.visual.real()[b]].nonzero()[:, 0].tolist()
+
+
+def budget(rule, row: Row) -> int:
+    return -(-rule.r * row.total // rule.V)
+
+
+def cosines(a: torch.Tensor, b: torch.Tensor) -> list[list[float]]:
+    """Of all rows; that of nothing is 0."""
+    return (a @ b.T / (a.norm(dim=1)[:, None] * b.norm(dim=1)).clamp(min=1e-30)).tolist()
+
+
+def plain_dart(rule, row: Row) -> list[int]:
+    n = budget(rule, row)
+    norms = [float(k.abs().sum()) for k in row.keys]
+    images = sorted(range(len(norms)), key=lambda i: -norms[i])[: min(4, n)]
+    norms = [float(k.abs().sum()) for k in row.text_keys]
+    texts = sorted(range(len(norms)), key=lambda i: -norms[i])[:4]
+    own, other = row.norm(row.visual), row.norm(row.text)
+    likeness = cosines(torch.stack([own[i] for i in images] + [other[i] for i in texts]), own)
+    kept, each = list(images), divmod(n - len(images), len(likeness))
+    for p, like in enumerate(likeness):
+        pool = [j for j in range(len(own)) if j not in kept]
+        kept += sorted(pool, key=lambda j: like[j])[: each[0] + (p < each[1])]
+    return sorted(kept)
+
+
+def plain_picks(worth: list[float], residual: torch.Tensor, n: int) -> list[int]:
+    worth, kept, like = list(worth), [], cosines(residual, residual)
+    for _ in range(n):
+        new = max((j for j in range(len(worth)) if j not in kept), key=lambda j: worth[j])
+        kept.append(new)
+        for j in range(len(worth)):
+            worth[j] *= 1 - like[new][j] ** 2
+    return sorted(kept)
+
+
+def plain_residual(row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+    T, V = row.text - row.text.mean(0), row.visual - row.text.mean(0)
+    G = T @ T.T
+    w = torch.linalg.eigvalsh(G).flip(0).clamp(min=0)
+    k = next(k for k in range(len(w)) if w[: k + 1].sum() >= 0.75 * w.sum())
+    B = V @ T.T @ torch.linalg.inv(G + (w[k] + 1e-6) * torch.eye(len(T), dtype=torch.float64))
+    r = V - B @ T
+    return r, r.norm(dim=1) / V.norm(dim=1).clamp(min=1e-30)
+
+
+def plain_sieve(rule, row: Row) -> list[int]:
+    residual, share = plain_residual(row)
+    g = row.heads.sum(1)
+    loudest = sorted(range(len(g)), key=lambda h: -float(g[h].sum()))[: max(1, round(len(g) * 12 / 32))]
+    a = g[loudest].sum(0)
+    return plain_picks((a**2 * share**2).tolist(), residual, budget(rule, row))
+
+
+def plain_twig(rule, row: Row) -> list[int]:
+    return plain_picks((row.scores.sum(0) ** 2).tolist(), plain_residual(row)[0], budget(rule, row))
+
+
+PLAIN = {"dart": plain_dart, "sieve": plain_sieve, "sieve:cuts=two": plain_sieve, "twig-discount": plain_twig}
+_piece = st.integers(1, 5)
+LAYOUTS = st.one_of(
+    st.tuples(_piece, st.just(IMAGE), _piece),
+    st.tuples(st.just(IMAGE), _piece, st.just(IMAGE), _piece),
+    st.tuples(_piece, st.just(IMAGE)),
+    st.tuples(_piece),
+)
+
+
+def legal(vlm, spec: str, share: float) -> float:
+    low, high = find_method(spec).legal(Shape(vlm.config.L, vlm.config.V, vlm.config.K, vlm.config.F))
+    return float(low) + (float(high) - float(low)) * share
+
+
+@settings(max_examples=12)
+@given(
+    layouts=st.lists(LAYOUTS, min_size=1, max_size=3),
+    seed=st.integers(0, 999),
+    share=st.sampled_from([0.02, 0.2, 0.5, 0.9]),
+    K=st.sampled_from([1, 2]),
+    kv_heads=st.sampled_from([1, 2]),
+    query=st.sampled_from(["last", "text"]),
+)
+@pytest.mark.parametrize("spec", PLAIN)
+def test_a_rule_is_its_plain_form(spec, layouts, seed, share, K, kv_heads, query):
+    """Row by row of ragged batches with several pictures, or none."""
+    vlm = tiny(K=K, T=2, F=5, side=70, kv_heads=kv_heads)
+    rows, pictures = prompts(vlm, layouts, seed)
+    R = legal(vlm, spec, share)
+    with spied(vlm) as log:
+        vlm.generate(**batch(rows, pictures), retained_tokens=R, pruning=spec, query=query, max_new_tokens=1)
+    for rule, seen, selection in log:
+        if rule.probe is None:  # the wipe
+            continue
+        for b, layout in enumerate(layouts):
+            if IMAGE in layout:
+                assert chosen(selection, seen, b) == PLAIN[spec](rule, Row(seen, b))
+
+
+@pytest.mark.parametrize("spec", [s for s in TABLE if "count" not in s])
+def test_measured_is_asked(spec):
+    """On a sweep of R, what went through the layers, for one picture and several."""
+    vlm = tiny(side=70)
+    for share in (0.0, 0.13, 0.4, 0.77, 1.0):
+        R = legal(vlm, spec, share)
+        for layout in ([3, IMAGE, 4], [IMAGE, 2, IMAGE, 5]):
+            out = vlm.generate(
+                **batch(*prompts(vlm, [layout])), retained_tokens=R, pruning=spec, max_new_tokens=1, seed=1
+            )
+            assert out.stats.visual_measured == pytest.approx(R, abs=1)
+
+
+def test_settings_that_cannot_be():
+    vlm = tiny()
+    with pytest.raises(InputError, match="sieve prunes after layer 9; 1 to 5 is possible with L = 6"):
+        find_method("sieve:layer=9").plan(2, Shape(6, 4, 2, 4))
+    with pytest.raises(InputError, match="cuts is 'three'; one, two can be"):
+        find_method("sieve:cuts=three")
+    with pytest.raises(InputError, match="pdrop cuts before 3 layers .* L = 3 layers"):
+        find_method("pdrop").plan(2, Shape(3, 4, 2, 3))
+    assert vlm.config.L == 6 and set(METHODS) >= {s.split(":")[0] for s in TABLE}
