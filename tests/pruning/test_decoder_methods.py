@@ -304,6 +304,6 @@ def test_settings_that_cannot_be():
         find_method("sieve:layer=9").plan(2, Shape(6, 4, 2, 4))
     with pytest.raises(InputError, match="cuts is 'three'; one, two can be"):
         find_method("sieve:cuts=three")
-    with pytest.raises(InputError, match="pdrop cuts before 3 layers .* L = 3 layers"):
+    with pytest.raises(InputError, match=r"pdrop cuts before 3 layers .* L = 3 layers"):
         find_method("pdrop").plan(2, Shape(3, 4, 2, 3))
     assert vlm.config.L == 6 and set(METHODS) >= {s.split(":")[0] for s in TABLE}

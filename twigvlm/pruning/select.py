@@ -73,31 +73,6 @@ def spanning(kernel: torch.Tensor, n: int) -> torch.Tensor:
     return torch.stack(order, 1)
 
 
-def discounted(worth: torch.Tensor, likeness: torch.Tensor, real: torch.Tensor, n: int) -> torch.Tensor:
-    """[B, n]: tokens in their order, each of the highest `worth` [B, N] that is left; it takes from the others, like for like.
-
-    A pick leaves of another's worth 1 - `likeness`^2 [B, N, N]. Only `real` [B, N] tokens are picked while there
-    are any. In logarithms: after hundreds of picks the worth itself is no fp32 number any more.
-    """
-    least = torch.finfo(torch.float32).min / 2  # the worth of nothing
-    stays = (1 - likeness.float().square()).clamp(min=0).log()
-    left = worth.float().log().clamp(min=least).masked_fill(~real, -torch.inf)
-    order, row = [], torch.arange(len(left), device=left.device)
-    for _ in range(n):
-        new = left.argmax(1)
-        order.append(new)
-        left = torch.where(left == -torch.inf, left, (left + stays[row, new]).clamp(min=least))
-        left = left.scatter(1, new[:, None], -torch.inf)
-    return torch.stack(order, 1) if order else real.long()[:, :0]
-
-
-def among(order: torch.Tensor, real: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
-    """[B, N] bool: the first `n` [B] of `order` [B, picks] among the `real` [B, N] tokens."""
-    early = torch.arange(order.shape[1], device=order.device) < n[:, None]
-    seats = torch.where(early, order, real.shape[1])  # the others crowd behind the end
-    return torch.nn.functional.pad(torch.zeros_like(real), (0, 1)).scatter(1, seats, True)[:, :-1] & real
-
-
 @cache
 def cells(n: int, side: int) -> tuple[tuple[range, range, int], ...]:
     """n parts of a grid of `side` x `side` patches, in raster order: rows, columns, and the patch in the middle.
@@ -123,3 +98,28 @@ def cells(n: int, side: int) -> tuple[tuple[range, range, int], ...]:
 
 def _part(i: int, of: int, side: int) -> range:
     return range(i * side // of, -(-(i + 1) * side // of))
+
+
+def discounted(worth: torch.Tensor, likeness: torch.Tensor, real: torch.Tensor, n: int) -> torch.Tensor:
+    """[B, n]: tokens in their order, each of the highest `worth` [B, N] that is left; it takes from the others, like for like.
+
+    A pick leaves of another's worth 1 - `likeness`^2 [B, N, N]. Only `real` [B, N] tokens are picked while there
+    are any. In logarithms: after hundreds of picks the worth itself is no fp32 number any more.
+    """
+    least = torch.finfo(torch.float32).min / 2  # the worth of nothing
+    stays = (1 - likeness.float().square()).clamp(min=0).log()
+    left = worth.float().log().clamp(min=least).masked_fill(~real, -torch.inf)
+    order, row = [], torch.arange(len(left), device=left.device)
+    for _ in range(n):
+        new = left.argmax(1)
+        order.append(new)
+        left = torch.where(left == -torch.inf, left, (left + stays[row, new]).clamp(min=least))
+        left = left.scatter(1, new[:, None], -torch.inf)
+    return torch.stack(order, 1) if order else real.long()[:, :0]
+
+
+def among(order: torch.Tensor, real: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+    """[B, N] bool: the first `n` [B] of `order` [B, picks] among the `real` [B, N] tokens."""
+    early = torch.arange(order.shape[1], device=order.device) < n[:, None]
+    seats = torch.where(early, order, real.shape[1])  # the others crowd behind the end
+    return torch.nn.functional.pad(torch.zeros_like(real), (0, 1)).scatter(1, seats, True)[:, :-1] & real
