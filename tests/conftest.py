@@ -10,6 +10,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from transformers import (
 )
 
 from twigvlm.config import TwigConfig
+from twigvlm.errors import InputError
 from twigvlm.families import trunk_of
 from twigvlm.loading.base import Loaded
 from twigvlm.loading.device import set_attention
 from twigvlm.model.twig import grow
+from twigvlm.pruning import Shape, find_method
 from twigvlm.vlm import TwigVLM
 
 torch.set_num_threads(1)
@@ -209,6 +212,24 @@ def batch(rows: Sequence[Sequence[int]], pictures: Sequence[torch.Tensor] = (), 
 def one(vlm: TwigVLM, *layout: int | str, seed: int = 0) -> dict:
     """Arguments of `generate` for a single prompt."""
     return batch(*prompts(vlm, [layout], seed))
+
+
+# Methods that need thresholds of a calibration or something beyond a base, with settings that do on tiny models.
+SPECS: dict[str, str] = {}
+
+
+def spec_of(method: str) -> str:
+    """What to write behind `pruning` for a method of METHODS, on tiny models."""
+    return SPECS.get(method, method)
+
+
+def legal_range_of(vlm: TwigVLM, method: str) -> tuple[Fraction, Fraction] | None:
+    """Smallest and largest R of a method on this model; None where it says that it cannot be."""
+    config = vlm.config
+    try:
+        return find_method(spec_of(method)).legal(Shape(config.L, config.V, config.K, config.F))
+    except InputError:
+        return None
 
 
 def stock(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -63,9 +63,10 @@ class Stats:
     accepted: int
     acceptance: float | None  # accepted / drafted; None without drafts
     visual_tokens: int  # in the prompts
-    visual_kept: int  # between K and F
+    visual_kept: int  # by the first cut: between K and F, with the twig
     visual_asked: float | None  # R
     visual_measured: float  # average per base layer and image
+    visual_by_layer: list[float]  # of an image, entering each base layer
     visual_twig_share: float  # the twig's own visual tokens, T * V / L, on top
     cache_bytes: int  # allocated for keys and values; grows in steps with what is written
     cache_bytes_used: int  # of them filled
@@ -339,12 +340,13 @@ class TwigVLM:
     def _plan(self, pruning: str, retained: float | None, query: str) -> Plan:
         if retained is None:
             return plan_for(pruning, None, self.config.V, TwigConfig(L=10**6), query)  # checks the names
-        if self.twig is None and pruning == "twig":
-            raise InputError(
-                "pruning 'twig' needs a twig, and none is loaded; give one, another method, or retained_tokens=None"
-            )
         config = self.twig.config if self.twig else self._fallback or TwigConfig(self.config.L, DEFAULT_K, DEFAULT_T)
-        return plan_for(pruning, retained, self.config.V, config, query)
+        plan = plan_for(pruning, retained, self.config.V, config, query)
+        if self.twig is None and plan.needs_twig:
+            raise InputError(
+                f"pruning {pruning!r} needs a twig, and none is loaded; give one, another method, or retained_tokens=None"
+            )
+        return plan if plan.tower is None else replace(plan, tower=plan.tower.bind(self))
 
     def _eos(self, asked: int | Sequence[int] | None) -> list[int]:
         if asked is None:
@@ -364,7 +366,7 @@ class TwigVLM:
         state = decoder.state
         visual = sum(state.totals)
         images = visual / self.config.V
-        per_layer = sum(layers * int(counts.sum()) for layers, counts in state.entered)
+        by_layer = [n for layers, counts in state.entered for n in [int(counts.sum()) / max(images, 1)] * layers]
         twig_tokens = self.config.T * self.config.V / self.config.L if decoder.twig is not None and images else 0.0
         return Stats(
             prompt_tokens=sum(lengths),
@@ -380,7 +382,8 @@ class TwigVLM:
             visual_tokens=visual,
             visual_kept=sum(map(len, kept)) if kept is not None else visual,
             visual_asked=asked,
-            visual_measured=per_layer / images / self.config.L if images else 0.0,
+            visual_measured=sum(by_layer) / self.config.L if images else 0.0,
+            visual_by_layer=by_layer,
             visual_twig_share=twig_tokens,
             cache_bytes=state.bytes,
             cache_bytes_used=state.bytes_used,

@@ -48,27 +48,46 @@ class Llava:
         return [self.V] * images
 
     def see(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
-        """Images → projected visual tokens of each [size, D]."""
-        out = self.model.get_image_features(pixel_values=pixel_values)
-        return list(getattr(out, "pooler_output", out))
+        """Images → projected visual tokens of each [size, D]. Layers of the tower that nobody reads do not run."""
+        if not (isinstance(self._last, int) and hasattr(self._tower, "encoder")):
+            out = self.model.get_image_features(pixel_values=pixel_values)
+            return list(getattr(out, "pooler_output", out))
+        tower = Tower(self._tower, self._read)
+        states = tower.look(pixel_values)
+        return list(self.project(states[:, tower.class_tokens :] if self._strategy == "default" else states))
 
     def tower(self) -> Tower:
         """The vision tower, for methods that look into it. Raises InputError where it is read in an unusual way."""
-        config, model = self.model.config, self.model.model.vision_tower
-        last, strategy = config.vision_feature_layer, config.vision_feature_select_strategy
-        if not isinstance(last, int):
-            raise InputError(f"vision_feature_layer is {last}; methods that look into the tower need one layer")
-        tower = Tower(model, last - 1 if last >= 0 else last + len(model.encoder.layers))  # state n leaves layer n - 1
-        if tower.class_tokens and strategy != "default":
+        if not isinstance(self._last, int):
+            raise InputError(f"vision_feature_layer is {self._last}; methods that look into the tower need one layer")
+        tower = Tower(self._tower, self._read)
+        if tower.class_tokens and self._strategy != "default":
             raise InputError(
-                f"vision_feature_select_strategy is {strategy!r}, so the class token counts as a visual token; methods "
-                "that look into the tower need 'default'"
+                f"vision_feature_select_strategy is {self._strategy!r}, so the class token counts as a visual token; "
+                "methods that look into the tower need 'default'"
             )
         return tower
 
     def project(self, states: torch.Tensor) -> torch.Tensor:
         """The tower's states [..., C] → [..., D]."""
         return self.model.model.multi_modal_projector(states)
+
+    @property
+    def _tower(self) -> nn.Module:
+        return self.model.model.vision_tower
+
+    @property
+    def _last(self) -> int | list[int]:
+        return self.model.config.vision_feature_layer
+
+    @property
+    def _strategy(self) -> str:
+        return self.model.config.vision_feature_select_strategy
+
+    @property
+    def _read(self) -> int:
+        """The layer whose output is used: hidden state n leaves layer n - 1, and there is one more of them."""
+        return self._last - 1 if self._last >= 0 else self._last + len(self._tower.encoder.layers)
 
     def positions(self, place: torch.Tensor) -> torch.Tensor:
         """Rotary positions [A, B, S] of the tokens of a prompt."""

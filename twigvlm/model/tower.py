@@ -1,6 +1,6 @@
 """The vision tower as a road: unmodified layers, one by one, for whoever wants to look in or to merge on the way.
 
-The stock model's own forward is used wherever nobody does. Legend: I images, N tokens now (the class
+Layers behind the one that is read do not run. Legend: I images, N tokens now (the class
 token first where there is one), C tower width, V patches, H heads.
 """
 
@@ -52,10 +52,11 @@ class Tower:
         """1 where a class token stands in front of the patches, else 0."""
         return int(hasattr(self.model.embeddings, "class_embedding"))
 
-    def look(self, pixel_values: torch.Tensor, watcher: Watcher) -> torch.Tensor:
+    def look(self, pixel_values: torch.Tensor, watcher: Watcher | None = None) -> torch.Tensor:
         """Images → states [I, N, C] that left layer `read`, class token first."""
-        watcher.begin(self.read)
-        last = self.read + watcher.beyond
+        if watcher is not None:
+            watcher.begin(self.read)
+        last = self.read + (watcher.beyond if watcher is not None else 0)
         if last >= len(self.layers):
             raise InputError(
                 f"layer {last} of the vision tower is asked, and it has {len(self.layers)}; "
@@ -63,13 +64,15 @@ class Tower:
             )
         hidden = self.model.embeddings(pixel_values)
         hidden = getattr(self.model, "pre_layrnorm", nn.Identity())(hidden)
+        found = hidden  # with read = -1 no layer runs
         for number, layer in enumerate(self.layers[: last + 1]):
-            hidden = self._through(layer, number, hidden, watcher)
-            if number == self.read:
-                found = hidden
+            hidden = (
+                layer(hidden, attention_mask=None) if watcher is None else self._watched(layer, number, hidden, watcher)
+            )
+            found = hidden if number == self.read else found
         return found
 
-    def _through(self, layer: nn.Module, number: int, hidden: torch.Tensor, watcher: Watcher) -> torch.Tensor:
+    def _watched(self, layer: nn.Module, number: int, hidden: torch.Tensor, watcher: Watcher) -> torch.Tensor:
         rows = watcher.rows(number, hidden)
         tap = Tap(layer.self_attn, rows, causal=False) if rows is not None else None
         normed = layer.layer_norm1(hidden)

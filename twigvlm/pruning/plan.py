@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 from ..errors import InputError
 from .budget import within
+from .cost import Cost, Sizes, cost
 from .reducer import Reducer
 from .rule import Rule
 
@@ -57,6 +58,10 @@ class Plan:
             counts.append(now)
         return counts
 
+    def cost(self, sizes: Sizes, text: int = 64) -> Cost:
+        """Operations of the prefill of one picture and `text` text tokens, and the cache behind it."""
+        return cost(self, sizes, text)
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -81,6 +86,8 @@ class Method(ABC):
     summary: ClassVar[str]
     needs: ClassVar[str] = ""  # beyond a base: "twig", "class token", "text tower"
     trained: ClassVar[bool] = False
+    selects: ClassVar[bool] = True  # it only chooses: where all tokens may stay, nothing changes
+    adaptive: ClassVar[bool] = False  # how many stay depends on picture and question; R is met on average
     count: Literal["entering", "authors"] = "entering"
 
     @abstractmethod

@@ -41,6 +41,7 @@ class Reducer(ABC):
     class_token: ClassVar[bool] = False  # needs a tower that has one
     beyond: ClassVar[int] = 0  # layers to run behind the one whose output is read
     exact: ClassVar[bool] = True  # every image keeps just what `most` says
+    projects_all: ClassVar[bool] = False  # `View.projected` is asked for
     draws: ClassVar[bool] = False  # from the seed of each image
 
     @abstractmethod
@@ -61,6 +62,16 @@ class Reducer(ABC):
     def between(self, view: View, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """[I, N, C] behind a layer; for merging."""
         return hidden
+
+    # What a merging reducer leaves of N tokens (class token included), for `pruning.cost`.
+
+    def within_tokens(self, layer: int, read: int, N: int) -> int:
+        """Tokens that `within` gives of N."""
+        return N
+
+    def between_tokens(self, layer: int, read: int, N: int) -> int:
+        """Tokens that `between` gives of N."""
+        return N
 
     def bind(self, vlm: Any) -> Reducer:
         """Itself, with what it needs of a loaded model beyond the tower and the projector (a text tower, a tokenizer)."""

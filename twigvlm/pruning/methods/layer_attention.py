@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import ClassVar
 
 from ...errors import InputError
@@ -18,6 +19,10 @@ class LayerAttention(Twig):
     summary: ClassVar[str] = "attention of base layer K-1 under the twig's budget"
     needs: ClassVar[str] = ""
     trained: ClassVar[bool] = False
+
+    def legal(self, shape: Shape) -> tuple[Fraction, Fraction]:
+        self.probe(shape)
+        return super().legal(shape)
 
     def probe(self, shape: Shape) -> Probe | None:
         if shape.K == 0:
