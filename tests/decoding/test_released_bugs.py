@@ -240,3 +240,17 @@ def test_pictures_of_every_mode(mode, tmp_path):
     image.save(file)
     assert open_image(file).mode == "RGB"
     assert torch.tensor(list(open_image(file).tobytes())).min() > 250
+
+
+@pytest.mark.parametrize("layout", [(1,), (7,), (3, IMAGE, 4)], ids=str)
+@pytest.mark.parametrize("R", [None, 2.5])
+def test_an_end_token_drafted_without_a_confidence_to_stop_at(layout, R):
+    """Every row's draft ends early, and none of the later nodes is there."""
+    vlm = tiny(noise=0.0, fade=0.1)
+    (row,), (pictures,) = prompts(vlm, [layout])
+    asked = {**batch([row], [pictures]), "retained_tokens": R, "max_new_tokens": NEW}
+    words = vlm.generate(**asked, draft_length=0, eos_token_id=[]).tokens[0]
+    for end in sorted(set(words)):
+        plain = vlm.generate(**asked, draft_length=0, eos_token_id=end)
+        fast = vlm.generate(**asked, draft_length=4, draft_confidence=0.0, eos_token_id=end)
+        assert fast.tokens == plain.tokens == [words[: words.index(end)]]

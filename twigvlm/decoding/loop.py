@@ -206,7 +206,8 @@ class Decoder:
         state = self.state
         parts = [state.awaiting] if draft.nodes is None else [state.awaiting, draft.nodes]
         top = state.climb(join(parts), state.high, draft.tree)
-        return top, None if top.full else top.count() - draft.tree.count - 1
+        whole = draft.nodes is None or draft.nodes.full  # else nodes that no row has are not among the top's
+        return top, None if top.full and whole else top.count() - draft.tree.count - 1
 
     def _judge(self, top: Stream, root: torch.Tensor | None, draft: Draft, first: bool) -> Verdict:
         """Ask the base's head, read the answer, and commit to it."""
