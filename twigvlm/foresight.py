@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, ModelSettings, TwigConfig
 from .loading.describe import EMBEDDED_TWIG, read_config, visual_tokens
 from .loading.device import check_attention, pick_device, pick_dtype
@@ -17,6 +19,7 @@ from .loading.find import HUB_DESCRIPTION
 from .loading.random import random_config
 from .loading.twig import read_twig_letters
 from .pruning import plan_for
+from .pruning.cost import Sizes
 
 if TYPE_CHECKING:
     from transformers import LlavaConfig
@@ -45,6 +48,13 @@ class Wish(ModelSettings):
     def base_letters(self, K: int, T: int, F: int) -> TwigConfig:
         """L with the letters of a twig that is to be grown. Raises InputError where the base has too few layers."""
         return TwigConfig(self._config().text_config.num_hidden_layers, K, T, F)
+
+    def sizes(self) -> Sizes:
+        """What the cost of a plan follows from, on the device and in the numbers that this model would have."""
+        device = pick_device(self.device)
+        element = torch.empty(0, dtype=pick_dtype(self.dtype, device)).element_size()
+        letters = self.letters()[1]
+        return Sizes.of(self._config(), letters.K, letters.T if self.has_twig else 0, element)
 
     def _config(self) -> LlavaConfig:
         return read_config(self.base)[1] if self.shape is None else random_config(self.shape)

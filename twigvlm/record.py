@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def _argv() -> list[str]:
     return [*name, *sys.argv[1:]]
 
 
+@cache
 def _commit() -> str | None:
     try:
         found = subprocess.run(

@@ -152,6 +152,7 @@ class Models:
 
     def __init__(self, local: int | None):
         self.local, self._key, self._vlm = local, None, None
+        self._warm: set[str] = set()
 
     def get(self, setting: Setting) -> tuple[Any, float]:
         """(model, seconds that opening took)."""
@@ -166,7 +167,17 @@ class Models:
         if key != self._key:
             self._vlm = None  # the old one's memory first
             self._vlm, self._key = open_model(setting, self.local), key
+            self._warm.clear()
         return self._vlm, time.perf_counter() - start
+
+    def try_out(self, job: Job) -> None:
+        """An untimed question, once a setting. Raises InputError for what this model cannot do, an illegal R above all."""
+        from .asking.ask import Asker
+
+        vlm, _ = self.get(job.setting)
+        if job.setting.name not in self._warm:
+            Asker(vlm, job.setting, job.task.clean).warm_up()
+            self._warm.add(job.setting.name)
 
 
 def answer(job: Job, part: int, count: int, args: argparse.Namespace, models: Models, stop: Stop) -> None:
@@ -183,7 +194,7 @@ def answer(job: Job, part: int, count: int, args: argparse.Namespace, models: Mo
     vlm, seconds = models.get(job.setting)
     workers = default_workers(vlm, count) if args.workers is None else args.workers
     asker = Asker(vlm, job.setting, job.task.clean, job.skip_broken, workers)
-    asker.warm_up()  # refuses an illegal R
+    models.try_out(job)
     if stop:
         return
     late = {"dtype": dtype_name(vlm), "K": vlm.config.K, "T": vlm.config.T, "F": vlm.config.F}

@@ -17,6 +17,7 @@ from .. import flags
 from ..errors import InputError
 from ..processes import Stop, guarded
 from ..program import print_json
+from ..pruning.catalogue import budgets_of
 from .asking.job import Job
 from .run import MODULE as RUN
 from .run import add_options, announce, carry_out, job_of, setting_of, stopped
@@ -33,11 +34,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     writing = flags.writing(leave=("retained_tokens",), max_new_tokens=None, seed=0)
     parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
     parser.add_argument(
-        "-R", "--retained-tokens", type=_budgets, default=_budgets(BUDGETS), metavar="R,R,…",
+        "-R", "--retained-tokens", type=budgets_of, default=budgets_of(BUDGETS), metavar="R,R,…",
         help=f"averages of visual tokens kept per layer (default {BUDGETS})",
     )  # fmt: skip
     parser.add_argument(
-        "--tasks", type=_tasks, default=_tasks(",".join(MAIN)), metavar="T,T,…",
+        "--tasks", type=benchmarks_of, default=benchmarks_of(",".join(MAIN)), metavar="T,T,…",
         help=f"benchmarks, or 'all' (default {','.join(MAIN)})",
     )  # fmt: skip
     parser.add_argument("--baseline", action="store_true", help="the base alone")
@@ -49,17 +50,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return flags.parse(parser, argv)
 
 
-def _budgets(text: str) -> list[float]:
-    try:
-        found = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as {BUDGETS}") from None
-    if not found:
-        raise argparse.ArgumentTypeError(f"no number given; {BUDGETS}, say")
-    return list(dict.fromkeys(found))
-
-
-def _tasks(text: str) -> list[Task]:
+def benchmarks_of(text: str) -> list[Task]:
+    """`gqa,mme`, or `all`, as benchmarks."""
     names = list(TASKS) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
     if own := [name for name in names if name in OWN]:
         raise argparse.ArgumentTypeError(f"{own[0]} is no benchmark; ask your own questions with {RUN} --task {own[0]}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -77,7 +77,14 @@ class Job:
         said = Source(self.folder.path / MERGED, lines)
         return self.task.score_records(asked.first(len(lines)), truth, said, strict)
 
-    def _forget_sources(self) -> None:
+    def score_without(self, lines: Sequence[dict[str, Any]], gone: Collection[int]) -> Score:
+        """Of answer lines to all that was asked, but for the questions at these places."""
+        asked, truth = self._sources
+        left = [i for i in range(len(lines)) if i not in gone]
+        said = Source(self.folder.path / MERGED, [lines[i] for i in left])
+        return self.task.score_records(Source(asked.path, [asked.rows[i] for i in left]), truth, said)
+
+    def forget(self) -> None:
         """A list of many jobs holds no benchmark's annotations but those that it is busy with."""
         self.__dict__.pop("_sources", None)
 
@@ -111,7 +118,7 @@ class Job:
                 f"{self.task.remedy}, or ask without scoring (--answer-only)"
             ) from fault
         finally:
-            self._forget_sources()
+            self.forget()
 
     def open(self) -> dict[str, dict[str, Any]]:
         """Check data, folder and answers before anything is loaded; question id → answer line there is."""
@@ -172,7 +179,7 @@ class Job:
             result |= _provenance(result.pop("sessions"), command, commit)
             result["per_question"] = self._write_per_question(score)
             write_json(result, self.folder.path / RESULT)
-        self._forget_sources()
+        self.forget()
         return result
 
     def _partial(self) -> str:

@@ -1,0 +1,276 @@
+"""All pruning methods at all budgets over all benchmarks, then one table: `python -m twigvlm.evaluation.compare`.
+
+Without a model: the embedded one on its own data. Plain decoding, so that the methods differ in what
+they prune alone; the unpruned base and the twig are asked with drafts besides. A method that draws is
+asked with several seeds. One process opens the base once and the base with its twig once; answers lie
+where `evaluation.run` puts them, so that a comparison that was stopped goes on where it was, and what
+is answered already is not asked again. --report gets the figures (JSON), the table (markdown) and two plots.
+
+A budget that a method cannot reach and a model that lacks what a method needs are listed with the
+reason. A method that goes wrong stops no other; the exit status is 1 then. Else as `evaluation.run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import flags
+from ..errors import InputError
+from ..files import write_json, write_text
+from ..processes import Placement, Stop, guarded, place
+from ..pruning import METHODS, Plan, Shape, find_method
+from ..pruning.catalogue import budgets_of, methods_of
+from ..pruning.cost import Cost
+from ..threads import Clock
+from .asking.answers import LOGS
+from .asking.job import Job
+from .asking.shards import launch
+from .comparing.entries import Entry, Refused, check, entries_of, rows_of, wish_of
+from .comparing.rows import Measured, records
+from .comparing.shown import markdown, plot
+from .comparing.spread import measure
+from .run import Models, add_options, announce, answer, conclude, foresee, job_of, setting_of, stopped
+from .suite import BUDGETS, MAIN, benchmarks_of
+from .tasks.literature import MODEL as PUBLISHED_MODEL
+from .tasks.literature import model_of
+
+MODULE = "twigvlm.evaluation.compare"
+SEEDS = 3
+TEXT = 64  # text tokens of the prompt whose cost is computed
+NOTES = "refused-{}.json"  # in the report's folder: what a shard could not ask
+
+
+def parse(argv: Sequence[str] | None) -> Namespace:
+    writing = flags.writing(leave=("retained_tokens", "pruning"), max_new_tokens=None, seed=0)
+    parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
+    what = parser.add_argument_group("what to compare")
+    what.add_argument(
+        "--methods", type=_methods, default=list(METHODS), metavar="M,M,…",
+        help="with settings, as --pruning takes them elsewhere (default: all; python -m twigvlm.pruning.catalogue lists them)",
+    )  # fmt: skip
+    what.add_argument(
+        "-R", "--retained-tokens", type=budgets_of, default=budgets_of(BUDGETS), metavar="R,R,…",
+        help=f"averages of visual tokens that enter a layer (default {BUDGETS})",
+    )  # fmt: skip
+    what.add_argument(
+        "--benchmarks", type=benchmarks_of, default=benchmarks_of(",".join(MAIN)), metavar="T,T,…",
+        help=f"or 'all' (default {','.join(MAIN)})",
+    )  # fmt: skip
+    what.add_argument("--seeds", type=int, default=SEEDS, metavar="N", help=f"of methods that draw (default {SEEDS})")
+    what.add_argument(
+        "--speed-limit", type=int, metavar="N",
+        help="ask the first N questions only where whole answers are timed (default: as --limit)",
+    )  # fmt: skip
+    what.add_argument("--published", action="store_true", help="LLaVA-1.5-7B's published rows beside any model's")
+    parser.add_argument(
+        "--report", type=Path, default=Path("runs/compare"), metavar="DIR",
+        help="where JSON, table and plots go (default %(default)s)",
+    )  # fmt: skip
+    add_options(parser)
+    return flags.parse(parser, argv)
+
+
+def _methods(text: str) -> list[str]:
+    try:
+        return methods_of(text)
+    except InputError as fault:
+        raise argparse.ArgumentTypeError(str(fault)) from None
+
+
+class Comparison:
+    """The settings, their jobs, and what became of them."""
+
+    def __init__(self, args: Namespace):
+        check(args)
+        self.args, self.wish = args, wish_of(args)
+        self.entries, self.refused = entries_of(args, self.wish)
+        self.jobs = {entry: self._jobs(entry) for entry in self.entries}
+        self.rows = {row: Measured(entries) for row, entries in rows_of(self.entries).items()}
+
+    def _jobs(self, entry: Entry) -> list[Job]:
+        variant, found = entry.variant(self.args), []
+        for task in self.args.benchmarks:
+            limit = self.args.speed_limit if task.timed_alone and self.args.speed_limit else self.args.limit
+            setting = setting_of(Namespace(**vars(variant) | {"limit": limit}), task)
+            found.append(job_of(variant, task, setting, self.args.out / task.name if self.args.out else None))
+        return found
+
+    @property
+    def every(self) -> list[Job]:
+        return [job for jobs in self.jobs.values() for job in jobs]
+
+    def refuse(self, entry: Entry, fault: Exception, failed: bool) -> None:
+        """Leave an entry's row out, and say why."""
+        kind = "" if isinstance(fault, InputError) else f"{type(fault).__name__}: "
+        self.refused.append(Refused(entry.label, entry.R, f"{kind}{' '.join(str(fault).split())}", failed))
+        self.rows.pop(entry.row, None)
+        print(
+            f"{'error' if failed else 'not asked'}: {entry.title}: {self.refused[-1].reason}",
+            file=sys.stderr,
+            flush=True,
+        )
+        if kind and failed:
+            traceback.print_exception(fault)
+
+    # ------------------------------------------------------------------ asking
+
+    def ask(self, placement: Placement, command: Sequence[str], stop: Stop) -> None:
+        """All that is not answered, as far as it is this process's business."""
+        foresee(job.setting for job in self.every if not job.done())
+        if placement.launch:
+            print(f"{placement.count} shards on this node", flush=True)
+            launch(command, placement, self.args.report / LOGS, stop, lambda: None)
+            self._read_notes(placement)
+        else:
+            self._ask_here(placement, stop)
+            if placement.count > 1:
+                notes = [vars(one) for one in self.refused]
+                write_json(notes, self.args.report / NOTES.format(placement.parts[0]))
+
+    def _ask_here(self, placement: Placement, stop: Stop) -> None:
+        models = Models(placement.local)
+        for number, (entry, jobs) in enumerate(self.jobs.items(), 1):
+            if stop:
+                return
+            if entry.row not in self.rows or all(job.done() for job in jobs):
+                continue
+            try:
+                models.try_out(jobs[0])  # what the model cannot do is no fault of the method
+            except InputError as fault:
+                self.refuse(entry, fault, failed=False)
+                continue
+            except Exception as fault:
+                self.refuse(entry, fault, failed=True)
+                continue
+            print(f"{number} of {len(self.jobs)}: {entry.title}", flush=True)
+            try:
+                for job in jobs:
+                    answer(job, placement.parts[0], placement.count, self.args, models, stop)
+            except Exception as fault:
+                self.refuse(entry, fault, failed=True)
+
+    def _read_notes(self, placement: Placement) -> None:
+        """What the shards could not ask, once each."""
+        for part in placement.parts:
+            file = self.args.report / NOTES.format(part)
+            told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+            self.refused += [one for note in told if (one := Refused(**note)) not in self.refused]
+            file.unlink(missing_ok=True)
+        for one in self.refused:
+            self.rows.pop((one.label, one.R), None)
+
+    # ------------------------------------------------------------------ the end
+
+    def conclude(self, placement: Placement) -> int:
+        """Merge and score every job that is done; how many questions others still owe."""
+        waiting = 0
+        for entry, jobs in self.jobs.items():
+            if entry.row not in self.rows:
+                continue
+            try:
+                found = [(job, conclude(job, placement)) for job in jobs]
+                waiting += sum(result.get("missing", 0) for _, result in found)
+                if waiting:
+                    continue
+                for job, result in found:
+                    score = result["score"]
+                    blocks = None if score is None else measure(job, score)
+                    job.forget()
+                    self.rows[entry.row].add(job.task.name, result, blocks)
+            except Exception as fault:
+                self.refuse(entry, fault, failed=True)
+        return waiting
+
+    def found(self, taken: float | None) -> dict[str, Any]:
+        """All figures."""
+        from ..record import provenance
+
+        V, letters = self.wish.letters()
+        shape = Shape(letters.L, V, letters.K, letters.F)
+        setting = self.every[0].setting
+        model = PUBLISHED_MODEL if self.args.published else model_of(setting.model_name)
+        if (None not in {R for _, R in self.rows}) or not next(iter(self.rows.values())).results:
+            raise InputError(
+                "the unpruned base has no results, so that nothing can be compared; see what was said above"
+            )
+        rows = records(list(self.rows.values()), self.args.benchmarks, shape, model, self.args.query, self.costs(shape))
+        asked = (
+            "all questions" if self.args.limit is None else f"the first {self.args.limit} questions of each benchmark"
+        )
+        facts = {"model": setting.model_name, "title": f"{setting.model_name}, {asked}", "shape": vars(shape)}
+        facts |= {"limit": self.args.limit, "cores_taken_by_others": None if taken is None else round(taken, 2)}
+        settings = flags.resolved(Namespace(**vars(self.args) | {"benchmarks": [t.name for t in self.args.benchmarks]}))
+        return provenance() | facts | {"settings": settings, "rows": rows, "refused": [_told(r) for r in self.refused]}
+
+    def costs(self, shape: Shape) -> dict[Entry, Cost]:
+        """Operations of a prefill and bytes of cache, by arithmetic."""
+        sizes, text = self.wish.sizes(), TEXT
+        plans = {e: find_method(e.spec, self.args.query).plan(e.R, shape) if e.spec else Plan() for e in self.entries}
+        return {entry: plan.cost(sizes, text) for entry, plan in plans.items()}
+
+
+def _told(one: Refused) -> dict[str, Any]:
+    return {"method": one.label, "R": one.R, "reason": one.reason, "failed": one.failed}
+
+
+def report(found: dict[str, Any], folder: Path) -> None:
+    """Write figures, table and plots; print the table and where they are."""
+    files = [folder / "comparison.json", folder / "comparison.md"]
+    write_json(found, files[0])
+    text = markdown(found)
+    write_text(f"`{found['command']}`\n\n{text}\n", files[1])
+    files += plot(found, folder)
+    print(text)
+    for file in files:
+        print(f"report: {file}", flush=True)
+
+
+def run(args: Namespace, argv: Sequence[str], stop: Stop) -> int:
+    before = Clock.now()
+    this = Comparison(args)
+    announce(this.every[-1].setting, this.every[0].data, args.data is not None)
+    for job in {(job.task, job.split): job for job in this.every}.values():
+        job.match() if not args.answer_only else job.check()  # before hours of work, not behind them
+    _writable(args.report)
+    print(f"{len(args.benchmarks)} benchmarks x {len(this.entries)} settings", flush=True)
+    placement = place(args.num_shards, args.shard, os.environ, args.device)
+    this.ask(placement, [sys.executable, "-m", MODULE, *argv], stop)
+    if stop:
+        return stopped(stop, this.every)
+    failed = any(one.failed for one in this.refused)
+    if args.answer_only:
+        return int(failed)
+    if waiting := this.conclude(placement):
+        print(f"{waiting} questions are still to be answered by other shards; the one that ends last makes the table")
+        return int(failed)
+    report(this.found(Clock.now().cores_taken(before)), args.report)
+    return int(any(one.failed for one in this.refused))
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as fault:
+        raise InputError(
+            f"--report {folder}: nothing can be written there ({fault.strerror}); name another folder"
+        ) from fault
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda stop: run(parse(argv), argv, stop))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""A comparison for people: its table in markdown, the short one, two plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...record import table
+from ..tasks import TASKS
+from .rows import MEASURED
+
+Record = Mapping[str, Any]
+MARKERS = "osD^v<>PX*"
+LEGEND = (
+    "measured: visual tokens that entered a layer on average (R_in); authors': the count that the method's authors would give; "
+    "schedule: tokens × layers, at most; RelAcc: mean over benchmarks of score / unpruned score, %, with the 95 % interval of a paired "
+    "bootstrap over pictures; prefill, decode and RelSpd (tokens per second, prefill included, % of unpruned): whole descriptions "
+    "asked one by one; cache: keys and values after a whole description, allocated, and beside it what a prefill of 64 text tokens leaves, computed like the "
+    "operations of that prefill (GFLOP: tower, layers, twig, scores, head); batch: questions answered together elsewhere"
+)
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The whole table and what could not be asked. Raises InputError without tabulate."""
+    rows = [_cells(row) for row in found["rows"]]
+    parts = [table(rows), f"{LEGEND}."]
+    if found["refused"]:
+        parts.append("Not in the table:\n\n" + "\n".join(f"- {_why(one)}" for one in found["refused"]))
+    return "\n\n".join(parts)
+
+
+def _why(one: Record) -> str:
+    at = "" if one["R"] is None else f", R = {one['R']:g}"
+    return f"`{one['method']}`{at}: {'failed: ' if one['failed'] else ''}{one['reason']}"
+
+
+def _cells(row: Record) -> dict[str, str]:
+    mine = row["source"] == MEASURED
+    name = row["method"] + ("" if mine else f" ({row['source']}{'; ' + row['note'] if row.get('note') else ''})")
+    cells = {
+        "method": name,
+        "R": "all" if row["R"] is None else f"{row['R']:g}",
+        "measured": _number(row["measured"], 1),
+    }
+    cells["authors'"] = _number(row["authors"], 1)
+    for task, score in row["scores"].items():
+        if task in TASKS:
+            cells[TASKS[task].title] = _number(score, TASKS[task].decimals)
+    return cells | {
+        "RelAcc": _number(row["RelAcc"], 1),
+        "95 %": _between(row["interval"]),
+        "prefill ms": _number(row.get("prefill_ms"), 0),
+        "decode tokens/s": _number(row.get("decode_tokens_per_second"), 1),
+        "RelSpd": _number(row.get("RelSpd"), 0),
+        "cache MB": _number(row.get("cache_bytes"), 2, 1e-6),
+        "computed": _number(row.get("computed_cache_bytes"), 2, 1e-6),
+        "GFLOP": _number(row.get("flops"), 1, 1e-9),
+        "batch": ", ".join(str(size) for size in row.get("batch", ())),
+        "schedule": row["schedule"],
+    }  # fmt: skip
+
+
+def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
+    return "" if value is None else f"{value * factor:.{digits}f}"
+
+
+def _between(found: Sequence[float] | None) -> str:
+    return "" if found is None else f"{found[0]:.1f} to {found[1]:.1f}"
+
+
+# ---------------------------------------------------------------------- the short one
+
+
+def short(found: Mapping[str, Any], methods: Sequence[str]) -> str:
+    """RelAcc with its interval at every budget, one row a method, and the speed at the smallest."""
+    rows = [row for row in found["rows"] if row["source"] == MEASURED]
+    budgets = sorted({row["R"] for row in rows if row["R"] is not None}, reverse=True)
+    out = []
+    for name in methods:
+        mine = {row["R"]: row for row in rows if row["method"] == name}
+        if not mine:
+            continue
+        whole = mine.get(None)
+        cells = {"method": name}
+        for R in budgets:
+            row = mine.get(R, whole)
+            cells[f"RelAcc at R = {R:g}"] = (
+                "" if row is None else f"{_number(row['RelAcc'], 1)} ({_between(row['interval'])})".replace(" ()", "")
+            )
+        last = mine.get(budgets[-1] if budgets else None, whole)
+        cells[f"measured R at {budgets[-1]:g}" if budgets else "measured R"] = _number(last and last["measured"], 1)
+        cells["prefill ms"], cells["RelSpd"] = (
+            _number(last and last["prefill_ms"], 0),
+            _number(last and last["RelSpd"], 0),
+        )
+        out.append(cells)
+    return table(out) if out else ""
+
+
+# ---------------------------------------------------------------------- plots
+
+
+def plot(found: Mapping[str, Any], folder: Path) -> list[Path]:
+    """relacc_R.png and relacc_speed.png; the files written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in found["rows"] if row["source"] == MEASURED and row["RelAcc"] is not None]
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    files = []
+    for key, label, file in (("R", "R, visual tokens that enter a layer (asked)", "relacc_R.png"),
+                             ("RelSpd", "tokens per second, prefill included, % of unpruned", "relacc_speed.png")):  # fmt: skip
+        figure, axes = plt.subplots(figsize=(7.5, 6.5), layout="constrained")
+        for i, name in enumerate(names):
+            mine = [row for row in rows if row["method"] == name]
+            style = _style(plt, name, i)
+            points = sorted((row[key], row["RelAcc"]) for row in mine if row[key] is not None)
+            if points:
+                axes.plot(*zip(*points, strict=True), **style)
+            elif key == "R":
+                axes.axhline(mine[0]["RelAcc"], linestyle=":", color=style["color"], label=name)
+        axes.set(xlabel=label, ylabel="RelAcc, % of unpruned", title=found["title"])
+        if axes.get_legend_handles_labels()[0]:
+            figure.legend(fontsize=7, loc="outside lower center", ncols=5)
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / file, dpi=120)
+        plt.close(figure)
+        files.append(folder / file)
+    return files
+
+
+def _style(plt, name: str, number: int) -> dict[str, Any]:
+    """Colours and markers that tell thirty methods apart; the twig's are strong."""
+    own = name.startswith("twig")
+    return {
+        "color": "black" if own else plt.get_cmap("tab20")(number % 20), "marker": MARKERS[number % len(MARKERS)],
+        "linewidth": 1.8 if own else 0.8, "markersize": 6 if own else 4, "label": name,
+        "linestyle": "--" if "drafts" in name else "-",
+    }  # fmt: skip
