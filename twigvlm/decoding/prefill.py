@@ -81,8 +81,9 @@ class State:
         self._last_image = torch.where(image, stream.place, -1).max(1).values
         self._text = [_after(row, trunk.image_token_id) for row in prompts.ids]
         self.awaiting = self.entry = stream  # about to enter the next segment; and what entered the first
+        if plan.tower is not None:
+            self.kept = stream.place[:, :0] if reduced is None else reduced.source
         if reduced is not None:
-            self.kept = reduced.source
             self.awaiting = self.entry = self._compact(reduced.stream, 0)
             if self.above is not None:
                 self.above.shift = self.segments[0].cache.shift

@@ -78,6 +78,26 @@ class Reducer(ABC):
         return self
 
 
+@dataclass(frozen=True)
+class Leaving(Reducer):
+    """Leaves `n` tokens of every image."""
+
+    n: int
+
+    def most(self, V: int) -> int:
+        return self.n
+
+
+@dataclass(frozen=True)
+class Attended(Leaving):
+    """Reads the class token's attention in the layer that the decoder gets."""
+
+    class_token: ClassVar[bool] = True
+
+    def listens(self, layer: int, read: int) -> str | None:
+        return CLASS if layer == read else None
+
+
 @dataclass
 class View:
     """What a reducer is shown: the images of one call, as the tower saw them. A watcher of `model.tower`."""

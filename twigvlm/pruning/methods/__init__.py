@@ -4,14 +4,44 @@ from __future__ import annotations
 
 from ..plan import Method
 from .dart import DART
+from .divprune import DivPrune
+from .downsample import Downsample
+from .fastervlm import FasterVLM
 from .fastv import FastV
+from .hiprune import HiPrune
+from .holov import HoloV
 from .layer_attention import LayerAttention
 from .pdrop import PyramidDrop
 from .random import Random
+from .scope import Scope
 from .sieve import SIEVE
+from .tome import ToMe
 from .twig import Twig
 from .twig_discount import TwigDiscount
+from .uniform import Uniform
+from .visionzip import VisionZip
+from .vispruner import VisPruner
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (Twig, FastV, PyramidDrop, LayerAttention, Random, DART, SIEVE, TwigDiscount)
+    m.name: m
+    for m in (
+        Twig,
+        FastV,
+        PyramidDrop,
+        VisionZip,
+        FasterVLM,
+        VisPruner,
+        DivPrune,
+        ToMe,
+        HiPrune,
+        HoloV,
+        DART,
+        Scope,
+        SIEVE,
+        TwigDiscount,
+        LayerAttention,
+        Downsample,
+        Uniform,
+        Random,
+    )
 }
