@@ -131,10 +131,8 @@ def numbered(tokens: list[Token]) -> list[Token]:
 def entering(vlm, plan, row: list[int], answer: list[int], pictures, first: int) -> list[Token]:
     """What layer 0 reads; `first` is the number of the row's first picture in the call."""
     trunk, V = vlm.trunk, vlm.config.V
-    words = trunk.decoder.embed_tokens(
-        torch.tensor(row + answer).masked_fill(torch.tensor(row + answer) == vlm.image_token_id, 0)
-    )
     image = [i for i, t in enumerate(row) if t == vlm.image_token_id]
+    words = trunk.decoder.embed_tokens(torch.tensor([0 if i in image else t for i, t in enumerate(row + answer)]))
     features = torch.cat(trunk.image_features(pictures)) if len(pictures) else []
     out = []
     for i, word in enumerate(words):

@@ -155,8 +155,10 @@ class View:
 
     def select(self, index: torch.Tensor, **more: Any) -> Tokens:
         """Patches at `index` [I, n], in that order, projected."""
-        at = index[..., None].expand(-1, -1, self.patches.shape[-1])
-        return Tokens(self.project(self.patches.gather(1, at)), index, **more)
+        whole = "projected" in self.__dict__  # somebody has asked for it
+        features = self.projected if whole else self.patches
+        features = features.gather(1, index[..., None].expand(-1, -1, features.shape[-1]))
+        return Tokens(features if whole else self.project(features), index, **more)
 
     # ------------------------------------------------------------------ what the tower asks
 

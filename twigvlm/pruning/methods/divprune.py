@@ -30,6 +30,8 @@ def diverse(similarity: torch.Tensor, n: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Diverse(Leaving):
+    projects_all: ClassVar[bool] = True
+
     def __call__(self, view: View) -> Tokens:
         return view.select(diverse(cosine(view.projected), self.n).sort(1).values)
 

@@ -71,13 +71,19 @@ def _mean(own, size, others, sizes, to, total) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Merge(Leaving):
+    """n tokens of V patches."""
+
+    V: int
     sort: bool = False
 
     def listens(self, layer: int, read: int) -> str | None:
         return CLASS if layer <= read else None  # for the keys
 
+    def within_tokens(self, layer: int, read: int, N: int) -> int:
+        return N - merges(self.V - self.n, read + 1, layer)
+
     def within(self, view: View, layer: int, hidden: torch.Tensor, tap: Tap | None) -> torch.Tensor:
-        r = merges(view.V - self.n, view.read + 1, layer) if layer <= view.read else 0
+        r = merges(self.V - self.n, view.read + 1, layer) if layer <= view.read else 0
         if r == 0:
             return hidden
         memory = view.memory
@@ -110,4 +116,4 @@ class ToMe(TowerMethod):
     sort: bool = False
 
     def reducer(self, n: int, shape: Shape) -> Reducer:
-        return Merge(n, self.sort)
+        return Merge(n, shape.V, self.sort)
