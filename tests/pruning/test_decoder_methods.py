@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from twigvlm.config import TwigConfig
 from twigvlm.errors import InputError
 from twigvlm.pruning import METHODS, Rule, Seen, Selection, Shape, plan_for
-from twigvlm.pruning.methods import dart, sieve
+from twigvlm.pruning.methods import dart, sieve, sparsevlm
 from twigvlm.pruning.select import cosine, discounted
 from twigvlm.pruning.spec import find_method
 
@@ -78,6 +79,20 @@ def test_sieve_is_its_formula(arrays):
     assert order[0].tolist() == g.order.tolist()
 
 
+def test_sparsevlms_clusters_are_the_authors(arrays):
+    """As their function makes them, but for its noise; with padding and without."""
+    g = arrays("functions")
+    x, count = g.sparsevlm_x, int(g.sparsevlm_clusters)
+    padded = torch.cat([x, torch.full_like(x[:, :5], 9.0)], 1)
+    centres, merged = sparsevlm.density_peaks(
+        padded.expand(2, -1, -1), torch.arange(45) < torch.tensor([[40], [12]]), torch.tensor([count, 2]), count
+    )
+    close(merged[:1], g.sparsevlm_merged)
+    alone = sparsevlm.density_peaks(x[:, :12], true(1, 12), torch.tensor([2]), 2)
+    assert centres[1].tolist() == [*alone[0][0].tolist(), -1, -1]
+    close(merged[1, :2], alone[1][0])
+
+
 # ---------------------------------------------------------------------- published counts
 
 TABLE = {  # method: layers before which it cuts, tokens of 576 after each at R = 192, 128 and 64
@@ -88,6 +103,11 @@ TABLE = {  # method: layers before which it cuts, tokens of 576 after each at R 
     "sieve": ([2], [[166], [98], [30]]),
     "sieve:cuts=two": ([2, 16], [[224, 116], [136, 65], [40, 21]]),
     "pdrop": ([2, 10, 20], [[312, 156, 78], [184, 92, 46], [56, 28, 14]]),
+    "sparsevlm:count=authors": ([3, 7, 16], [[309, 204, 113], [312, 117, 39], [82, 32, 18]]),
+    "sparsevlm:faithful": ([3, 7, 16], [[309, 204, 113], [312, 117, 39], [82, 32, 18]]),
+    "sparsevlm:version=2.0,faithful": ([3, 7, 16], [[300, 200, 118], [238, 108, 60], [66, 34, 20]]),
+    "sparsevlm": ([3, 7, 16], [[278, 184, 103], [252, 96, 31], [29, 12, 6]]),
+    "sparsevlm:version=2.0": ([3, 7, 16], [[271, 180, 107], [194, 88, 50], [25, 12, 7]]),
     "twig-discount": ([2, 24], [[227, 0], [134, 0], [41, 0]]),
 }
 
@@ -107,6 +127,11 @@ ENTERING = [  # what the tables say of R where it is not what the label says, an
     ("dart:count=authors", 64, 99.8, 64),
     ("dart", 64, 64.1, 26),
     ("pdrop:count=authors", 270, 270, 270),
+    ("sparsevlm:faithful", 192, 206.5, 192.03),
+    ("sparsevlm:faithful", 128, 145.4, 128.6),
+    ("sparsevlm:count=authors", 64, 82.3, 64.8),
+    ("sparsevlm", 192, 192, 177.22),
+    ("sparsevlm:version=2.0,count=authors", 64, 81.8, 64.44),
 ]
 
 
@@ -180,8 +205,12 @@ class Row:
         self.scores = seen.scores[b][:, visual].double()  # Q V'
         heads, there = seen.heard.by_head(seen.visual)[b].double(), seen.heard.asked.real()[b]
         self.heads = heads[:, there][..., visual]  # H Q V'
+        self.width = seen.heard.tap.query.shape[-1]
         self.keys = seen.heard.keys(seen.visual)[b, visual].double()
         self.text_keys = seen.heard.keys(seen.heard.asked)[b, there].double()
+        image = seen.prompt.visual[b] >= 0
+        self.first = seen.prompt.hidden[b, image].double(), seen.first(seen.text)[b, text].double()
+        self.positions = seen.heard.asked.positions[0, b, there].tolist(), seen.visual.positions[0, b, visual].tolist()
         self.norm = lambda x: seen.norm(x.float()).double()
 
 
@@ -245,7 +274,62 @@ def plain_twig(rule, row: Row) -> list[int]:
     return plain_picks((row.scores.sum(0) ** 2).tolist(), plain_residual(row)[0], budget(rule, row))
 
 
-PLAIN = {"dart": plain_dart, "sieve": plain_sieve, "sieve:cuts=two": plain_sieve, "twig-discount": plain_twig}
+def plain_raters(row: Row) -> list[int]:
+    V, T = row.first
+    g = (V @ T.T).softmax(1).mean(0).tolist()
+    return [i for i, x in enumerate(g) if x > sum(g) / len(g)] or list(range(len(g)))
+
+
+def plain_clusters(x: torch.Tensor, count: int) -> list[tuple[int, torch.Tensor]]:
+    """(centre, mean of its members)"""
+    d = [[float((a - b).norm()) / len(a) ** 0.5 for b in x] for a in x]
+    rho = [-sum(e**2 for e in sorted(row)[:count]) / count for row in d]
+    top = max(map(max, d))
+    delta = [min([d[i][j] for j in range(len(x)) if rho[j] > rho[i]], default=top) for i in range(len(x))]
+    centres = sorted(range(len(x)), key=lambda i: -math.exp(rho[i]) * delta[i])[:count]
+    member = [
+        centres.index(i) if i in centres else min(range(count), key=lambda c: d[i][centres[c]]) for i in range(len(x))
+    ]
+    return [(c, x[[i for i in range(len(x)) if member[i] == k]].mean(0)) for k, c in enumerate(centres)]
+
+
+def plain_sparse(rule, row: Row):
+    """Kept tokens, and (token whose place it takes, value) of each merged one."""
+    n, entering = -(-rule.n * row.total // rule.V), -(-rule.entering * row.total // rule.V)
+    asked, heads = plain_raters(row), row.heads
+    assert entering == len(row.visual)
+    if not rule.merges:
+        theta = [10000 ** (-2 * f / row.width) for f in range(row.width // 2)]
+        W = [
+            [sum(2 * math.cos((i - j) * t) for t in theta) / row.width**0.5 for j in row.positions[1]]
+            for i in row.positions[0]
+        ]
+        heads = heads / torch.tensor(W, dtype=torch.float64)
+        mass = heads[:, asked].sum((1, 2)).tolist()
+        heads = heads[sorted(range(len(mass)), key=lambda h: -mass[h])[: max(1, round(len(mass) * 14 / 32))]]
+    s = heads.mean(0)[asked].mean(0).tolist()
+    order = sorted(range(len(s)), key=lambda j: -s[j])
+    if not rule.merges:
+        return sorted(order[:n]), []
+
+    def total(k):
+        return k + (int((int(0.3 * (entering - k)) + 1) / 10) + 1 if k < entering else 0)
+
+    k = max([k for k in range(n + 1) if total(k) <= n], default=0)
+    C = min(total(k) - k, n - k)
+    pool = sorted(order[k : k + int(0.3 * (entering - k)) + 1]) if C else []
+    clusters = plain_clusters(row.visual[pool], C) if C else []
+    return sorted(order[:k]), [(pool[c], value) for c, value in clusters]
+
+
+PLAIN = {
+    "dart": plain_dart,
+    "sieve": plain_sieve,
+    "sieve:cuts=two": plain_sieve,
+    "twig-discount": plain_twig,
+    "sparsevlm": plain_sparse,
+    "sparsevlm:version=2.0": plain_sparse,
+}
 _piece = st.integers(1, 5)
 LAYOUTS = st.one_of(
     st.tuples(_piece, st.just(IMAGE), _piece),
@@ -260,6 +344,18 @@ def legal(vlm, spec: str, share: float) -> float:
     return float(low) + (float(high) - float(low)) * share
 
 
+def check_merged(selection: Selection, b: int, row: Row, expected) -> None:
+    """Behind the last visual token, at its centre's place, the mean of its members."""
+    if selection.merged is None:
+        assert not expected
+        return
+    there = selection.behind[b] >= 0
+    assert selection.instead[b][there].tolist() == [centre for centre, _ in expected]
+    assert selection.behind[b][there].tolist() == [len(row.visual) - 1] * len(expected)
+    for found, (_, value) in zip(selection.merged[b][there], expected, strict=True):
+        torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-6)
+
+
 @settings(max_examples=12)
 @given(
     layouts=st.lists(LAYOUTS, min_size=1, max_size=3),
@@ -268,11 +364,12 @@ def legal(vlm, spec: str, share: float) -> float:
     K=st.sampled_from([1, 2]),
     kv_heads=st.sampled_from([1, 2]),
     query=st.sampled_from(["last", "text"]),
+    side=st.sampled_from([42, 70, 112]),
 )
 @pytest.mark.parametrize("spec", PLAIN)
-def test_a_rule_is_its_plain_form(spec, layouts, seed, share, K, kv_heads, query):
+def test_a_rule_is_its_plain_form(spec, layouts, seed, share, K, kv_heads, query, side):
     """Row by row of ragged batches with several pictures, or none."""
-    vlm = tiny(K=K, T=2, F=5, side=70, kv_heads=kv_heads)
+    vlm = tiny(K=K, T=2, F=5, side=side, kv_heads=kv_heads)
     rows, pictures = prompts(vlm, layouts, seed)
     R = legal(vlm, spec, share)
     with spied(vlm) as log:
@@ -282,10 +379,14 @@ def test_a_rule_is_its_plain_form(spec, layouts, seed, share, K, kv_heads, query
             continue
         for b, layout in enumerate(layouts):
             if IMAGE in layout:
-                assert chosen(selection, seen, b) == PLAIN[spec](rule, Row(seen, b))
+                row = Row(seen, b)
+                expected = PLAIN[spec](rule, row)
+                expected, merged = expected if isinstance(expected, tuple) else (expected, [])
+                assert chosen(selection, seen, b) == expected
+                check_merged(selection, b, row, merged)
 
 
-@pytest.mark.parametrize("spec", [s for s in TABLE if "count" not in s])
+@pytest.mark.parametrize("spec", [s for s in TABLE if "count" not in s and "faithful" not in s])
 def test_measured_is_asked(spec):
     """On a sweep of R, what went through the layers, for one picture and several."""
     vlm = tiny(side=70)
@@ -306,4 +407,8 @@ def test_settings_that_cannot_be():
         find_method("sieve:cuts=three")
     with pytest.raises(InputError, match=r"pdrop cuts before 3 layers .* L = 3 layers"):
         find_method("pdrop").plan(2, Shape(3, 4, 2, 3))
+    with pytest.raises(InputError, match=r"published settings of version 1.5 for R = 192, 128, 96, 64, and R is 100"):
+        plan_for("sparsevlm:faithful", 100, 576, SEVEN_B)
+    with pytest.raises(InputError, match=r"published settings of version 2.0 for R = 48, 32, 24, 16, and R is 100"):
+        plan_for("sparsevlm:version=2.0,count=authors", 100, 144, SEVEN_B)
     assert vlm.config.L == 6 and set(METHODS) >= {s.split(":")[0] for s in TABLE}

@@ -273,7 +273,7 @@ class State:
             heard = Heard(*self._taps[probe], stream.take(rows))
         text = stream.take(self._rows(stream, Probe("layer", "text")))
         return Seen(part, scores, self.entering, self.entry, text, heard, self.draws, self.prompt.width, self._marked,
-                    self._memory, self.trunk.decoder.norm)  # fmt: skip
+                    self._memory, self.trunk.decoder.norm, self.trunk.rotary_at)  # fmt: skip
 
     def _rows(self, stream: Stream, probe: Probe) -> torch.Tensor:
         """[B, Q]: indices of the asked rows, -1 pads."""

@@ -178,7 +178,7 @@ class Trunk:
             mask = torch.ones(stream.width, stream.width, dtype=torch.bool, device=self.device).tril()[None, None]
         if mask is not None:
             mask = self._additive(mask)
-        return Attention(mask, self._rotary_at(stream.positions), cache)
+        return Attention(mask, self.rotary_at(stream.positions), cache)
 
     def run(
         self,
@@ -204,7 +204,7 @@ class Trunk:
         tap.read_normed(normed)
         with tapped(layer.self_attn.config):
             layer.self_attn(
-                normed, position_embeddings=self._rotary_at(stream.positions), attention_mask=None, taps=[tap]
+                normed, position_embeddings=self.rotary_at(stream.positions), attention_mask=None, taps=[tap]
             )
         return tap
 
@@ -222,7 +222,7 @@ class Trunk:
         with tapped(layer.self_attn.config):
             return through(layer, hidden, *facts, taps=taps)
 
-    def _rotary_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, S, d], from a table made once: a look-up is cheaper than two kernels a call."""
         if self._rotary is None:
             places = torch.arange(self.context, device=self.device)[None]

@@ -71,6 +71,9 @@ class Seen:
     marked: dict[str, torch.Tensor] = field(default_factory=dict)  # bool B P, what the plan's reducer marked
     memory: dict = field(default_factory=dict)  # shared by the stages of one prefill
     norm: Callable[[torch.Tensor], torch.Tensor] | None = None  # the decoder's last one
+    rotary: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = (
+        None  # positions A B W → cos, sin B W d
+    )
 
     def marks(self, name: str) -> torch.Tensor:
         """[B, V'] bool: which of the visual tokens the plan's reducer marked by that name."""

@@ -15,6 +15,7 @@ from .pdrop import PyramidDrop
 from .random import Random
 from .scope import Scope
 from .sieve import SIEVE
+from .sparsevlm import SparseVLM
 from .tome import ToMe
 from .twig import Twig
 from .twig_discount import TwigDiscount
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     for m in (
         Twig,
         FastV,
+        SparseVLM,
         PyramidDrop,
         VisionZip,
         FasterVLM,
