@@ -51,8 +51,8 @@ class Plan:
 
     def tokens_per_layer(self, layers: int, visual: int) -> list[int]:
         """Visual tokens of one image that enter each base layer, at most."""
-        counts, now = [], self.tower.most(visual) if self.tower else visual
-        cuts = {before: rule.most(visual) for before, rule in self.stages}
+        now = self.tower.most(visual) if self.tower else visual
+        counts, cuts = [], {before: rule.most(now) for before, rule in self.stages}
         for layer in range(layers):
             now = min(now, cuts.get(layer, now))
             counts.append(now)
