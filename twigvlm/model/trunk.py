@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from ..errors import InputError, RunError
 from .cache import CacheGroup
 from .skinny import quick
 from .stream import Stream
-from .tap import Tap, tapped
+from .tap import Peeked, Tap, tapped
 from .tower import Tower, Watcher
 
 
@@ -202,7 +203,7 @@ class Trunk:
         tap = Tap(layer.self_attn, rows, peek=True)
         normed = layer.input_layernorm(stream.hidden)
         tap.read_normed(normed)
-        with tapped(layer.self_attn.config):
+        with tapped(layer.self_attn.config), suppress(Peeked):
             layer.self_attn(
                 normed, position_embeddings=self.rotary_at(stream.positions), attention_mask=None, taps=[tap]
             )

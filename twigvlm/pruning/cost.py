@@ -81,7 +81,7 @@ def cost(plan: Plan, sizes: Sizes, text: int) -> Cost:
         Q = 1 if probe.rows == "last" else text
         scoring += 2 * Q * S * sizes.heads * sizes.width
         if probe.source == "peek":
-            scoring += 2 * S * sizes.D * sizes.width * (2 * sizes.heads + 2 * sizes.key_heads)
+            scoring += 2 * S * sizes.D * sizes.width * (sizes.heads + 2 * sizes.key_heads)
     if plan.evict is not None:
         entering = [S if layer < plan.evict else entering[-1] for layer, S in enumerate(entering)]
     row = 2 * sizes.key_heads * sizes.width * sizes.element
