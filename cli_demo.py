@@ -131,7 +131,7 @@ def answer(vlm, image, question: str, history: list, options: dict, args: argpar
         )
     text = decode(vlm.tokenizer, out.tokens[0]).strip()
     if args.show_kept:
-        from twigvlm.pruning.show import save_kept
+        from twigvlm.pruning.picture import save_kept
 
         save_kept(image, out.kept[0] if out.kept else None, vlm.config.V, Path(args.show_kept), vlm.pads)
     if args.json:
@@ -153,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
     from twigvlm import flags
     from twigvlm.foresight import Wish, check
     from twigvlm.prompt.images import open_image
-    from twigvlm.pruning.show import check_target
+    from twigvlm.pruning.picture import check_target
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

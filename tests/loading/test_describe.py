@@ -286,7 +286,7 @@ def test_the_class_token_is_taken_along(tmp_path, request, layout):
 
 
 def test_the_class_token_is_no_patch():
-    from twigvlm.pruning.show import kept_picture
+    from twigvlm.pruning.picture import kept_picture
 
     white = Image.new("RGB", (28, 28), "white")
     light = kept_picture(white, torch.tensor([0, 4]), 5)

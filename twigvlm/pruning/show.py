@@ -1,61 +1,159 @@
-"""Which patches stayed, as a picture."""
+"""Which patches stay, side by side for all methods: `python -m twigvlm.pruning.show --image FILE --question TEXT -R 64`.
+
+One PNG: the picture as the unpruned base sees it, then one tile a method, what was dropped dimmed (of
+several cuts the first one is shown; a merged token stands where it takes its place), with the number
+of patches kept, the measured R and the answer. A folder gives one row a picture. The embedded model
+unless another is named. A method that cannot be asked so has a tile with the reason.
+"""
 
 from __future__ import annotations
 
-import os
-from math import isqrt
+import argparse
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
 from PIL import Image
 
-from ..errors import InputError, RunError
-from ..files import replacing
+from .. import flags
+from ..errors import InputError
+from ..program import run_program
 from ..prompt.images import open_image
+from .catalogue import methods_of
+from .methods import METHODS
+from .picture import Tile, check_target, sheet, write_png
+from .spec import find_method, needs_of
 
-DIM = 0.25  # brightness of a dropped patch
+if TYPE_CHECKING:
+    from ..vlm import TwigVLM
 
-
-def kept_picture(image: Image.Image, kept: torch.Tensor | None, visual: int, padded: bool = True) -> Image.Image:
-    """The picture with the dropped ones of its `visual` patches dimmed.
-
-    `kept` are indices in raster order over the square that the model saw, behind the tower's class
-    token where that counts among the `visual`; None keeps all. The square holds the whole picture
-    (`padded`), or its middle: what was cut off is dimmed.
-    """
-    image = open_image(image)
-    side = isqrt(visual)
-    class_token = visual - side**2  # 0 or 1
-    light = np.full(visual, DIM if kept is not None else 1.0, np.float32)
-    if kept is not None:
-        light[kept.cpu().numpy()] = 1.0
-    seen = max(image.size) if padded else min(image.size)
-    patches = Image.fromarray((light[class_token:] * 255).astype(np.uint8).reshape(side, side))
-    mask = Image.new("L", image.size, round(DIM * 255))
-    place = ((image.width - seen) // 2, (image.height - seen) // 2)
-    mask.paste(patches.resize((seen, seen), Image.Resampling.NEAREST), place)
-    return Image.composite(image, Image.new("RGB", image.size), mask)
+MODULE = "twigvlm.pruning.show"
+QUESTION = "Describe the image in detail."
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+MOST, ALONE, TOKENS = 200, 6, 24  # pictures of a folder; tiles in a line where there is one picture; of an answer
 
 
-def check_target(path: Path) -> None:
-    """Raises InputError when a PNG cannot be written there, before any work is done."""
-    if path.suffix.lower() != ".png":
-        raise InputError(f"{path}: the picture of kept patches is a PNG; give a name that ends in .png")
-    if path.is_dir() or not path.parent.is_dir():
-        raise InputError(
-            f"{path}: {'is a folder' if path.is_dir() else f'no folder {path.parent}'}; give a file in an existing folder"
-        )
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: folder {path.parent} may not be written; choose another")
+def parse(argv: Sequence[str] | None) -> Namespace:
+    writing = flags.writing(leave=("pruning",), max_new_tokens=TOKENS, seed=0)
+    parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
+    parser.add_argument(
+        "--image", required=True, metavar="FILE", help="a picture, its http(s) address, or a folder of pictures"
+    )
+    parser.add_argument("--question", default=QUESTION, metavar="TEXT", help="default: %(default)s")
+    parser.add_argument(
+        "--methods", type=_methods, default=list(METHODS), metavar="M,M,…",
+        help="with settings, as --pruning takes them elsewhere (default: all; python -m twigvlm.pruning.catalogue lists them)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=Path("kept.png"), metavar="FILE.png", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--columns", type=int, metavar="N", help=f"tiles in a line (default: {ALONE}; of a folder all of a picture)"
+    )
+    return flags.parse(parser, argv)
 
 
-def save_kept(image: Image.Image, kept: torch.Tensor | None, visual: int, path: Path, padded: bool = True) -> None:
-    """Write `kept_picture` as PNG, whole or not at all."""
+def _methods(text: str) -> list[str]:
     try:
-        with replacing(path) as part:
-            kept_picture(image, kept, visual, padded).save(part, format="PNG")
-    except OSError as fault:
-        raise RunError(
-            f"{path}: cannot be written ({fault.strerror or fault}); free some space or choose another place"
-        ) from fault
+        return methods_of(text)
+    except InputError as fault:
+        raise argparse.ArgumentTypeError(str(fault)) from None
+
+
+def pictures_of(place: str) -> list[str]:
+    """The picture, or those of a folder by name. Raises InputError for one that cannot be read, before a model is opened."""
+    folder = Path(place)
+    if not folder.is_dir():
+        found = [place]
+    else:
+        found = sorted(str(f) for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.is_file())
+        if not found:
+            raise InputError(
+                f"--image {place}: no picture in this folder ({', '.join(sorted(SUFFIXES))}); name another"
+            )
+        if len(found) > MOST:
+            raise InputError(
+                f"--image {place}: {len(found)} pictures, and {MOST} fit into one file; name a smaller folder"
+            )
+    for name in found:
+        open_image(name)
+    return found
+
+
+def tile_of(vlm: TwigVLM, image: Image.Image, args: Namespace, spec: str | None) -> Tile:
+    """One method (None: nothing pruned) on one picture."""
+    options = flags.generation(Namespace(**vars(args) | {"pruning": spec or "twig", "no_pruning": spec is None}))
+    name = spec or "unpruned"
+    try:
+        out = vlm.generate(**vlm.prepare(image, args.question), **options)
+    except InputError as fault:
+        if spec is None:
+            raise
+        return Tile(name, [f"not at R = {args.retained_tokens:g}: {fault}"])
+    from ..prompt.template import decode
+
+    kept = out.kept[0] if out.kept else None
+    count = out.stats.visual_kept if kept is not None else out.stats.visual_tokens
+    answer = " ".join(decode(vlm.tokenizer, out.tokens[0]).split())
+    lines = [f"kept {count} of {out.stats.visual_tokens}, R {out.stats.visual_measured:.1f}", answer]
+    return Tile(name, lines, image, kept, vlm.config.V, vlm.pads)
+
+
+def impossible(args: Namespace, shape: Any, has_twig: bool) -> dict[str, str]:
+    """Method → why it cannot be asked, as far as the description of the model tells."""
+    reasons = {}
+    for spec in args.methods:
+        method = find_method(spec, args.query)
+        try:
+            method.plan(args.retained_tokens, shape)
+            if "twig" in needs_of(method) and not has_twig:
+                raise InputError("it needs a twig, and none is given (--twig-block)")
+        except InputError as fault:
+            reasons[spec] = str(fault)
+    return reasons
+
+
+def run(args: Namespace) -> None:
+    from .. import load
+    from ..foresight import Wish, check
+    from .plan import Shape
+
+    check_target(args.output)
+    if args.columns is not None and args.columns < 1:
+        raise InputError(f"--columns is {args.columns}; 1 or more is needed")
+    if not args.question.strip():
+        raise InputError("--question is empty; ask something")
+    settings = flags.model_settings(args)
+    wish = Wish(**vars(settings))
+    V, letters = wish.letters()
+    reasons = impossible(args, Shape(letters.L, V, letters.K, letters.F), wish.has_twig)
+    if len(reasons) == len(args.methods):
+        raise InputError(f"no method can be shown at R = {args.retained_tokens:g}: {next(iter(reasons.values()))}")
+    check(wish, flags.generation(Namespace(**vars(args) | {"pruning": "twig", "no_pruning": True})))
+    names = pictures_of(args.image)
+    vlm = load(**vars(settings))
+    rows = []
+    for name in names:
+        image = open_image(name)
+        print(name, flush=True)
+        row = [tile_of(vlm, image, args, None)]
+        for spec in args.methods:
+            told = f"not at R = {args.retained_tokens:g}: {reasons.get(spec)}"
+            row.append(Tile(spec, [told]) if spec in reasons else tile_of(vlm, image, args, spec))
+        for tile in row:
+            print(f"  {tile.name}: {': '.join(tile.lines)}", flush=True)
+        rows.append([tile.small() for tile in row])
+    folder = Path(args.image).is_dir()
+    columns = args.columns or (len(rows[0]) if folder else min(ALONE, len(rows[0])))
+    write_png(sheet(rows, columns, [Path(n).name for n in names] if folder else [""]), args.output)
+    print(f"picture: {args.output}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_program(lambda: run(parse(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
