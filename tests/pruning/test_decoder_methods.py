@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from twigvlm.config import TwigConfig
 from twigvlm.errors import InputError
 from twigvlm.pruning import METHODS, Rule, Seen, Selection, Shape, plan_for
-from twigvlm.pruning.methods import dart, sieve, sparsevlm
+from twigvlm.pruning.methods import dart, sieve, sparsevlm, tops, trevs
+from twigvlm.pruning.rule import highest
 from twigvlm.pruning.select import cosine, discounted
 from twigvlm.pruning.spec import find_method
 
@@ -93,6 +94,33 @@ def test_sparsevlms_clusters_are_the_authors(arrays):
     close(merged[1, :2], alone[1][0])
 
 
+def test_trevs_is_its_formula(arrays):
+    g = arrays("formula_trevs")
+    salience = trevs.standing_out(g.cls_attention[None], 1.4)
+    said = trevs.likeness_to(g.text, g.projected)
+    relevance = trevs.standing_out(said[None], 1.0)
+    score = trevs.fused(salience, relevance)
+    close(said, g.text_relevance)
+    for found, expected in ((salience, g.saliency_hat), (relevance, g.relevance_hat), (score, g.score)):
+        torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=1e-5)
+    chosen = trevs.pivots_and_others(score, g.projected[None], int(g.K_r + g.K_d))
+    assert chosen[0].tolist() == sorted([*g.pivots.tolist(), *g.diverse_order.tolist()])
+    rows = g.stage2_attention[None]
+    variance, score = trevs.varying(rows, true(1, rows.shape[2]), true(1, rows.shape[3]))
+    close(variance[0, g.heads], g.head_variance[g.heads])
+    close(score[0], g.stage2_score)
+    kept = highest(score, true(1, rows.shape[3]), torch.tensor([len(g.stage2_kept)]))
+    assert kept[0].nonzero()[:, 0].tolist() == sorted(g.stage2_kept.tolist())
+
+
+@pytest.mark.parametrize("norm", ["mean", "minmax"])
+def test_tops_is_its_formula(arrays, norm):
+    g = arrays("formula_tops")
+    order = tops.picked(g.features[None], g.relevance[None], true(1, len(g.relevance)), 108, float(g.lam), norm)
+    assert float(g.alpha) == tops.DIVERSITY
+    assert order[0].tolist() == getattr(g, f"order_{norm}").tolist()
+
+
 # ---------------------------------------------------------------------- published counts
 
 TABLE = {  # method: layers before which it cuts, tokens of 576 after each at R = 192, 128 and 64
@@ -108,6 +136,11 @@ TABLE = {  # method: layers before which it cuts, tokens of 576 after each at R 
     "sparsevlm:version=2.0,faithful": ([3, 7, 16], [[300, 200, 118], [238, 108, 60], [66, 34, 20]]),
     "sparsevlm": ([3, 7, 16], [[278, 184, 103], [252, 96, 31], [29, 12, 6]]),
     "sparsevlm:version=2.0": ([3, 7, 16], [[271, 180, 107], [194, 88, 50], [25, 12, 7]]),
+    "trevs": ([0, 9], [[376, 120], [243, 83], [133, 37]]),
+    "tops": ([0, 12, 24], [[324, 162, 39], [216, 108, 26], [108, 54, 13]]),
+    "tops:norm=minmax": ([0, 12, 24], [[324, 162, 39], [216, 108, 26], [108, 54, 13]]),
+    "trevs:count=authors": ([0, 9], [[384, 128], [256, 85], [128, 42]]),
+    "tops:count=authors": ([0, 12, 24], [[384, 192, 48], [256, 128, 32], [128, 64, 16]]),
     "twig-discount": ([2, 24], [[227, 0], [134, 0], [41, 0]]),
 }
 
@@ -117,8 +150,9 @@ def test_counts_on_llava(spec):
     cuts, kept = TABLE[spec]
     for R, left in zip((192, 128, 64), kept, strict=True):
         plan = plan_for(spec, R, 576, SEVEN_B)
-        assert [before for before, _ in plan.stages] == cuts
-        assert [rule.most(576) for _, rule in plan.stages] == left
+        first = [plan.tower.most(576)] if plan.tower is not None else []
+        assert [0] * len(first) + [before for before, _ in plan.stages] == cuts
+        assert first + [rule.most(first[0] if first else 576) for _, rule in plan.stages] == left
 
 
 ENTERING = [  # what the tables say of R where it is not what the label says, and the authors' own count
@@ -127,6 +161,11 @@ ENTERING = [  # what the tables say of R where it is not what the label says, an
     ("dart:count=authors", 64, 99.8, 64),
     ("dart", 64, 64.1, 26),
     ("pdrop:count=authors", 270, 270, 270),
+    ("trevs:count=authors", 128, 133.1, 127.75),
+    ("trevs:count=authors", 64, 66.2, 63.5),
+    ("tops:count=authors", 128, 152, 128),
+    ("tops:count=authors", 32, 38, 32),
+    ("tops", 64, 64, 54),
     ("sparsevlm:faithful", 192, 206.5, 192.03),
     ("sparsevlm:faithful", 128, 145.4, 128.6),
     ("sparsevlm:count=authors", 64, 82.3, 64.8),

@@ -12,7 +12,7 @@ from numbers import Real
 from ..errors import InputError
 
 FINEST = 10**6  # denominator of an R
-PAPER_L = 32  # decoder layers of the model that methods name their layers for
+PAPER_L, PAPER_V = 32, 576  # decoder layers and visual tokens of the model that methods give their numbers for
 FORMULA = "r = ceil((L*R - K*V) / (F - K)) must lie in 0..V"
 
 

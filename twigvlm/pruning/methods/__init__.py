@@ -17,6 +17,8 @@ from .scope import Scope
 from .sieve import SIEVE
 from .sparsevlm import SparseVLM
 from .tome import ToMe
+from .tops import TOPS
+from .trevs import TReVS
 from .twig import Twig
 from .twig_discount import TwigDiscount
 from .uniform import Uniform
@@ -40,6 +42,8 @@ METHODS: dict[str, type[Method]] = {
         DART,
         Scope,
         SIEVE,
+        TOPS,
+        TReVS,
         TwigDiscount,
         LayerAttention,
         Downsample,

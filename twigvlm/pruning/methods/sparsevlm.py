@@ -25,11 +25,10 @@ import torch
 
 from ...errors import InputError
 from ...model.stream import front
-from ..budget import at_depth, counts, within
+from ..budget import PAPER_V, at_depth, counts, within
 from ..plan import Method, Plan, Shape
 from ..rule import Probe, Rule, Seen, Selection, highest
 
-PAPER_V = 576
 CUTS = (3, 7, 16)
 TABLES = {  # best-scored tokens of 576 that stay at each cut, by the authors' R
     "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
