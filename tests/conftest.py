@@ -215,7 +215,7 @@ def one(vlm: TwigVLM, *layout: int | str, seed: int = 0) -> dict:
 
 
 # Methods that need thresholds of a calibration or something beyond a base, with settings that do on tiny models.
-SPECS: dict[str, str] = {}
+SPECS: dict[str, str] = {"mustdrop": "mustdrop:threshold=0.05", "occamtoken": "occamtoken:first=0.95,second=1.2"}
 
 
 def spec_of(method: str) -> str:

@@ -31,6 +31,11 @@ class Wish(ModelSettings):
 
     shape: str | None = None
 
+    @property
+    def name(self) -> str:
+        """The base's, as a loaded model has it."""
+        return str(self.base) if self.base is not None else "sprout"
+
     def letters(self) -> tuple[int, TwigConfig]:
         """(V, L with the twig's letters), those of the paper's default twig where there is none.
 
@@ -69,4 +74,4 @@ def check(wish: Wish, *generations: Mapping[str, Any]) -> None:
         plan_for(one.pruning, None, 1, TwigConfig(L=10**6))  # the name alone needs no file
     V, twig = wish.letters()
     for one in settings:
-        plan_for(one.pruning, one.retained_tokens, V, twig)
+        plan_for(one.pruning, one.retained_tokens, V, twig, one.query, wish.name)

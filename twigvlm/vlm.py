@@ -341,7 +341,7 @@ class TwigVLM:
         if retained is None:
             return plan_for(pruning, None, self.config.V, TwigConfig(L=10**6), query)  # checks the names
         config = self.twig.config if self.twig else self._fallback or TwigConfig(self.config.L, DEFAULT_K, DEFAULT_T)
-        plan = plan_for(pruning, retained, self.config.V, config, query)
+        plan = plan_for(pruning, retained, self.config.V, config, query, self.base_name)
         if self.twig is None and plan.needs_twig:
             raise InputError(
                 f"pruning {pruning!r} needs a twig, and none is loaded; give one, another method, or retained_tokens=None"

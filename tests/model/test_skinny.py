@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
-from conftest import IMAGE, batch, prompts, stock, tiny, tiny_model
+from conftest import IMAGE, batch, legal_range_of, prompts, spec_of, stock, tiny, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from twigvlm.model import skinny
-from twigvlm.pruning import METHODS, Shape
+from twigvlm.pruning import METHODS
 
 needs_op = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
@@ -72,9 +72,14 @@ def test_the_product_is_the_layers(rows, inside, outside, bias, turned):
 def test_the_answers_stay(method, draft_length, used, monkeypatch):
     vlm = tiny(side=56, noise=0.1)
     rows, pictures = prompts(vlm, [(3, IMAGE, 4), (5,), (2, IMAGE, 1, IMAGE, 3)], seed=3)
-    config = vlm.config
-    low, high = METHODS[method]().legal(Shape(config.L, config.V, config.K, config.F))
-    wish = {"retained_tokens": (low + high) / 2, "pruning": method, "seed": 1, "max_new_tokens": 16, "eos_token_id": []}
+    low, high = legal_range_of(vlm, method)
+    wish = {
+        "retained_tokens": (low + high) / 2,
+        "pruning": spec_of(method),
+        "seed": 1,
+        "max_new_tokens": 16,
+        "eos_token_id": [],
+    }
 
     def answers():
         pruned = vlm.generate(**batch(rows, pictures), **wish, draft_length=draft_length)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from twigvlm.config import TwigConfig
 from twigvlm.errors import InputError
 from twigvlm.pruning import METHODS, Rule, Seen, Selection, Shape, plan_for
-from twigvlm.pruning.methods import dart, sieve, sparsevlm, tops, trevs
+from twigvlm.pruning.methods import dart, mustdrop, occamtoken, sieve, sparsevlm, tops, trevs
 from twigvlm.pruning.rule import highest
 from twigvlm.pruning.select import cosine, discounted
 from twigvlm.pruning.spec import find_method
@@ -119,6 +119,19 @@ def test_tops_is_its_formula(arrays, norm):
     order = tops.picked(g.features[None], g.relevance[None], true(1, len(g.relevance)), 108, float(g.lam), norm)
     assert float(g.alpha) == tops.DIVERSITY
     assert order[0].tolist() == getattr(g, f"order_{norm}").tolist()
+
+
+def test_mustdrops_windows_are_the_authors(arrays):
+    """18 of 64 windows merged, most alike first, then the other patches; another picture of the batch merges none."""
+    g = arrays("functions")
+    hidden, expected = g.mustdrop_hidden, g.mustdrop_merged
+    other = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    merged, source = mustdrop.merge_windows(torch.cat([other, hidden])[:, 1:], 24)
+    assert (source >= 0).sum(1).tolist() == [576, 432]
+    found = torch.cat([hidden[:, :1], merged[1:, :432]], 1)[:, : expected.shape[1]]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert source[1, :432].unique().tolist() == sorted(source[1, :432].tolist())
+    assert torch.equal(merged[0], other[0, 1:])
 
 
 # ---------------------------------------------------------------------- published counts
@@ -250,6 +263,9 @@ class Row:
         image = seen.prompt.visual[b] >= 0
         self.first = seen.prompt.hidden[b, image].double(), seen.first(seen.text)[b, text].double()
         self.positions = seen.heard.asked.positions[0, b, there].tolist(), seen.visual.positions[0, b, visual].tolist()
+        self.marked = seen.marks("key")[b, visual].nonzero()[:, 0].tolist() if "key" in seen.marked else []
+        first = seen.prompt.take((seen.prompt.visual < 0).to(torch.uint8).argmax(1, keepdim=True))
+        self.reference = float(seen.heard.by_head(first)[b, :, there, 0].double().mean())
         self.norm = lambda x: seen.norm(x.float()).double()
 
 
@@ -361,7 +377,137 @@ def plain_sparse(rule, row: Row):
     return sorted(order[:k]), [(pool[c], value) for c, value in clusters]
 
 
+def plain_trevs(rule, row: Row) -> list[int]:
+    u = [float(h.var(1, unbiased=False).mean()) for h in row.heads]
+    best = sorted(range(len(u)), key=lambda h: -u[h])[: max(1, len(u) // 2)]
+    score = row.heads[best].mean(0).max(0).values.tolist()
+    return sorted(sorted(range(len(score)), key=lambda j: -score[j])[: budget(rule, row)])
+
+
+def plain_tops(r: list[float], features: torch.Tensor, n: int, coverage: float, norm: str) -> list[int]:
+    F = cosines(features, features)
+    S = [max(range(len(r)), key=lambda j: r[j])][:n]
+    while len(S) < n:
+        U = [j for j in range(len(r)) if j not in S]
+        m = [max(F[j][s] for s in S) for j in range(len(r))]
+        score = dict.fromkeys(U, 0.0)
+        for weight, x in (
+            (1, r),
+            (0.5, [1 - m[i] for i in range(len(r))]),
+            (coverage, [sum(max(0.0, F[i][j] - m[j]) for j in U) for i in range(len(r))]),
+        ):
+            low, high, mean = min(x[i] for i in U), max(x[i] for i in U), sum(x[i] for i in U) / len(U)
+            for i in U:
+                score[i] += weight * (x[i] / mean if norm == "mean" else (x[i] - low) / max(high - low, 1e-30))
+        S.append(max(U, key=lambda i: score[i]))
+    return sorted(S)
+
+
+def plain_tops_rule(rule, row: Row) -> list[int]:
+    mass = row.scores[: len(row.text)].sum(1).tolist()
+    asked = [t for t in range(len(mass)) if mass[t] >= sum(mass) / len(mass) - 1e-12]
+    r = row.scores[asked].mean(0).tolist()
+    return plain_tops(r, row.visual, budget(rule, row), rule.coverage, rule.norm)
+
+
+def plain_ranked(rule, row: Row):
+    asked = plain_raters(row)
+    rows = row.heads.mean(0)[asked].float()
+    n, rank = len(row.visual), int(torch.linalg.matrix_rank(rows))
+    s = row.heads.mean(0)[asked].mean(0).tolist()
+    if rank == n:
+        return list(range(n)), []
+    k = max(min(int(rank * rule.scale + rule.bias), n - 1), 0)
+    m = int(0.3 * (n - k)) + 1
+    order = sorted(range(n), key=lambda j: -s[j])
+    pool = sorted(order[k : k + m])
+    return sorted(order[:k]), [(pool[c], value) for c, value in plain_clusters(row.visual[pool], int(m / 10) + 1)]
+
+
+def plain_mustdrop(rule, row: Row) -> list[int]:
+    got, high = row.scores.sum(0).tolist(), row.scores.max(0).values.tolist()
+    little = [g < rule.threshold * sum(got) for g in got]
+    return [j for j in range(len(got)) if j in row.marked or not (little[j] and high[j] < rule.individual)]
+
+
+def plain_occam(rule, row: Row) -> list[int]:
+    return [j for j, high in enumerate(row.scores.max(0).values.tolist()) if high >= rule.second * row.reference]
+
+
+def middle(values: list[float]) -> float:
+    ranked = sorted(values)
+    return (ranked[(len(ranked) - 1) // 2] + ranked[len(ranked) // 2]) / 2
+
+
+def plain_trevs_first(reducer, view, i: int) -> list[int]:
+    z, x = view.project(view.patches)[i].double(), view.text[i].double()
+    seen = view.attention()[i].double().mean(0).tolist()
+    said = [(sum(max(0, c) ** 2 for c in row) / len(row)) ** 0.5 if row else 0.0 for row in cosines(z, x)]
+    hats = []
+    for s, tau in ((seen, 1.4), (said, 1.0)):
+        spread = middle([abs(v - middle(s)) for v in s]) + 1e-6
+        hats.append([max(0.0, (v - middle(s)) / spread) / tau for v in s])
+    score = [max(a, b) + (a * b) ** 0.5 for a, b in zip(*hats, strict=True)]
+    S = sorted(range(len(score)), key=lambda j: -score[j])[: reducer.n - reducer.n // 4]
+    F = cosines(z, z)
+    while len(S) < reducer.n:
+        S.append(min((j for j in range(len(score)) if j not in S), key=lambda j: max(F[j][s] for s in S)))
+    return sorted(S)
+
+
+def plain_tops_first(reducer, view, i: int) -> list[int]:
+    r = view.attention()[i].double().mean(0).tolist()
+    return plain_tops(r, view.project(view.patches)[i].double(), reducer.n, 0.5, reducer.norm)
+
+
+def plain_occam_first(reducer, view, i: int) -> list[int]:
+    row = view.taps[view.read].weights()[i, :, 0].double().mean(0).tolist()
+    return [j for j, a in enumerate(row[1:]) if a >= reducer.first * row[0]] or [row.index(max(row[1:])) - 1]
+
+
+FIRST = {
+    "trevs": (trevs.StandingOut, plain_trevs_first),
+    "tops": (tops.First, plain_tops_first),
+    "occamtoken": (occamtoken.Above, plain_occam_first),
+}
+
+
+@contextmanager
+def viewed(kind):
+    """A list of (reducer, view, tokens) of what reducers of this kind make meanwhile."""
+    log, plain = [], kind.__call__
+
+    def spying(reducer, view):
+        tokens = plain(reducer, view)
+        log.append((reducer, view, tokens))
+        return tokens
+
+    with patch.object(kind, "__call__", spying):
+        yield log
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("spec", ["trevs", "tops", "tops:norm=minmax", "occamtoken:first=1,second=1"])
+def test_a_first_choice_is_its_plain_form(spec, share):
+    """Picture by picture, whatever stands beside it."""
+    vlm = tiny(side=84)
+    kind, plain = FIRST[spec.partition(":")[0]]
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4), (2, IMAGE, 1, IMAGE, 6), (5,), (2, IMAGE)], seed=3)
+    with viewed(kind) as log:
+        vlm.generate(**batch(rows, pictures), retained_tokens=legal(vlm, spec, share), pruning=spec, max_new_tokens=1)
+    ((reducer, view, tokens),) = log
+    for i in range(4):
+        count = tokens.source.shape[1] if tokens.count is None else int(tokens.count[i])
+        assert tokens.source[i, :count].tolist() == plain(reducer, view, i)
+
+
 PLAIN = {
+    "trevs": plain_trevs,
+    "tops": plain_tops_rule,
+    "tops:norm=minmax": plain_tops_rule,
+    "sparsevlm:version=1.0,scale=1.5,bias=2": plain_ranked,
+    "mustdrop:threshold=0.04,individual=0.09": plain_mustdrop,
+    "occamtoken:first=1,second=1.1": plain_occam,
     "dart": plain_dart,
     "sieve": plain_sieve,
     "sieve:cuts=two": plain_sieve,
@@ -401,14 +547,14 @@ def check_merged(selection: Selection, b: int, row: Row, expected) -> None:
     seed=st.integers(0, 999),
     share=st.sampled_from([0.02, 0.2, 0.5, 0.9]),
     K=st.sampled_from([1, 2]),
-    kv_heads=st.sampled_from([1, 2]),
+    kv_heads=st.sampled_from([1, 4]),
     query=st.sampled_from(["last", "text"]),
     side=st.sampled_from([42, 70, 112]),
 )
 @pytest.mark.parametrize("spec", PLAIN)
 def test_a_rule_is_its_plain_form(spec, layouts, seed, share, K, kv_heads, query, side):
     """Row by row of ragged batches with several pictures, or none."""
-    vlm = tiny(K=K, T=2, F=5, side=side, kv_heads=kv_heads)
+    vlm = tiny(K=K, T=2, F=5, side=side, kv_heads=kv_heads, heads=4, layers=7)
     rows, pictures = prompts(vlm, layouts, seed)
     R = legal(vlm, spec, share)
     with spied(vlm) as log:

@@ -194,7 +194,7 @@ class Comparison:
         from ..record import provenance
 
         V, letters = self.wish.letters()
-        shape = Shape(letters.L, V, letters.K, letters.F)
+        shape = Shape(letters.L, V, letters.K, letters.F, self.wish.name)
         setting = self.every[0].setting
         model = PUBLISHED_MODEL if self.args.published else model_of(setting.model_name)
         if (None not in {R for _, R in self.rows}) or not next(iter(self.rows.values())).results:

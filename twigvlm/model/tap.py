@@ -50,10 +50,15 @@ class Tap:
     def read_normed(self, normed: torch.Tensor) -> None:
         self.normed = normed.gather(1, self.rows.clamp(min=0)[..., None].expand(-1, -1, normed.shape[-1]))
 
-    def weights(self) -> torch.Tensor:
-        """fp32 [B, H, Q, N]: softmax over all that an asked row may see, as eager attention computes it."""
+    def weights(self, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """fp32 [B, H, Q, N]: softmax over all that an asked row may see, as eager attention computes it.
+
+        `bias` [B, 1, 1, N] is what was added to the scores.
+        """
         keys = self.keys.repeat_interleave(self.query.shape[1] // self.keys.shape[1], 1)
         scores = (self.query @ keys.transpose(2, 3) * self.scaling).float()
+        if bias is not None:
+            scores = scores + bias.float()
         if self.causal:
             seen = torch.arange(keys.shape[2], device=keys.device) <= self.rows.clamp(min=0)[..., None]
             scores = scores.masked_fill(~seen[:, None], -torch.inf)

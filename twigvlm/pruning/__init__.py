@@ -15,11 +15,12 @@ __all__ = [
 ]  # fmt: skip
 
 
-def plan_for(method: str, R: float | None, V: int, twig, query: str = "last") -> Plan:
+def plan_for(method: str, R: float | None, V: int, twig, query: str = "last", base: str = "") -> Plan:
     """The plan that leaves an average of R visual tokens per layer; R = None is the empty plan.
 
-    `method` is a name with settings (`spec.find_method`), `twig` the TwigConfig that says L, K and F. Raises
+    `method` is a name with settings (`spec.find_method`), `twig` the TwigConfig that says L, K and F,
+    `base` the name of the base on which methods are calibrated. Raises
     InputError for an unknown method, setting or query, or an R outside the method's legal range.
     """
     found = find_method(method, query)
-    return Plan() if R is None else found.plan(R, Shape(twig.L, V, twig.K, twig.F))
+    return Plan() if R is None else found.plan(R, Shape(twig.L, V, twig.K, twig.F, base))

@@ -17,6 +17,7 @@ from .. import flags
 from ..errors import InputError
 from ..program import run_program
 from ..record import table
+from .calibrated import missing
 from .methods import METHODS
 from .plan import Method, Plan, Shape
 from .spec import BUDGETS, LLAVA, find_method, needs_of, shown, some_plan
@@ -85,6 +86,8 @@ def describe(method: Method, shape: Shape = LLAVA) -> dict[str, str]:
 
 def schedules(method: Method, budgets: Sequence[float], shape: Shape = LLAVA) -> dict[str, str]:
     """A row of the second one."""
+    if missing(method):
+        return {"method": method.name} | {f"R = {R:g}": "as many as it takes, R on average" for R in budgets}
     return {"method": method.name} | {f"R = {R:g}": counted(reach(method, R, shape)) for R in budgets}
 
 

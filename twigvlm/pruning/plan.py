@@ -71,6 +71,7 @@ class Shape:
     V: int
     K: int
     F: int
+    base: str = ""  # its name, for methods that are calibrated on it
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,15 @@ class Method(ABC):
     selects: ClassVar[bool] = True  # it only chooses: where all tokens may stay, nothing changes
     adaptive: ClassVar[bool] = False  # how many stay depends on picture and question; R is met on average
     count: Literal["entering", "authors"] = "entering"
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        """Settings that a calibration finds where nobody gives them, in the order in which it does: see `pruning.calibrated`."""
+        return ()
+
+    def aim(self, setting: str, R: float, shape: Shape) -> tuple[int | None, float]:
+        """What a fitted setting is to reach on average: so many tokens that enter a layer (None: all layers, R)."""
+        return None, R
 
     @abstractmethod
     def legal(self, shape: Shape) -> tuple[Fraction, Fraction]:

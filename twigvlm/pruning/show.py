@@ -128,7 +128,7 @@ def run(args: Namespace) -> None:
     settings = flags.model_settings(args)
     wish = Wish(**vars(settings))
     V, letters = wish.letters()
-    reasons = impossible(args, Shape(letters.L, V, letters.K, letters.F), wish.has_twig)
+    reasons = impossible(args, Shape(letters.L, V, letters.K, letters.F, wish.name), wish.has_twig)
     if len(reasons) == len(args.methods):
         raise InputError(f"no method can be shown at R = {args.retained_tokens:g}: {next(iter(reasons.values()))}")
     check(wish, flags.generation(Namespace(**vars(args) | {"pruning": "twig", "no_pruning": True})))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..errors import InputError
+from .calibrated import missing
 from .methods import METHODS
 from .plan import Composed, Method, Plan, Shape, TowerMethod
 
@@ -53,6 +54,8 @@ def some_plan(method: Method, shape: Shape = LLAVA) -> Plan:
 
     The empty plan where no budget that is tried can be had.
     """
+    # Thresholds change neither the one nor the other.
+    method = replace(method, **dict.fromkeys(missing(method), 1.0))
     try:
         low, high = method.legal(shape)
     except InputError:

@@ -58,7 +58,7 @@ class Refused:
 def entries_of(args: Namespace, wish: Wish) -> tuple[list[Entry], list[Refused]]:
     """In the order of the table; the base comes first, so that a model is opened twice at most."""
     V, letters = wish.letters()
-    shape = Shape(letters.L, V, letters.K, letters.F)
+    shape = Shape(letters.L, V, letters.K, letters.F, wish.name)
     asked, refused = [Entry()], []
     asked += [Entry(drafts=True)] if wish.has_twig else []
     for R in args.retained_tokens:

@@ -11,6 +11,8 @@ from .fastv import FastV
 from .hiprune import HiPrune
 from .holov import HoloV
 from .layer_attention import LayerAttention
+from .mustdrop import MustDrop
+from .occamtoken import OccamToken
 from .pdrop import PyramidDrop
 from .random import Random
 from .scope import Scope
@@ -31,6 +33,7 @@ METHODS: dict[str, type[Method]] = {
         Twig,
         FastV,
         SparseVLM,
+        MustDrop,
         PyramidDrop,
         VisionZip,
         FasterVLM,
@@ -44,6 +47,7 @@ METHODS: dict[str, type[Method]] = {
         SIEVE,
         TOPS,
         TReVS,
+        OccamToken,
         TwigDiscount,
         LayerAttention,
         Downsample,

@@ -26,6 +26,7 @@ import torch
 from ...errors import InputError
 from ...model.stream import front
 from ..budget import PAPER_V, at_depth, counts, within
+from ..calibrated import settled
 from ..plan import Method, Plan, Shape
 from ..rule import Probe, Rule, Seen, Selection, highest
 
@@ -34,6 +35,8 @@ TABLES = {  # best-scored tokens of 576 that stay at each cut, by the authors' R
     "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
     "2.0": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
 }
+LATE = 20  # a fourth cut of version 1.0
+RANKS = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}  # scale and bias for MME, POPE and TextVQA
 HEADS = Fraction(14, 32)  # that version 2.0 hears
 
 
@@ -162,17 +165,54 @@ def merge(seen: Seen, keep: torch.Tensor, pool: torch.Tensor, count: torch.Tenso
 
 
 @dataclass(frozen=True)
+class Ranked(Rule):
+    """Keeps int(rank * scale + bias) of a row's tokens, the rank that of the raters' rows; where it is full, all."""
+
+    scale: float
+    bias: float
+    probe: Probe
+    exact: ClassVar[bool] = False
+
+    def most(self, total: int) -> int:
+        return total
+
+    def __call__(self, seen: Seen) -> Selection:
+        real, asked = seen.visual.real(), raters(seen)
+        rows = (seen.scores * asked[..., None]).masked_fill(~real[:, None], 0)
+        count = real.sum(1)
+        rank = ranks(rows, torch.maximum(asked.sum(1), count))
+        k = torch.minimum((rank * self.scale + self.bias).long().clamp(min=0), count - 1)
+        leaving = torch.where(rank == count, 0, count - k).clamp(min=0)
+        keep = highest(rated(seen), real, count - leaving)
+        widest = real.shape[1]
+        return merge(seen, keep, recycled(leaving), clusters(leaving), recycled(widest), clusters(widest))
+
+
+def ranks(rows: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """[B]: of `rows` [B, Q, V'], as if each were of its own `size` [B], the larger of its sides, without padding."""
+    values = torch.linalg.svdvals(rows.cpu() if rows.device.type == "mps" else rows).to(rows.device)
+    least = values[:, :1] * size[:, None] * torch.finfo(torch.float32).eps
+    return (values > least).sum(1)
+
+
+@dataclass(frozen=True)
 class SparseVLM(Method):
-    """`faithful` counts as the authors do."""
+    """`faithful` counts as the authors do; `scale` and `bias` are version 1.0's, of the rank."""
 
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "SparseVLM, ICML 2025"
     summary: ClassVar[str] = "three cuts by the text that looks at the image; some of what leaves is merged"
-    version: Literal["1.5", "2.0"] = "1.5"
+    version: Literal["1.5", "1.0", "2.0"] = "1.5"
     faithful: bool = False
+    scale: float | None = None
+    bias: float = 0.0
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        return ("scale",) if self.version == "1.0" and not self.theirs else ()
 
     def before(self, L: int) -> tuple[int, ...]:
-        return at_depth(CUTS, L, self.name)
+        return at_depth((*CUTS, LATE) if self.version == "1.0" else CUTS, L, self.name)
 
     def legal(self, shape: Shape) -> tuple[Fraction, Fraction]:
         if self.theirs:
@@ -186,6 +226,8 @@ class SparseVLM(Method):
     def plan(self, R: float, shape: Shape) -> Plan:
         cuts, V = self.before(shape.L), shape.V
         exact = within(R, self.legal(shape), f"{cuts[0]} layers read all tokens (L={shape.L}, V={V})")
+        if self.version == "1.0":
+            return self.by_rank(exact, cuts, shape)
         left = self.published(exact, V) if self.theirs else self.scaled(exact, cuts, shape)
         merges = self.version != "2.0"
         stages = tuple(
@@ -194,9 +236,19 @@ class SparseVLM(Method):
         )
         return Plan(stages, positions="compact" if merges else "keep")
 
+    def by_rank(self, R: Fraction, cuts: tuple[int, ...], shape: Shape) -> Plan:
+        if self.theirs:
+            scale, bias = self.row(R, shape.V, RANKS)
+        else:
+            scale, bias = settled(self, R, shape).scale, self.bias
+        stages = tuple((cut, Ranked(scale, bias, Probe("layer", "text", layer=cut - 1))) for cut in cuts)
+        return Plan(stages, positions="compact")
+
     def published(self, R: Fraction, V: int) -> list[int]:
         """Tokens that leave each cut, merged ones included, of the table's row; a share of V where that is not 576."""
-        table = TABLES[self.version]
+        return self.left(self.row(R, V, TABLES[self.version]), V)
+
+    def row(self, R: Fraction, V: int, table: dict[int, tuple]) -> tuple:
         row = table.get(R * PAPER_V / V)
         if row is None:
             can = ", ".join(f"{float(Fraction(r * V, PAPER_V)):g}" for r in table)
@@ -204,7 +256,7 @@ class SparseVLM(Method):
                 f"{self.name}'s authors published settings of version {self.version} for R = {can}, and R is "
                 f"{float(R):g}; give one of these, or leave count=authors and faithful out"
             )
-        return self.left(row, V)
+        return row
 
     def left(self, row: Sequence[int], V: int) -> list[int]:
         """Tokens that leave each cut where the best `row` of 576 are kept."""
