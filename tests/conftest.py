@@ -97,6 +97,7 @@ def tiny_model(
     rare: int = 0,  # ids below this one are hardly ever written
     attention: str = "sdpa",
     seed: int = 0,
+    sight: int = 2,  # layers of the tower, of which the last is not read
 ) -> LlavaForConditionalGeneration:
     """A random LLaVA whose words depend on the picture; the last id is the image token. Shared: do not change it."""
     text = LlamaConfig(
@@ -115,7 +116,7 @@ def tiny_model(
     vision = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=sight,
         num_attention_heads=2,
         image_size=side,
         patch_size=14,
@@ -215,7 +216,11 @@ def one(vlm: TwigVLM, *layout: int | str, seed: int = 0) -> dict:
 
 
 # Methods that need thresholds of a calibration or something beyond a base, with settings that do on tiny models.
-SPECS: dict[str, str] = {"mustdrop": "mustdrop:threshold=0.05", "occamtoken": "occamtoken:first=0.95,second=1.2"}
+SPECS: dict[str, str] = {
+    "cdpruner": "cdpruner:stand_in",
+    "mustdrop": "mustdrop:threshold=0.05",
+    "occamtoken": "occamtoken:first=0.95,second=1.2",
+}
 
 
 def spec_of(method: str) -> str:

@@ -20,6 +20,7 @@ from .decoding.pace import Pace, measure, now
 from .errors import InputError
 from .families import trunk_of
 from .loading.base import Loaded, load_base
+from .loading.clip import TextTower, load_text_tower
 from .loading.describe import EMBEDDED_TWIG
 from .loading.device import pick_device, pick_dtype
 from .loading.twig import load_twig
@@ -246,6 +247,10 @@ class TwigVLM:
         """Pictures → [images, 3, h, w], padded to squares with the mean colour, or cut, as the model wants."""
         opened = [open_image(i) for i in images]
         return self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+
+    def text_tower(self, name: str) -> TextTower:
+        """CLIP's text tower and what leads this model's vision tower to it, from a folder or hub id of the same CLIP."""
+        return load_text_tower(name, self.device, self.dtype)
 
     # ------------------------------------------------------------------ the parts of generate
 

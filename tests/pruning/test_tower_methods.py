@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from twigvlm.pruning import select
-from twigvlm.pruning.methods import divprune, hiprune, holov, vispruner
+from twigvlm.pruning.methods import cdpruner, divprune, hiprune, holov, vispruner
 from twigvlm.pruning.methods.visionzip import VisionZip, Zip
 from twigvlm.pruning.plan import Shape
 from twigvlm.pruning.reducer import View, best
@@ -132,3 +132,38 @@ def test_grids_of_the_tables(R, grid):
     pooled = torch.nn.functional.adaptive_avg_pool2d(torch.arange(576.0).reshape(1, 24, 24), grid).flatten()
     found = [np.mean([24 * r + c for r in down for c in across]) for down, across, _ in cells]
     torch.testing.assert_close(torch.tensor(found, dtype=torch.float32), pooled)
+
+
+def test_cdpruner_is_the_authors(golden):
+    """The sets of one picture under one and two pieces of text; the carried golden set has the small case alone."""
+    data = arrays(golden, "cdpruner")
+    for pieces in (1, 2) if "features" in data else ():
+        fit = cdpruner.clip_fit(data["image_embeds"], [data[f"text_embeds_{pieces}"]])
+        matrix = cdpruner.kernel(data["features"], fit)
+        for R in (192, 128, 64):
+            assert sorted(select.spanning(matrix, R)[0].tolist()) == chosen(data[f"mask_{pieces}_{R}"])
+        if pieces == 1:
+            assert select.spanning(matrix, 64)[0].tolist() == data["order_1_64"].tolist()
+
+
+def test_cdpruner_is_the_authors_but_for_what_two_pictures_share(golden):
+    """In the authors' batch all pictures share one least and one largest relevance; here each has its own."""
+    data = arrays(golden, "cdpruner")
+    text = data["batch_text_embeds"]
+    fit = cdpruner.clip_fit(data["batch_image_embeds"], [text, text])
+    whole = (fit - fit.min() + cdpruner.LEAST) / (fit.max() - fit.min())
+    shared = whole[:, :, None] * select.cosine(data["batch_features"]) * whole[:, None]
+    for kernel, mask in zip(shared, data["batch_mask_16"], strict=True):
+        assert sorted(select.spanning(kernel[None], 16)[0].tolist()) == chosen(mask)
+    alone = [cdpruner.kernel(data["batch_features"][i : i + 1], fit[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(cdpruner.kernel(data["batch_features"], fit), torch.cat(alone))
+
+
+def test_volume_that_is_used_up_leaves_no_nan():
+    """Features of rank 3, five of eight tokens wanted, two of them the same."""
+    features = torch.randn(1, 8, 3, generator=torch.Generator().manual_seed(0))
+    features[0, 5] = features[0, 2]
+    order = select.spanning(select.cosine(features), 8)[0].tolist()
+    assert sorted(order) == list(range(8))
+    same = select.spanning(torch.ones(1, 4, 4), 4)
+    assert same[0].tolist() == [0, 1, 2, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..plan import Method
+from .cdpruner import CDPruner
 from .dart import DART
 from .divprune import DivPrune
 from .downsample import Downsample
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
         HoloV,
         DART,
         Scope,
+        CDPruner,
         SIEVE,
         TOPS,
         TReVS,
