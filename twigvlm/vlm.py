@@ -29,6 +29,7 @@ from .prompt.images import open_image
 from .prompt.processor import pads
 from .prompt.template import converse, decode
 from .pruning import Plan, plan_for
+from .pruning.spec import classless
 
 CALL_STRIDE = 2**20  # rows that a call may have before its seeds meet the next call's
 SEED_SPACE = 2**63
@@ -351,7 +352,14 @@ class TwigVLM:
             raise InputError(
                 f"pruning {pruning!r} needs a twig, and none is loaded; give one, another method, or retained_tokens=None"
             )
-        return plan if plan.tower is None else replace(plan, tower=plan.tower.bind(self))
+        if plan.tower is None:
+            return plan
+        if plan.tower.class_token and not self.trunk.family.tower().class_tokens:
+            raise InputError(
+                f"pruning {pruning!r} asks the vision tower's class token, and this one has none; {', '.join(classless())} do "
+                "without"
+            )
+        return replace(plan, tower=plan.tower.bind(self))
 
     def _eos(self, asked: int | Sequence[int] | None) -> list[int]:
         if asked is None:

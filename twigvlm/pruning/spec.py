@@ -77,6 +77,11 @@ def needs_of(method: Method) -> list[str]:
     return list(dict.fromkeys(need for text in (*said, *asked) for need in filter(None, text.split(", "))))
 
 
+def classless() -> list[str]:
+    """Names of the methods before the decoder that do without a class token."""
+    return [name for name, kind in METHODS.items() if issubclass(kind, TowerMethod) and "class token" not in kind.needs]
+
+
 def _parts(method: Method) -> tuple[Method, ...]:
     return (method.first, method.then) if isinstance(method, Composed) else ()
 

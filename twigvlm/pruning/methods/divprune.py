@@ -20,7 +20,9 @@ from ..select import cosine, farthest
 def diverse(similarity: torch.Tensor, n: int) -> torch.Tensor:
     """[B, n]: tokens in the order in which they are chosen, from their cosines [B, V, V]."""
     B, V = similarity.shape[:2]
-    similarity = torch.maximum(similarity, similarity.transpose(1, 2))  # two that are each other's nearest tie, to the bit
+    similarity = torch.maximum(
+        similarity, similarity.transpose(1, 2)
+    )  # two that are each other's nearest tie, to the bit
     # Each is its own nearest, so the neighbour is the second of its row.
     neighbour = similarity.topk(min(2, V), dim=2).values[..., -1]
     first = neighbour.argmin(1, keepdim=True)
