@@ -98,7 +98,7 @@ LOOKS_INTO: dict[str, set[str]] = {
     "loading": {"model"},
     "prompt": {"loading"},
     "world": {"flags"},  # its commands'
-    "pruning": {"flags", "model", "prompt"},  # its commands have flags
+    "pruning": {"flags", "loading", "model", "prompt"},  # its commands have flags; some methods bring weights
     "families": {"model", "loading", "prompt"},
     "decoding": {"model", "prompt", "pruning"},
     "vlm": {"decoding", "families", "loading", "model", "prompt", "pruning"},
@@ -116,7 +116,18 @@ LOOKS_INTO: dict[str, set[str]] = {
         "pruning",
         "world",
     },
-    "training": {"vlm", "flags", "foresight", "families", "loading", "model", "prompt", "world"},
+    "training": {
+        "vlm",
+        "flags",
+        "foresight",
+        "decoding",
+        "families",
+        "loading",
+        "model",
+        "prompt",
+        "pruning",
+        "world",
+    },
     "sprout": {
         "vlm",
         "flags",

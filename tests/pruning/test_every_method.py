@@ -80,11 +80,14 @@ class NotingTower(Reducer):
     notes: list = field(default_factory=list)
 
     def __getattribute__(self, name):
-        if name in ("reducer", "notes", "__class__", "__dict__", "bind"):
+        if name in ("reducer", "notes", "bind", "__class__", "__dict__"):
             return object.__getattribute__(self, name)
         return getattr(object.__getattribute__(self, "reducer"), name)
 
     def most(self, V): ...
+
+    def bind(self, vlm):
+        return NotingTower(self.reducer.bind(vlm), self.notes)
 
     def __call__(self, view):
         tokens = self.reducer(view)
@@ -105,7 +108,7 @@ def noting(monkeypatch):
     def plan(*args):
         made = make(*args)
         made = replace(made, stages=tuple((before, Noting(rule)) for before, rule in made.stages),
-                       tower=None if made.tower is None else NotingTower(made.tower.bind(None)))  # fmt: skip
+                       tower=None if made.tower is None else NotingTower(made.tower))  # fmt: skip
         plans.append(made)
         return made
 

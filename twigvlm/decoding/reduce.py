@@ -5,7 +5,7 @@ Legend: B rows, S tokens, D width, I images, V visual tokens an image, n tokens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,8 +32,12 @@ def reduce(
     ids: Sequence[Sequence[int]],
     pixel_values: torch.Tensor,
     draws: Sequence[int] = (),
+    project: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Reduced:
-    """Ask `reducer` about every image of the prompts laid out in `stream`; images are blocks of V tokens, in their order."""
+    """Ask `reducer` about every image of the prompts laid out in `stream`; images are blocks of V tokens, in their order.
+
+    `project` stands in for the base's projector.
+    """
     V, device = trunk.V, stream.place.device
     columns = [[i for i, t in enumerate(row) if t == trunk.image_token_id] for row in ids]
     images = [
@@ -41,7 +45,7 @@ def reduce(
     ]
     tower = trunk.family.tower()
     view = View(
-        reducer, V, tower.class_tokens, trunk.family.project, trunk.embed_text,
+        reducer, V, tower.class_tokens, project or trunk.family.project, trunk.embed_text,
         [ids[b][columns[b][-1] + 1 :] for b, _, _ in images], [_mixed(draws[b], nth) for b, nth, _ in images] if draws else (),
     )  # fmt: skip
     view.states = trunk.look(pixel_values, view)

@@ -20,9 +20,9 @@ from ..loading.random import random_config
 from ..program import print_json
 from ..world.conversations import SAMPLES as DRAWN_SAMPLES
 from .data.examples import Records
+from .run.zero import read_zero, stage_of
 from .settings import ROWS_PER_DEVICE, Settings, split_batch
 from .twig import Start, layers_needed, shorten, trim_tower
-from .zero import read_zero, stage_of
 
 STAGES = ("none", "2", "3", "3_offload")
 CARDS = (24, 40, 80)  # GB, of 10**9 bytes

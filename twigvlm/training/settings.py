@@ -16,12 +16,13 @@ from ..config import DEFAULT_K, DEFAULT_T, option
 from ..errors import InputError
 from ..loading.device import BACKENDS
 from ..loading.random import SHAPES
-from .zero import read_zero
+from .run.zero import read_zero
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 ZERO = {"2": "zero2.json", "3": "zero3.json", "3_offload": "zero3_offload.json"}
 SKIPPED = "skipped.jsonl"
 STOPPED = "stopped.json"  # a training that a signal stopped leaves this
+LEARNING = ("twig", "projector")
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 ROWS_PER_DEVICE = {"cuda": 4, "cpu": 8, "mps": 4}  # of a micro-batch, when nobody says
@@ -51,6 +52,11 @@ class ModelPart:
     F: int = option(0, "layer before which the image is wiped when decoding (default: three quarters of L)")
     init: str = option("base", "what the twig starts from: base (layers K..K+T-1), last, random, or a twig's folder")
     attention: str = option("sdpa", "attention implementation", choices=BACKENDS)
+    learn: str = option(
+        "twig", "what learns: a twig, or the base's projector while tokens are pruned", choices=LEARNING
+    )
+    pruning: str = option("visionzip", "with --learn projector: the method before the decoder that is active")
+    retained_tokens: float = option(64.0, "with --learn projector: visual tokens that it leaves", "-R")
 
 
 @dataclass
@@ -76,7 +82,7 @@ class RunPart:
     max_steps: int = option(0, "stop after so many steps (default: whole epochs); the schedule ends there")
     batch_size: int | None = option(None, "samples per optimizer step, over all devices (default 128)")
     per_device_batch: int | None = option(None, "samples in memory at once per device; accumulation follows")
-    lr: float | None = option(None, "peak learning rate (default 1e-4)", "--learning-rate")
+    lr: float | None = option(None, "peak learning rate (default 1e-4; of a projector 2e-5)", "--learning-rate")
     betas: list[float] = option([0.9, 0.98], "AdamW's")
     weight_decay: float = option(0.0, "AdamW's")
     warmup: float = option(0.03, "share of the steps in which the learning rate rises")
@@ -167,6 +173,7 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, ModelPart):
         check(0 <= self.lora_dropout < 1, "lora_dropout", "a share from 0 to below 1 is needed")
         check(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)} is needed")
         check(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)} is needed")
+        check(self.learn in LEARNING, "learn", f"one of {', '.join(LEARNING)} is needed")
         check(self.attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)} is needed")
         if self.base is not None and self.random is not None:
             raise InputError(f"base {self.base} and random {self.random}: give one of them")
@@ -180,7 +187,9 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, ModelPart):
         return self.base is None and self.random is None
 
     def _preset(self) -> dict:
-        return EMBEDDED_PRESET if self.embedded else {"batch_size": 128, "lr": 1e-4}
+        if self.embedded:
+            return EMBEDDED_PRESET
+        return {"batch_size": 128, "lr": 1e-4 if self.learn == "twig" else 2e-5}  # LLaVA's own rate of finetuning
 
     def zero_config(self, device: str, processes: int) -> Path | None:
         """The DeepSpeed configuration file, or None for plain training (DDP where there are several processes).

@@ -1,6 +1,7 @@
 """Train a twig: `python -m twigvlm.training.train`, or `bash scripts/v1_5/train_twig.sh`.
 
-Only K+T layers of the base are read; layers 0..K-1 are frozen, the twig learns to say the answers of
+With --learn projector it is the base's projector that learns, while visual tokens are pruned in front
+of it (`training.projector`). Of a twig's base only K+T layers of the base are read; layers 0..K-1 are frozen, the twig learns to say the answers of
 the data. Runs on a CPU, one GPU, or many processes under torchrun, DeepSpeed or Slurm. The same
 command continues a run that was stopped, from its last whole checkpoint.
 """
@@ -21,15 +22,15 @@ import torch
 from ..errors import InputError, RunError
 from ..files import write_json
 from ..loading.find import read_json
-from ..model.twig import CONFIG, WEIGHTS, describe, write_twig
+from ..model.twig import WEIGHTS
 from ..workers import end_workers, workers_told
 from .agreement import FILE as ANSWERS
 from .agreement import hold_out, load_answers
 from .data.examples import TwigDataset
 from .data.loading import TrainingData, TrainingFeed, fill_in, read_data
 from .data.survey import SkipLog, Survey
-from .lora import add_adapters, has_adapters
-from .objectives import Ntp, Objective
+from .lora import has_adapters
+from .projector import ProjectorSubject
 from .run import checkpoints
 from .run.device import Run, device_of, precision_of, prepare_process
 from .run.loop import FORMAT, Learner, Loop, NotFinite, Place, Plan, adamw, rates
@@ -38,14 +39,15 @@ from .run.report import Charts, Report, check_wandb
 from .run.results import export_release, write_results
 from .run.timing import StepTimes
 from .run.watch import Job, Signals, TwigWatch
+from .run.zero import settle
 from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, check_accelerate, parse, split_batch, store
-from .twig import Prepared, Start, TwigLesson, checkpoint_gradients, prepare_twig
-from .zero import settle
+from .subject import Subject, TwigSubject
+from .twig import Prepared
 
 GPU_WORKERS, CPU_WORKERS = 4, 1
 # What a run is: another value of these makes another run. Devices and workers may change.
 IDENTITY = (
-    "K", "T", "F", "init", "max_length", "drop_indices", "epochs", "max_steps", "batch_size", "lr", "betas", "weight_decay",
+    "max_length", "drop_indices", "epochs", "max_steps", "batch_size", "lr", "betas", "weight_decay",
     "warmup", "schedule", "max_grad_norm", "seed", "lora_rank", "lora_alpha", "lora_dropout",
 )  # fmt: skip
 
@@ -102,6 +104,8 @@ def _main(argv: list[str] | None) -> int:
         if args.dry_run:
             from .cost import print_plan
 
+            if settings.learn != "twig":
+                raise InputError(f"--dry-run plans the training of a twig, not of a {settings.learn}; leave it out")
             return print_plan(settings, args.devices, args.samples)
         with workers_told(), others_told():
             return run(settings)
@@ -139,7 +143,7 @@ def run(settings: Settings) -> int:
         ranks.on_first(lambda: locks.append(checkpoints.occupy(one.out)))
         token = ranks.on_first(lambda: (one.out / checkpoints.TOKEN).read_text(encoding="utf-8"))
         ranks.everywhere(lambda: checkpoints.same_folder(one.out, token))
-        code = _run(one, signals, Ntp())
+        code = _run(one, signals, subject_of(one.settings))
         leave(ranks)
     finally:
         signals.forget()
@@ -148,23 +152,28 @@ def run(settings: Settings) -> int:
     return code
 
 
-def _run(one: Run, signals: Signals, objective: Objective) -> int:
+def subject_of(settings: Settings) -> Subject:
+    """What these settings train."""
+    return ProjectorSubject(settings) if settings.learn == "projector" else TwigSubject()
+
+
+def _run(one: Run, signals: Signals, subject: Subject) -> int:
     """In the folder that is locked now."""
     settings, ranks, out = one.settings, one.ranks, one.out
-    identity = {name: getattr(settings, name) for name in IDENTITY}
+    identity = subject.identity(settings) | {name: getattr(settings, name) for name in IDENTITY}
     identity |= {"base": _base_name(settings), "precision": one.precision}
     ranks.on_first(lambda: checkpoints.identify(out, identity, whole=False))
     torch.manual_seed(settings.seed)
-    prepared = ranks.everywhere(lambda: _prepare_twig(one, objective))
+    prepared = ranks.everywhere(lambda: subject.prepare(one))
     skips: list[SkipLog] = []
     data = _read_data(one, prepared, skips)
     identity |= {"base_signature": prepared.signature}
     ranks.on_first(lambda: checkpoints.identify(out, identity | {"data": data.fingerprint()}))
     ranks.on_first(lambda: store(settings, out))
-    if ranks.on_first(lambda: _finished(out)):
+    if ranks.on_first(lambda: _finished(out, subject)):
         ranks.on_first(lambda: _again(one))
         return 0
-    return _train(one, prepared, data, skips[0] if skips else None, signals, objective)
+    return _train(one, prepared, data, skips[0] if skips else None, signals, subject)
 
 
 def _base_name(settings: Settings) -> str:
@@ -181,25 +190,6 @@ def check_export(file: str | None) -> None:
         raise InputError(f"export_release is {file}; a name that ends in .safetensors is needed")
 
 
-def _prepare_twig(one: Run, objective: Objective) -> Prepared:
-    settings = one.settings
-    dtype = torch.bfloat16 if one.precision == "bf16" else torch.float32
-    start = Start(settings.K, settings.T, settings.F, settings.init)
-    how = (settings.attention, settings.random, objective.asks_base)
-    try:
-        prepared = prepare_twig(settings.base, start, one.device, dtype, *how)
-    except torch.OutOfMemoryError as fault:
-        raise RunError(f"{one.device} is full before the first step; use a larger one ({fault})") from fault
-    if settings.lora_rank:
-        add_adapters(prepared.twig, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
-    if settings.gradient_checkpointing:
-        checkpoint_gradients(prepared.twig)
-    if settings.compile:
-        for layer in (*prepared.base.layers[: settings.K], *prepared.twig.layers):
-            layer.compile(dynamic=True)
-    return prepared
-
-
 def _read_data(one: Run, prepared: Prepared, skips: list[SkipLog]) -> TrainingData:
     """The data; on the first process also the list of what is left out of it."""
     settings = one.settings
@@ -212,9 +202,9 @@ def _read_data(one: Run, prepared: Prepared, skips: list[SkipLog]) -> TrainingDa
     return read_data(settings, prepared.loaded, one.ranks, judge, one.out, one.ranks.first)
 
 
-def _finished(out: Path) -> bool:
+def _finished(out: Path, subject: Subject) -> bool:
     facts = read_json(out / checkpoints.RUN)
-    return "finished" in facts and (out / WEIGHTS).exists() and (out / CONFIG).exists()
+    return "finished" in facts and (out / WEIGHTS).exists() and (out / subject.config).exists()
 
 
 def _again(one: Run) -> None:
@@ -254,19 +244,19 @@ def _plan(one: Run, shares: BatchShares, width: int) -> Plan:
 
 
 def _train(
-    one: Run, prepared: Prepared, data: TrainingData, skips: SkipLog | None, signals: Signals, objective: Objective
+    one: Run, prepared: Prepared, data: TrainingData, skips: SkipLog | None, signals: Signals, subject: Subject
 ) -> int:
     ranks = one.ranks
     shares, feed = ranks.everywhere(lambda: _share(one, data))
     resume = ranks.on_first(lambda: _last_checkpoint(one))
-    job = _job(one, prepared, data, skips, shares)
+    job = _job(one, prepared, data, skips, shares, subject)
     if ranks.first:
-        _announce(one, shares, job, resume)
+        _announce(one, shares, job, resume, subject)
     end = one.out / f"{checkpoints.STEM}{shares.steps}"
     if resume == end:  # killed after its last step
-        ranks.on_first(lambda: write_results(job, end, prepared.twig, _made(one, shares), {}))
+        ranks.on_first(lambda: write_results(job, end, subject, prepared, _made(one, shares), {}))
         return 0
-    loop = ranks.everywhere(lambda: _loop(one, prepared, shares, feed, job, signals, objective))
+    loop = ranks.everywhere(lambda: _loop(one, prepared, shares, feed, job, signals, subject))
     try:
         if resume is not None:
             loop.resume(resume)
@@ -279,7 +269,7 @@ def _train(
         raise RunError(_out_of_memory(one, shares, loop.done + 1)) from fault
     if not whole:
         return _stopped(one, loop.done, signals.caught)
-    ranks.on_first(lambda: write_results(job, end, prepared.twig, _made(one, shares), loop.times.summary()))
+    ranks.on_first(lambda: write_results(job, end, subject, prepared, _made(one, shares), loop.times.summary()))
     return 0
 
 
@@ -290,18 +280,20 @@ def _loop(
     feed: TrainingFeed,
     job: Job,
     signals: Signals,
-    objective: Objective,
+    subject: Subject,
 ) -> Loop:
-    settings, twig, times = one.settings, prepared.twig, StepTimes(one.device)
+    settings, module, times = one.settings, prepared.module, StepTimes(one.device)
     plan = _plan(one, shares, prepared.base.model.config.text_config.hidden_size)
-    facts = {**job.facts, **({"adapters": True} if has_adapters(twig) else {})}
+    facts = {**job.facts, **({"adapters": True} if has_adapters(module) else {})}
     try:
         return Loop(
             plan,
-            Learner(twig, TwigLesson(prepared.base, twig, objective, times)),
+            Learner(module, subject.lesson(prepared, times)),
             lambda module: adamw(module, settings.lr, settings.betas, settings.weight_decay),
             feed,
-            Place(one.out, lambda folder, weights: write_twig(folder, weights, facts), one.device, one.ranks, one.form),
+            Place(
+                one.out, lambda folder, weights: subject.write(folder, weights, facts), one.device, one.ranks, one.form
+            ),
             TwigWatch(job, signals),
             times,
         )
@@ -313,12 +305,14 @@ def _loop(
         ) from fault
 
 
-def _job(one: Run, prepared: Prepared, data: TrainingData, skips: SkipLog | None, shares: BatchShares) -> Job:
+def _job(
+    one: Run, prepared: Prepared, data: TrainingData, skips: SkipLog | None, shares: BatchShares, subject: Subject
+) -> Job:
     settings, ranks, answers = one.settings, one.ranks, None
     if settings.agreement == "base":
         answers = load_answers(one.out / ANSWERS, prepared.signature, data)
     held_out = hold_out(data, shares.rows, ranks, answers)
-    facts = describe(prepared.twig, prepared.loaded.name, prepared.signature)
+    facts = subject.describe(prepared)
     report = None
     if ranks.first:
         charts = Charts(one.out, settings.tensorboard, settings.wandb)
@@ -356,10 +350,9 @@ def _last_checkpoint(one: Run) -> Path | None:
     return found
 
 
-def _announce(one: Run, shares: BatchShares, job: Job, resume: Path | None) -> None:
+def _announce(one: Run, shares: BatchShares, job: Job, resume: Path | None, subject: Subject) -> None:
     settings, held_out = one.settings, job.held_out
     aside = f", {held_out.samples} held out" if held_out else ""
-    learning = "adapters" if settings.lora_rank else f"{settings.T} layers, norm and head"
     means = f"DeepSpeed {one.zero.name}" if one.zero else "DDP" if one.ranks.world > 1 else "no DeepSpeed"
     print(
         f"{shares}: {shares.steps:,} steps, {shares.steps_an_epoch:,} a pass over {len(job.data.usable):,} samples{aside}"
@@ -368,9 +361,7 @@ def _announce(one: Run, shares: BatchShares, job: Job, resume: Path | None) -> N
         f"AdamW, lr {settings.lr:g}, betas {settings.betas[0]:g} {settings.betas[1]:g}, {settings.schedule}, "
         f"warm-up {100 * settings.warmup:g} %, seed {settings.seed}"
     )
-    print(
-        f"{learning} learn on layer {settings.K}, from {settings.init}; {one.precision} on {one.device.type}, {means}"
-    )
+    print(f"{subject.words(settings)}; {one.precision} on {one.device.type}, {means}")
     if held_out and held_out.against != settings.agreement:
         print("agreement is measured with the labels; run python -m twigvlm.training.agreement first to ask the base")
     if resume:

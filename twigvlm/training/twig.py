@@ -7,6 +7,7 @@ visual tokens an image.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,11 @@ class Prepared:
     base: Trunk
     twig: Twig
     signature: list[float]
+
+    @property
+    def module(self) -> Twig:
+        """What learns."""
+        return self.twig
 
 
 @dataclass(frozen=True)
@@ -161,8 +167,8 @@ class TwigLesson:
             return self.base.run(self.base.layers[: self.twig.config.K], stream, None)
 
 
-def checkpoint_gradients(twig: Twig) -> None:
+def checkpoint_gradients(layers: Iterable[nn.Module]) -> None:
     """Keep only what enters each layer, and compute the rest again on the way back."""
-    for layer in twig.layers:
+    for layer in layers:
         layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)

@@ -26,6 +26,7 @@ from .twig import Twig
 from .twig_discount import TwigDiscount
 from .uniform import Uniform
 from .visionzip import VisionZip
+from .visionzip_tuned import VisionZipTuned
 from .vispruner import VisPruner
 
 METHODS: dict[str, type[Method]] = {
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Method]] = {
         MustDrop,
         PyramidDrop,
         VisionZip,
+        VisionZipTuned,
         FasterVLM,
         VisPruner,
         DivPrune,

@@ -149,7 +149,10 @@ def fill_in(settings: Settings) -> Settings:
         ensure_drawn()
     if settings.out is None:
         name = re.sub(r"[^\w.-]+", "-", Path(settings.base or settings.random or "sprout").name)
-        settings = replace(settings, out=f"runs/twig-{name}-K{settings.K}-T{settings.T}")
+        what = f"twig-{name}-K{settings.K}-T{settings.T}"
+        if settings.learn == "projector":
+            what = f"projector-{name}-{re.sub(r'[^a-z0-9.]+', '-', settings.pruning)}-R{settings.retained_tokens:g}"
+        settings = replace(settings, out=f"runs/{what}")
     return settings
 
 

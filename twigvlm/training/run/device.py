@@ -15,9 +15,9 @@ import torch
 from ...errors import InputError
 from ...loading.device import pick_device
 from ..settings import Settings
-from ..zero import read_zero, stage_of
 from .loop import FORMAT
 from .ranks import Ranks, alone
+from .zero import read_zero, stage_of
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 

@@ -160,13 +160,12 @@ WITH = {
 }
 
 
-def card(facts: dict, settings: dict, run: dict, told: list[dict]) -> str:
-    """A model card in Markdown: what the twig is, how it was made, what it reached."""
+def card(text: str, facts: dict, learnt: dict, settings: dict, run: dict, told: list[dict]) -> str:
+    """A model card in Markdown: `text` around a table of what was `learnt`, how, and what it reached."""
     last = told[-1] if told else {}
     agreements = [t for t in told if "agreement" in t]
     rows = {
-        "Base": f"`{facts['base']}`, {facts['L']} layers",
-        "Twig": f"K = {facts['K']}, T = {facts['T']}, F = {facts['F']}; started from `{settings['init']}`",
+        "Base": f"`{facts['base']}`, {facts['L']} layers", **learnt,
         "Data": f"`{Path(settings['data']).name}`, {run['samples']:,} samples a pass, {run['skipped']:,} skipped, {run['held_out']} held out",
         "Steps": f"{last.get('step', 0):,} of {run['batch_size']} samples ({run['split']})",
         "Optimizer": f"AdamW, betas {settings['betas']}, peak lr {settings['lr']:g}, {settings['schedule']}, warm-up "
@@ -189,7 +188,7 @@ def card(facts: dict, settings: dict, run: dict, told: list[dict]) -> str:
     hub = base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
     head = "".join(f"{name}: {value}\n" for name, value in {**CARD_HEAD, "base_model": hub}.items() if value)
     load = f'"{hub or "FOLDER OF THE BASE"}"' if base or settings["random"] else "None"
-    return CARD_TEXT.format(head=head, table=table, load=load, base=facts["base"], K=facts["K"], T=facts["T"])
+    return text.format(head=head, table=table, load=load, **facts)
 
 
 CARD_HEAD = {
@@ -197,7 +196,7 @@ CARD_HEAD = {
     "pipeline_tag": "image-text-to-text",
     "tags": "[token-pruning, speculative-decoding]",
 }
-CARD_TEXT = """---
+TWIG_CARD = """---
 {head}---
 # Twig of {base} (K = {K}, T = {T})
 
@@ -218,4 +217,24 @@ print(vlm.answer("picture.jpg", "Describe the image in detail.", retained_tokens
 ```
 
 It drafts for the base it grew on and no other; what it says is decided by that base, which verifies every word.
+"""
+
+PROJECTOR_CARD = """---
+{head}---
+# Projector of {base} behind {pruning} (R = {retained_tokens:g})
+
+The projector of the base, tuned while {pruning} leaves {retained_tokens:g} visual tokens of an image; everything else of the base stays as it is.
+
+| | |
+|---|---|
+{table}
+
+![Loss, agreement and learning rate](curve.png)
+
+```python
+import twigvlm
+
+vlm = twigvlm.load({load})
+print(vlm.answer("picture.jpg", "What is this?", retained_tokens={retained_tokens:g}, pruning="{pruning}*:projector=THIS FOLDER"))
+```
 """

@@ -1,4 +1,4 @@
-"""The end of a run: the twig beside its description, the card, the curve, the authors' format."""
+"""The end of a run: what was learnt beside its description, the card, the curve, the authors' format."""
 
 from __future__ import annotations
 
@@ -11,43 +11,43 @@ from safetensors.torch import load_file
 
 from ...files import write_json, write_text
 from ...loading.find import read_json
-from ...model.twig import CONFIG, WEIGHTS, Twig, write_twig
+from ...model.twig import CONFIG, WEIGHTS
 from ...record import provenance
 from ..data.survey import counts
-from ..lora import has_adapters, merged
 from ..settings import SKIPPED
 from . import checkpoints
 from .report import CARD, CURVE, LOG, card, history, plot
 
 
-def write_results(job, last: Path, twig: Twig, made: dict, timing: dict) -> None:
+def write_results(job, last: Path, subject, prepared, made: dict, timing: dict) -> None:
     """Write what is left to write, from the run's last checkpoint, and say what there is.
+
+    `subject` has learnt in `prepared` (see `training.subject`).
 
     `made`: split, batch_size, precision and processes of the run; `timing`: StepTimes' summary.
     """
     out, settings = job.out, job.settings
-    tensors = load_file(last / WEIGHTS)
-    if has_adapters(twig):
-        tensors = merged(tensors, twig)
+    tensors = subject.final(prepared, load_file(last / WEIGHTS))
     told, skipped = history(out), job.skips.skipped
     facts = {
         **provenance(), **made, "samples": len(job.data.usable), "held_out": len(job.data.held_out),
         "skipped": len(skipped), "clock": timing,
     }  # fmt: skip
-    with checkpoints.writing("the twig", out):
-        write_twig(out, tensors, job.facts)
+    rows = subject.rows(job.facts, asdict(settings))
+    with checkpoints.writing(f"the {settings.learn}", out):
+        subject.write(out, tensors, job.facts)
         job.skips.write()
-        plot(told, out / CURVE, f"Twig of {job.facts['base']}, K = {job.facts['K']}, T = {job.facts['T']}")
-        write_text(card(job.facts, asdict(settings), facts, told), out / CARD)
+        plot(told, out / CURVE, subject.title(job.facts))
+        write_text(card(subject.card, job.facts, rows, asdict(settings), facts, told), out / CARD)
         stored = read_json(out / checkpoints.RUN)
         stored["finished"] = facts | {"settings": asdict(settings), "last": told[-1] if told else {}}
         write_json(stored, out / checkpoints.RUN)
-    _say(out, timing, counts(skipped))
+    _say(out, settings.learn, timing, counts(skipped))
     if settings.export_release:
         export_release(out, Path(settings.export_release))
 
 
-def _say(out: Path, timing: dict, left_out: dict[str, int]) -> None:
+def _say(out: Path, what: str, timing: dict, left_out: dict[str, int]) -> None:
     if timing:
         print(
             f"a step takes {timing['step_seconds']:.3f} s = {timing['step_over_parts']:.3f} x its parts (trunk "
@@ -56,7 +56,7 @@ def _say(out: Path, timing: dict, left_out: dict[str, int]) -> None:
         )
     if left_out:
         print(f"left out: {', '.join(f'{n} {reason}' for reason, n in left_out.items())}; listed in {out / SKIPPED}")
-    print(f"{out}: twig, {CARD}, {CURVE}, {LOG}")
+    print(f"{out}: {what}, {CARD}, {CURVE}, {LOG}")
 
 
 def export_release(folder: Path, file: Path) -> None:

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
+from ...errors import InputError
 
 if TYPE_CHECKING:
-    from .settings import Settings
+    from ..settings import Settings
 
 AUTO, CLIPPING = "auto", "gradient_clipping"
 EPSILON = 1e-8  # AdamW's

@@ -1,0 +1,50 @@
+"""A projector tuned for pruned tokens, as a folder: model.safetensors and projector_config.json beside each other."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..errors import InputError
+from ..files import replacing
+from ..model.trunk import Trunk
+from ..model.twig import WEIGHTS, signature
+from .find import read_json
+
+CONFIG = "projector_config.json"
+
+
+def write_projector(folder: Path, state: dict[str, torch.Tensor], facts: dict) -> None:
+    """Tensors on the CPU and what they are, each file whole or not at all."""
+    with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:
+        config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        save_file(state, weights, metadata={"format": "pt"})
+
+
+def load_projector(folder: str | Path, trunk: Trunk) -> nn.Module:
+    """A copy of the base's projector with the weights of `folder`. Raises InputError where they are not for this base."""
+    folder = Path(folder).expanduser()
+    facts = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if not facts or not (folder / WEIGHTS).is_file():
+        raise InputError(f"{folder}: no tuned projector ({WEIGHTS} and {CONFIG} are needed); train one: "
+                         "bash scripts/v1_5/train_projector.sh")  # fmt: skip
+    known = torch.tensor(facts.get("base_signature", []))
+    own = torch.tensor(signature(trunk))
+    if known.shape != own.shape or not torch.allclose(known, own, rtol=0.02, atol=1e-4):
+        raise InputError(
+            f"{folder}: this projector was tuned for other weights ({facts.get('base')!r}) than this base's"
+        )
+    projector = copy.deepcopy(trunk.model.model.multi_modal_projector)
+    try:
+        projector.load_state_dict(load_file(folder / WEIGHTS))
+    except (RuntimeError, SafetensorError, OSError) as fault:
+        raise InputError(
+            f"{folder / WEIGHTS}: not this base's projector ({' '.join(str(fault).split())[:200]})"
+        ) from fault
+    return projector.requires_grad_(False)

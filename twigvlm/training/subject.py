@@ -1,0 +1,112 @@
+"""What a training changes: a twig, or the base's projector. Everything else of a run is the same for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..errors import RunError
+from ..model.twig import CONFIG, describe, write_twig
+from .lora import add_adapters, has_adapters, merged
+from .objectives import Ntp, Objective
+from .run.device import Run
+from .run.report import TWIG_CARD
+from .run.timing import StepTimes
+from .settings import Settings
+from .twig import Prepared, Start, TwigLesson, checkpoint_gradients, prepare_twig
+
+
+class Subject(Protocol):
+    """`config` is the file that describes what was learnt, `card` the text of its card, `asks_base` as of `Objective`."""
+
+    config: str
+    card: str
+
+    def identity(self, settings: Settings) -> dict[str, Any]:
+        """What makes another run of it, besides data, schedule and base."""
+
+    def prepare(self, one: Run) -> Any:
+        """`loaded`, `base` (a trunk), `module` (what learns, fp32) and `signature`."""
+
+    def lesson(self, prepared: Any, times: StepTimes) -> Callable[[dict], tuple[torch.Tensor, dict]]:
+        """The loss of a batch, and figures."""
+
+    def describe(self, prepared: Any) -> dict:
+        """What `config` says."""
+
+    def write(self, folder: Path, weights: dict[str, torch.Tensor], facts: dict) -> None:
+        """Weights and description, as a folder that can be loaded."""
+
+    def final(self, prepared: Any, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The weights of the last checkpoint as they are published."""
+
+    def words(self, settings: Settings) -> str:
+        """One line: what learns."""
+
+    def rows(self, facts: dict, settings: dict) -> dict[str, str]:
+        """Of the card's table."""
+
+    def title(self, facts: dict) -> str: ...
+
+
+class TwigSubject:
+    """A twig under an objective."""
+
+    config, card = CONFIG, TWIG_CARD
+
+    def __init__(self, objective: Objective | None = None):
+        self.objective = objective or Ntp()
+
+    def identity(self, settings: Settings) -> dict[str, Any]:
+        return {name: getattr(settings, name) for name in ("K", "T", "F", "init")}
+
+    def prepare(self, one: Run) -> Prepared:
+        settings = one.settings
+        dtype = torch.bfloat16 if one.precision == "bf16" else torch.float32
+        start = Start(settings.K, settings.T, settings.F, settings.init)
+        how = (settings.attention, settings.random, self.objective.asks_base)
+        with room(one):
+            prepared = prepare_twig(settings.base, start, one.device, dtype, *how)
+        if settings.lora_rank:
+            add_adapters(prepared.twig, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
+        if settings.gradient_checkpointing:
+            checkpoint_gradients(prepared.twig.layers)
+        if settings.compile:
+            for layer in (*prepared.base.layers[: settings.K], *prepared.twig.layers):
+                layer.compile(dynamic=True)
+        return prepared
+
+    def lesson(self, prepared: Prepared, times: StepTimes) -> TwigLesson:
+        return TwigLesson(prepared.base, prepared.twig, self.objective, times)
+
+    def describe(self, prepared: Prepared) -> dict:
+        return describe(prepared.twig, prepared.loaded.name, prepared.signature)
+
+    def write(self, folder: Path, weights: dict[str, torch.Tensor], facts: dict) -> None:
+        write_twig(folder, weights, facts)
+
+    def final(self, prepared: Prepared, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return merged(weights, prepared.twig) if has_adapters(prepared.twig) else weights
+
+    def words(self, settings: Settings) -> str:
+        learning = "adapters" if settings.lora_rank else f"{settings.T} layers, norm and head"
+        return f"{learning} learn on layer {settings.K}, from {settings.init}"
+
+    def rows(self, facts: dict, settings: dict) -> dict[str, str]:
+        return {"Twig": f"K = {facts['K']}, T = {facts['T']}, F = {facts['F']}; started from `{settings['init']}`"}
+
+    def title(self, facts: dict) -> str:
+        return f"Twig of {facts['base']}, K = {facts['K']}, T = {facts['T']}"
+
+
+@contextmanager
+def room(one: Run) -> Iterator[None]:
+    """A device that is full before the first step is a plain word."""
+    try:
+        yield
+    except torch.OutOfMemoryError as fault:
+        raise RunError(f"{one.device} is full before the first step; use a larger one ({fault})") from fault
