@@ -30,12 +30,12 @@ from twigvlm.families import trunk_of
 from twigvlm.loading import base as loading
 from twigvlm.loading import weights
 from twigvlm.loading.base import load_base
-from twigvlm.training import agreement, train, zero
+from twigvlm.training import agreement, train
 from twigvlm.training import cost as plan
 from twigvlm.training.data.examples import IGNORE, Collator, Example, Records, Skipped, TwigDataset, encode
 from twigvlm.training.data.loading import TrainingFeed, read_data
 from twigvlm.training.objectives import Ntp, answers
-from twigvlm.training.run import checkpoints, loop, ranks, report
+from twigvlm.training.run import checkpoints, loop, ranks, report, zero
 from twigvlm.training.settings import EMBEDDED_PRESET, Settings, parse, split_batch
 from twigvlm.training.twig import Start, TwigLesson, checkpoint_gradients, layers_needed, prepare_twig, trim_tower
 
@@ -334,7 +334,7 @@ def test_gradient_checkpointing_changes_no_gradient(world):
     for wanted in (False, True):
         prepared = prepare_twig(world / "base", Start(2, 2), CPU, FP32)
         if wanted:
-            checkpoint_gradients(prepared.twig)
+            checkpoint_gradients(prepared.twig.layers)
         model = TwigLesson(prepared.base, prepared.twig, Ntp())
         model(a_batch(world, prepared.base))[0].backward()
         found.append({n: p.grad for n, p in prepared.twig.named_parameters()})
