@@ -137,6 +137,7 @@ LOOKS_INTO: dict[str, set[str]] = {
         "loading",
         "model",
         "prompt",
+        "pruning",
         "training",
         "world",
     },

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, field, fields, make_dataclass
 from pathlib import Path
@@ -69,9 +70,16 @@ def add_switches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-speculation", action="store_true", help="no drafts: one forward per token")
 
 
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Names that hold a hyphen are not parted at the end of a line: people copy them."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 def parser(prog: str | None, text: str | None, *groups: type) -> argparse.ArgumentParser:
     """A parser with these groups of flags; programs add their own and read them with `parse`."""
-    shape = {"prog": prog, "description": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    shape = {"prog": prog, "description": text, "formatter_class": Help}
     if not groups:  # without transformers
         return argparse.ArgumentParser(**shape, allow_abbrev=False)
     from transformers.hf_argparser import HfArgumentParser

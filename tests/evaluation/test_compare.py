@@ -22,6 +22,8 @@ from twigvlm.errors import InputError
 from twigvlm.evaluation import compare, run
 from twigvlm.evaluation.asking.ask import Asker
 from twigvlm.evaluation.comparing import spread
+from twigvlm.evaluation.comparing.entries import Entry
+from twigvlm.evaluation.comparing.rows import _named
 from twigvlm.evaluation.comparing.shown import markdown, short
 from twigvlm.evaluation.comparing.spread import Blocks, blocks_of, interval
 from twigvlm.evaluation.run import Models
@@ -213,6 +215,23 @@ def test_a_stop_loses_nothing_and_asks_nothing_twice(comparer, asked, monkeypatc
     assert len(asked) == 5 * QUESTIONS
 
 
+def test_a_table_of_what_is_answered(comparer, monkeypatch):
+    """Nothing is asked for it, and what is not answered yet is listed, with how far it is."""
+    comparer.done("--methods", "fastv")
+    (answers,) = comparer.out.glob("answers/gqa/answers/*/*/fastv-*/1_0.jsonl")
+    rows = answers.read_bytes().splitlines(keepends=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Models, "get", lambda *_: pytest.fail("opened the model"))
+        found = comparer.done("--recorded", "--methods", "fastv,twig", "-R", "2,4")
+        assert [row for row, _ in rows_of(found)] == ["unpruned", "unpruned + drafts", "fastv"]
+        told = {(one["method"], one["R"]): one["reason"] for one in found["refused"]}
+        assert set(told) == {("twig", 2.0), ("twig + drafts", 2.0), ("twig", 4.0), ("fastv", 4.0)}
+        assert "0 of 20 answers" in told["twig", 2.0]
+        answers.write_bytes(b"".join(rows[:7]))
+        found = comparer.done("--recorded", "--methods", "fastv")
+        assert "7 of 20 answers" in found["refused"][0]["reason"] and ("fastv", 2.0) not in rows_of(found)
+
+
 # ---------------------------------------------------------------------- what goes wrong
 
 
@@ -392,6 +411,11 @@ def test_published_rows_stand_beside_and_are_marked(comparer):
     row = next(row for row in reported("fastv", 64.0, "llava-1.5-7b") if row.source == "twigvlm")
     assert row.scores["gqa"] == 44.1 and row.scores["pope"] == 55.6
     assert "| unpruned (published: TwigVLM, arXiv 2503.14075)" in out and " 61.9 " in out
+
+
+def test_a_published_row_is_found_however_R_is_counted():
+    assert _named(Entry("fastv:count=authors", 64.0)) == _named(Entry("fastv", 64.0)) == "fastv"
+    assert _named(Entry("fastv:layer=3,count=authors", 64.0)) == "fastv:layer=3" and _named(Entry()) == "unpruned"
 
 
 def test_only_llava_1_5_7b_has_published_rows(comparer):

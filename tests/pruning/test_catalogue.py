@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import ClassVar
 
 import pytest
+from conftest import ROOT
 
 from twigvlm.errors import InputError
 from twigvlm.pruning import METHODS, Keep, Method, Plan, Probe, Shape, catalogue, find_method, spec
@@ -69,6 +70,16 @@ def test_every_method_stands_in_both_tables(capsys, form):
     assert code == 0 and "R = 192" in out and "R = 100" in out and "R = 64" not in out
     for name in METHODS:
         assert names.count(name) == 2, name
+
+
+@pytest.mark.parametrize(("page", "whole"), [("README.md", False), ("docs/methods.md", True)])
+def test_the_pages_hold_what_the_command_prints(capsys, page, whole):
+    _, out, _ = call(capsys, "--markdown")
+    text = (ROOT / page).read_text("utf-8").split("<!-- catalogue -->\n")[1].split("\n<!-- end of catalogue -->")[0]
+    assert text == (out.rstrip("\n") if whole else catalogue.overview(True)), (
+        "python -m twigvlm.sprout.publish --methods-only"
+    )
+    assert text in out
 
 
 def test_every_row_is_filled():

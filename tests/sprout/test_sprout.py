@@ -405,7 +405,7 @@ def test_nothing_is_published_without_figures_of_it(tmp_path, capsys):
 def test_figures_are_written_between_the_marks_of_both_pages(tmp_path):
     """Nothing else changes, and links are right where they stand."""
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/results.md"):
+    for name in ("README.md", "docs/results.md", "docs/methods.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     publish.refresh(publish.RESULTS, tmp_path)
     for name, other in (("README.md", ""), ("docs/results.md", "../")):
@@ -416,3 +416,33 @@ def test_figures_are_written_between_the_marks_of_both_pages(tmp_path):
         assert around[0] == around[1]
         assert f"]({other}benchmarks/results/" in after.split(publish.START)[1].split(publish.END)[0]
     assert "python -m twigvlm.evaluation.speed" in (tmp_path / "docs/results.md").read_text()
+
+
+def test_a_comparison_stands_in_both_pages(tmp_path):
+    """The six rows of the papers' table in the README, all of it with its plots in docs/results.md."""
+    row = {"measured": 64.1, "authors": 64.0, "schedule": "64×32", "scores": {"gqa": 50.0}, "interval": [80.0, 99.5], "batch": [8],
+           "prefill_ms": 100.0, "decode_tokens_per_second": 30.0, "RelSpd": 150.0, "cache_bytes": 7e6, "flops": 2e9, "questions": 112,
+           "computed_cache_bytes": 5e6, "source": "measured"}  # fmt: skip
+    rows = [row | {"method": "unpruned", "R": None, "RelAcc": 100.0, "interval": None}]
+    rows += [
+        row | {"method": name, "R": R, "RelAcc": 90.0} for name in ("twig", "fastv", "dart") for R in (192.0, 64.0)
+    ]
+    found = {"rows": rows, "refused": [{"method": "pdrop", "R": 64.0, "reason": "not here", "failed": False}], "device": "a CPU",
+             "command": "python -m twigvlm.evaluation.compare --limit 16 --report benchmarks/results/comparison",
+             "threads": 1, "cores_taken_by_others": 1.5}  # fmt: skip
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/results.md", "docs/methods.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "results" / "comparison").mkdir(parents=True)
+    (tmp_path / "results" / "comparison" / "comparison.json").write_text(json.dumps(found))
+    publish.refresh_methods(tmp_path / "results", tmp_path)
+    readme, details = (
+        (tmp_path / name).read_text().split("<!-- comparison -->")[1].split("<!-- end of comparison -->")[0]
+        for name in ("README.md", "docs/results.md")
+    )
+    assert "`python -m twigvlm.evaluation.compare --limit 16`" in readme and "112 questions in all" in readme
+    assert (
+        "| unpruned " in readme and "| twig " in readme and "| dart " not in readme and "90.0 (80.0 to 99.5)" in readme
+    )
+    assert "others kept 1.5 cores busy" in readme and "| dart " in details and "- `pdrop`, R = 64: not here" in details
+    assert "](../benchmarks/results/comparison/relacc_R.png)" in details

@@ -71,6 +71,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     )  # fmt: skip
     what.add_argument("--published", action="store_true", help="LLaVA-1.5-7B's published rows beside any model's")
     parser.add_argument(
+        "--recorded", action="store_true", help="ask nothing: a table of what is answered, and a list of what is not"
+    )
+    parser.add_argument(
         "--report", type=Path, default=Path("runs/compare"), metavar="DIR",
         help="where JSON, table and plots go (default %(default)s)",
     )  # fmt: skip
@@ -134,6 +137,16 @@ class Comparison:
             if placement.count > 1:
                 notes = [vars(one) for one in self.refused]
                 write_json(notes, self.args.report / NOTES.format(placement.parts[0]))
+
+    def leave_open(self) -> None:
+        """List what is not answered yet, and leave it out of the table."""
+        for entry, jobs in self.jobs.items():
+            missing = sum(len(job.missing()) for job in jobs)
+            if missing and entry.row in self.rows:
+                total = sum(len(job.questions) for job in jobs)
+                reason = f"not asked yet: {total - missing} of {total} answers are there; the same command without --recorded goes on"
+                self.refused.append(Refused(entry.label, entry.R, reason))
+                self.rows.pop(entry.row)
 
     def _ask_here(self, placement: Placement, stop: Stop) -> None:
         models = Models(placement.local)
@@ -242,7 +255,10 @@ def run(args: Namespace, argv: Sequence[str], stop: Stop) -> int:
     _writable(args.report)
     print(f"{len(args.benchmarks)} benchmarks x {len(this.entries)} settings", flush=True)
     placement = place(args.num_shards, args.shard, os.environ, args.device)
-    this.ask(placement, [sys.executable, "-m", MODULE, *argv], stop)
+    if args.recorded:
+        this.leave_open()
+    else:
+        this.ask(placement, [sys.executable, "-m", MODULE, *argv], stop)
     if stop:
         return stopped(stop, this.every)
     failed = any(one.failed for one in this.refused)

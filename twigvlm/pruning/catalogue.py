@@ -91,22 +91,32 @@ def schedules(method: Method, budgets: Sequence[float], shape: Shape = LLAVA) ->
     return {"method": method.name} | {f"R = {R:g}": counted(reach(method, R, shape)) for R in budgets}
 
 
-def catalogue(markdown: bool = False, budgets: Sequence[float] = BUDGETS) -> str:
-    """Both tables."""
-    methods = [kind() for kind in METHODS.values()]
-    form, code = (MARKDOWN, "`") if markdown else (PLAIN, "")
-    first = [describe(method) for method in methods]
-    second = [schedules(method, budgets) for method in methods]
-    for row in (*first, *second):
+def overview(markdown: bool = False) -> str:
+    """The first table, and what all methods have in common."""
+    rows = [describe(kind()) for kind in METHODS.values()]
+    code = "`" if markdown else ""
+    for row in rows:
         row["method"] = f"{code}{row['method']}{code}"
-    for row in first:
         row["settings"] = ", ".join(f"{code}{part}{code}" for part in filter(None, row["settings"].split(", ")))
     common = "Every method takes `count=authors` besides: R counted as its authors do, with their own settings where they published some."
+    return f"{table(rows, form=MARKDOWN if markdown else PLAIN)}\n\n{common}"
+
+
+def budgeted(markdown: bool = False, budgets: Sequence[float] = BUDGETS) -> str:
+    """The second table."""
+    code = "`" if markdown else ""
+    rows = [schedules(kind(), budgets) for kind in METHODS.values()]
+    rows = [{**row, "method": f"{code}{row['method']}{code}"} for row in rows]
     lead = (
         f"Visual tokens that enter each of LLaVA-1.5-7B's L = {LLAVA.L} layers (V = {LLAVA.V}, K = {LLAVA.K}, F = {LLAVA.F}; "
         "tokens × layers; in brackets the authors' own count where it is another number):"
     )
-    return "\n\n".join([table(first, form=form), common, lead, table(second, form=form)])
+    return f"{lead}\n\n{table(rows, form=MARKDOWN if markdown else PLAIN)}"
+
+
+def catalogue(markdown: bool = False, budgets: Sequence[float] = BUDGETS) -> str:
+    """Both tables."""
+    return f"{overview(markdown)}\n\n{budgeted(markdown, budgets)}"
 
 
 def budgets_of(text: str) -> list[float]:
@@ -140,7 +150,9 @@ def methods_of(text: str) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = flags.parser("python -m twigvlm.pruning.catalogue", __doc__)
-    parser.add_argument("--markdown", action="store_true", help="as the README has it")
+    parser.add_argument(
+        "--markdown", action="store_true", help="as the README (the first table) and docs/methods.md have it"
+    )
     parser.add_argument(
         "-R", "--retained-tokens", type=budgets_of, default=list(BUDGETS), metavar="R,R,…",
         help="budgets of the second table (default 192,128,64)",

@@ -15,15 +15,27 @@ from pathlib import Path
 
 from .. import flags
 from ..errors import InputError
+from ..evaluation.comparing.shown import markdown, short
 from ..files import write_text
 from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..program import run_program
+from ..pruning.catalogue import catalogue, overview
 from ..record import ROOT, provenance, table
 from ..world.questions import KINDS
 
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- figures -->", "<!-- end of figures -->"  # marks in README and docs/results.md
-PLACES = ("--out", "--plots", "--work")  # flags that say where something goes
+TOLD = (
+    "unpruned",
+    "fastv",
+    "sparsevlm",
+    "mustdrop",
+    "visionzip",
+    "visionzip*",
+    "twig",
+    "twig + drafts",
+)  # in the README
+PLACES = ("--out", "--plots", "--report", "--work")  # flags that say where something goes
 LIMIT = 30 * 2**20  # bytes of base and twig together, so that a clone stays small
 
 HEADS = {
@@ -121,16 +133,59 @@ def publish(run: Path, report: Path) -> None:
 
 
 def refresh(results: Path, root: Path = ROOT) -> None:
-    """Rewrite what stands between the marks of README and docs/results.md from the result files, each with its command."""
+    """Rewrite what stands between the marks of README and docs from the result files, each with its command."""
     _between_marks(root / "README.md", [_benchmarks(results)])
-    detailed = [part.replace("](benchmarks/", "](../benchmarks/") for part in (_quality(results), _speed(results))]
-    _between_marks(root / "docs" / "results.md", detailed)
+    _between_marks(root / "docs" / "results.md", _from_docs(_quality(results), _speed(results)))
+    refresh_methods(results, root)
 
 
-def _between_marks(page: Path, parts: list[str]) -> None:
+def refresh_methods(results: Path, root: Path = ROOT) -> None:
+    """The catalogue of pruning methods, from the methods, and their comparison, from its file."""
+    readme, details, methods = root / "README.md", root / "docs" / "results.md", root / "docs" / "methods.md"
+    found = _comparison(results)
+    _between_marks(readme, [_compared_in_short(found)] if found else [], "comparison")
+    _between_marks(details, _from_docs(_compared(found)) if found else [], "comparison")
+    _between_marks(readme, [overview(markdown=True)], "catalogue")
+    _between_marks(methods, [catalogue(markdown=True)], "catalogue")
+
+
+def _from_docs(*parts: str) -> list[str]:
+    return [part.replace("](benchmarks/", "](../benchmarks/") for part in parts]
+
+
+def _between_marks(page: Path, parts: list[str], name: str = "figures") -> None:
     text = page.read_text(encoding="utf-8")
-    start, end = text.index(START) + len(START), text.index(END)
+    begin, stop = START.replace("figures", name), END.replace("figures", name)
+    start, end = text.index(begin) + len(begin), text.index(stop)
     write_text(text[:start] + "\n" + "\n\n".join(filter(None, parts)) + "\n" + text[end:], page)
+
+
+def _comparison(results: Path) -> dict | None:
+    """The figures of `evaluation.compare`, where it was run."""
+    file = results / "comparison" / "comparison.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _asked(found: dict) -> str:
+    """How many questions a comparison stands on."""
+    row = found["rows"][0]
+    taken = found["cores_taken_by_others"]
+    busy = "" if not taken else f"; others kept {taken:g} cores busy meanwhile, so that times say little"
+    return f"{row['questions']} questions in all, {found['device']}, {found['threads']} threads{busy}"
+
+
+def _compared_in_short(found: dict) -> str:
+    return (
+        f"`{_command(found)}`\n({_asked(found)}; [all methods](docs/results.md#pruning-methods-compared)):\n\n"
+        f"{short(found, TOLD)}\n\n"
+        "RelAcc: % of the unpruned base, averaged over benchmarks (95 % interval); prefill and RelSpd (tokens per second, prefill "
+        "included, %) of whole descriptions asked one by one, at the smallest R."
+    )
+
+
+def _compared(found: dict) -> str:
+    plots = "![RelAcc against R](benchmarks/results/comparison/relacc_R.png)\n![RelAcc against speed](benchmarks/results/comparison/relacc_speed.png)"
+    return f"`{_command(found)}`\n({_asked(found)}; [JSON](benchmarks/results/comparison/comparison.json)):\n\n{markdown(found)}\n\n{plots}"
 
 
 def _command(facts: dict) -> str:
@@ -186,9 +241,14 @@ def main(argv: list[str] | None = None) -> int:
         "--report", type=Path, metavar="FILE", help="figures of this base and twig (default RUN/sprout_report.json)"
     )
     parser.add_argument("--readme-only", action="store_true", help="leave checkpoints/ as they are")
+    parser.add_argument(
+        "--methods-only", action="store_true", help="nothing but the catalogue of pruning methods and their comparison"
+    )
     args = flags.parse(parser, argv)
 
     def body() -> None:
+        if args.methods_only:
+            return refresh_methods(RESULTS)
         if not args.readme_only:
             publish(args.run, args.report or args.run / "sprout_report.json")
         refresh(RESULTS)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ...pruning import Method, Shape, find_method
 from ...pruning.catalogue import compact, reach
 from ...pruning.cost import Cost
+from ...pruning.spec import spec_of
 from ..table import speed
 from ..tasks.base import Task
 from ..tasks.literature import SOURCES, UNPRUNED, Reported, reported
@@ -68,11 +69,13 @@ def records(
     out = []
     for row in measured:
         out.append(_record(row, base, scored, tasks, shape, query) | _cost(costs.get(row.first)))
-        out += [
-            _published(one, scored)
-            for one in reported(row.first.spec or UNPRUNED, row.first.R, model, row.first.drafts)
-        ]
+        out += [_published(one, scored) for one in reported(_named(row.first), row.first.R, model, row.first.drafts)]
     return out
+
+
+def _named(entry: Entry) -> str:
+    """As published rows are called: however R is counted."""
+    return UNPRUNED if entry.spec is None else spec_of(replace(find_method(entry.spec), count="entering"))
 
 
 def _record(
