@@ -88,7 +88,13 @@ def test_every_row_is_filled():
         for column in ("paper", "in one line", "acts"):
             assert row[column] and "\n" not in row[column], (kind.name, column)
         assert row["acts"] != "nowhere", kind.name
-        assert set(filter(None, row["needs"].split(", "))) <= {"twig", "class token", "text tower", "calibration"}
+        assert set(filter(None, row["needs"].split(", "))) <= {
+            "twig",
+            "class token",
+            "text tower",
+            "calibration",
+            "tuned projector",
+        }
 
 
 def test_what_is_no_budget(capsys):
