@@ -18,7 +18,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from ..pruning.catalogue import budgets_of, methods_of
 from ..pruning.cost import Cost
 from ..threads import Clock
 from .asking.answers import LOGS
+from .asking.calibration import ensure
 from .asking.job import Job
+from .asking.setting import pruning_of
 from .asking.shards import launch
 from .comparing.entries import Entry, Refused, check, entries_of, rows_of, wish_of
 from .comparing.rows import Measured, records
@@ -230,6 +232,16 @@ class Comparison:
         return {entry: plan.cost(sizes, text) for entry, plan in plans.items()}
 
 
+def calibrated(args: Namespace) -> Iterator[Job]:
+    """The first benchmark, asked with each method and budget: what a calibration can be made on."""
+    task = args.benchmarks[0]
+    for R in args.retained_tokens:
+        for spec in args.methods:
+            if pruning_of(spec, args.query).fitted:
+                variant = Entry(spec, R).variant(args)
+                yield job_of(variant, task, setting_of(variant, task), args.out / task.name if args.out else None)
+
+
 def _told(one: Refused) -> dict[str, Any]:
     return {"method": one.label, "R": one.R, "reason": one.reason, "failed": one.failed}
 
@@ -248,6 +260,7 @@ def report(found: dict[str, Any], folder: Path) -> None:
 
 def run(args: Namespace, argv: Sequence[str], stop: Stop) -> int:
     before = Clock.now()
+    ensure(args.calibrate, calibrated(args))
     this = Comparison(args)
     announce(this.every[-1].setting, this.every[0].data, args.data is not None)
     for job in {(job.task, job.split): job for job in this.every}.values():

@@ -28,6 +28,7 @@ from ..errors import InputError, RunError
 from ..processes import Placement, Stop, guarded, place
 from ..program import print_json
 from .asking.answers import LOGS, open_shard
+from .asking.calibration import ensure
 from .asking.job import Job, default_out, find_data, find_split
 from .asking.progress import Progress
 from .asking.setting import Setting
@@ -86,6 +87,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, metavar="DIR", help="answers go to DIR/answers/… (default: the benchmark's data folder)"
     )
     work = parser.add_argument_group("how to work")
+    work.add_argument(
+        "--calibrate", type=int, metavar="N",
+        help="first find thresholds on N questions for methods whose budget depends on the picture, where none are kept yet",
+    )  # fmt: skip
     work.add_argument(
         "--batch-size", type=int, metavar="N",
         help="questions answered together, which changes no answer (default: 8 in fp32 on a CPU, else 1)",
@@ -280,6 +285,7 @@ def carry_out(
             results.append(conclude(job, placement))
             show(results[-1])
 
+    ensure(args.calibrate, jobs)
     placement = place(args.num_shards, args.shard, os.environ, args.device)
     foresee(job.setting for job in jobs if not job.done())
     if not args.answer_only:  # before hours of work, not behind them
@@ -323,9 +329,11 @@ def show(result: dict[str, Any]) -> None:
         return
     if result["visual_measured"] is not None:
         asked = "all" if result["R"] is None else f"{result['R']:g}"
-        own = result["visual_twig_share"]
+        own, wide = result["visual_twig_share"], result.get("visual_spread")
+        varied = wide is not None and wide["sd"] >= 0.05
+        spread = f" (sd {wide['sd']:.1f}, 5 to 95 %: {wide['5%']:.1f} to {wide['95%']:.1f})" if varied else ""
         print(
-            f"visual tokens per layer: {asked} asked, {result['visual_measured']:.1f} measured, the twig's own {own:.1f}"
+            f"visual tokens per layer: {asked} asked, {result['visual_measured']:.1f} measured{spread}, the twig's own {own:.1f}"
         )
     if result["tokens_per_second"]:
         print(speed_line(result))

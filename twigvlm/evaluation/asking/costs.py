@@ -51,6 +51,7 @@ def summary(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         "tokens_per_step": _ratio(total["tokens"], total["steps"]),
         "images": images,
         "visual_measured": _weighted(batches, "visual_measured", lambda b: b["images"]),
+        "visual_spread": spread([n for b in batches for n in b.get("visual_rows", ())]),
         "visual_kept": _weighted(batches, "visual_kept", lambda b: b["images"]),
         "visual_twig_share": _weighted(batches, "visual_twig_share", lambda b: b["images"]),
         "cache_bytes": max((b["cache_bytes"] for b in batches), default=None),
@@ -83,3 +84,12 @@ def _weighted(batches: Sequence[Mapping[str, Any]], name: str, weight) -> float 
 
 def _median(batches: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return statistics.median([b[name] for b in batches for _ in b["questions"]]) if batches else None
+
+
+def spread(rows: Sequence[float]) -> dict[str, float] | None:
+    """Mean, standard deviation and the quantiles of 5 and 95 %, of tokens a layer."""
+    if not rows:
+        return None
+    ranked = sorted(rows)
+    at = [ranked[round(share * (len(ranked) - 1))] for share in (0.05, 0.95)]
+    return {"mean": statistics.fmean(rows), "sd": statistics.pstdev(rows), "5%": at[0], "95%": at[1]}

@@ -50,6 +50,11 @@ class Job:
         """Questions of the whole benchmark."""
         return len(self._every)
 
+    @property
+    def every(self) -> list[Question]:
+        """Those of the whole benchmark."""
+        return self._every
+
     @cached_property
     def _every(self) -> list[Question]:
         stamp = self.files["questions"].stat() if self.files["questions"].exists() else None

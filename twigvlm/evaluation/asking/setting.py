@@ -33,11 +33,12 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a weight file: enough to notice other 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What the setting must know of a method: the one way to write it, whether it asks a twig, whether it draws."""
+    """What the setting must know of a method: the one way to write it, whether it asks a twig, draws, is calibrated."""
 
     spec: str
     needs_twig: bool
     draws: bool
+    fitted: bool = False
 
 
 @lru_cache(maxsize=256)
@@ -45,10 +46,20 @@ def pruning_of(spec: str, query: str = "last") -> Pruning:
     """Raises InputError for an unknown method or setting. Only what is not the default needs torch."""
     if spec == DEFAULT_PRUNING:
         return Pruning(spec, True, False)
+    from ...pruning.calibrated import missing
     from ...pruning.spec import find_method, needs_of, some_plan, spec_of
 
     method = find_method(spec, query)
-    return Pruning(spec_of(method, query), "twig" in needs_of(method), some_plan(method).random)
+    return Pruning(spec_of(method, query), "twig" in needs_of(method), some_plan(method).random, bool(missing(method)))
+
+
+def thresholds_of(spec: str, query: str, R: float, base: str) -> dict[str, float] | None:
+    """What a calibration has found for a method, None where there is none."""
+    from ...pruning.calibrated import stored
+    from ...pruning.spec import find_method
+
+    found = stored(find_method(spec, query), R, base)
+    return found[1]["thresholds"] if found is not None else None
 
 
 def file_name(spec: str) -> str:
@@ -109,6 +120,11 @@ class Setting:
         return None if self.baseline else self.model.twig or (EMBEDDED_NAME if self.embedded else None)
 
     @property
+    def base_name(self) -> str:
+        """As a loaded model has it."""
+        return EMBEDDED_NAME if self.embedded else str(self.model.base)
+
+    @property
     def model_name(self) -> str:
         """The base's name as folders and tables show it."""
         return EMBEDDED_NAME if self.embedded else last_part(self.model.base)
@@ -163,6 +179,8 @@ class Setting:
             facts |= {"twig": self.twig_name, "twig files": fingerprint(m.twig or EMBEDDED_TWIG)}
         if self.R is not None:
             facts["pruning"] = w.pruning
+            if self._pruning.fitted:
+                facts["thresholds"] = thresholds_of(w.pruning, w.query, self.R, self.base_name)
         if w.do_sample or self._pruning.draws:
             facts["seed"] = w.seed
         asked = {"K": m.K, "T": m.T, "dtype": m.dtype and m.dtype.removeprefix("torch.")}

@@ -66,6 +66,7 @@ def merge_windows(patches: torch.Tensor, side: int) -> tuple[torch.Tensor, torch
     return hidden, source.masked_fill(key.gather(1, order) == last, -1)
 
 
+@dataclass(frozen=True)
 class Merging(Reducer):
     class_token: ClassVar[bool] = True
     beyond: ClassVar[int] = 1
