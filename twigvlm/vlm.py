@@ -369,11 +369,6 @@ class TwigVLM:
             asked = self.model.config.text_config.eos_token_id
         return [] if asked is None else [asked] if isinstance(asked, int) else list(asked)
 
-    def _by_row(self, state) -> list[float | None]:
-        """Tokens of an image, average per base layer, of every prompt of the batch."""
-        total = sum(layers * counts for layers, counts in state.entered).tolist()
-        return [n * self.config.V / t / self.config.L if t else None for n, t in zip(total, state.totals, strict=True)]
-
     def _now(self) -> float:
         return now(self.device)
 
@@ -403,7 +398,7 @@ class TwigVLM:
             visual_asked=asked,
             visual_measured=sum(by_layer) / self.config.L if images else 0.0,
             visual_by_layer=by_layer,
-            visual_rows=self._by_row(state),
+            visual_rows=state.per_image(),
             visual_twig_share=twig_tokens,
             cache_bytes=state.bytes,
             cache_bytes_used=state.bytes_used,

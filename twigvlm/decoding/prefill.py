@@ -113,6 +113,12 @@ class State:
         """Of them filled by committed tokens, those of rows that have left included. Reads the device."""
         return int(sum(cache.used_bytes() for cache in self.caches))
 
+    def per_image(self) -> list[float | None]:
+        """Visual tokens of an image that entered a base layer on average, of every prompt. Reads the device."""
+        spent = sum(layers * counts for layers, counts in self.entered).tolist()
+        V, L = self.trunk.V, self.trunk.L
+        return [n * V / total / L if total else None for n, total in zip(spent, self.totals, strict=True)]
+
     def climb(self, stream: Stream, segments: Sequence[Segment], tree: DraftTree | None = None) -> Stream:
         """Through these segments, with the cuts that are due; `tree` are the nodes at the end of `stream`."""
         for segment in segments:

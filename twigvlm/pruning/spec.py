@@ -74,6 +74,7 @@ def needs_of(method: Method) -> list[str]:
     plan = some_plan(method)
     said = [part.needs for part in (method, *_parts(method))]
     asked = ["twig"] * plan.needs_twig + ["class token"] * (plan.tower is not None and plan.tower.class_token)
+    asked += ["calibration"] * any(missing(part) for part in (method, *_parts(method)))
     return list(dict.fromkeys(need for text in (*said, *asked) for need in filter(None, text.split(", "))))
 
 
