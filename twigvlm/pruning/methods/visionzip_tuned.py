@@ -30,12 +30,13 @@ class TunedZip(Zip):
     projector: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, view: View) -> Tokens:
-        view.project = self.projector
+        if self.where != UNTUNED:
+            view.project = self.projector
         return super().__call__(view)
 
     def bind(self, vlm: Any) -> Reducer:
         if self.where == UNTUNED:
-            return replace(self, projector=vlm.trunk.family.project)
+            return self
         where = self.where or EMBEDDED_BASE.parent / f"sprout-visionzip-R{self.n}"
         if self.where is None and not (vlm.base_name == "sprout" and (where / CONFIG).is_file()):
             raise InputError(
