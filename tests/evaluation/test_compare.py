@@ -24,7 +24,7 @@ from twigvlm.evaluation.asking.ask import Asker
 from twigvlm.evaluation.comparing import spread
 from twigvlm.evaluation.comparing.entries import Entry
 from twigvlm.evaluation.comparing.rows import _named
-from twigvlm.evaluation.comparing.shown import markdown, short
+from twigvlm.evaluation.comparing.shown import legend, markdown, short
 from twigvlm.evaluation.comparing.spread import Blocks, blocks_of, interval
 from twigvlm.evaluation.run import Models
 from twigvlm.evaluation.tasks import TASKS, published
@@ -144,6 +144,11 @@ def test_the_table_and_the_plots(comparer):
     for name in ("relacc_R.png", "relacc_speed.png"):
         assert (comparer.folder / name).stat().st_size > 5000
         assert f"report: {comparer.folder / name}" in out
+
+
+def test_the_legend_says_whose_times_they_are():
+    assert "of MM-Vet's answers, asked one by one" in legend({"rows": [{"timed": ["MM-Vet"]}]})
+    assert "of whole batches" in legend({"rows": [{"timed": []}, {}]})
 
 
 def test_the_short_table(comparer):
@@ -416,6 +421,7 @@ def test_published_rows_stand_beside_and_are_marked(comparer):
 def test_a_published_row_is_found_however_R_is_counted():
     assert _named(Entry("fastv:count=authors", 64.0)) == _named(Entry("fastv", 64.0)) == "fastv"
     assert _named(Entry("fastv:layer=3,count=authors", 64.0)) == "fastv:layer=3" and _named(Entry()) == "unpruned"
+    assert _named(Entry("visionzip*:projector=/a/b", 64.0)) == "visionzip*"
 
 
 def test_only_llava_1_5_7b_has_published_rows(comparer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ...pruning import Method, Shape, find_method
@@ -17,6 +17,7 @@ from ..tasks.literature import SOURCES, UNPRUNED, Reported, reported
 from .entries import Entry
 from .spread import Blocks, interval, together
 
+UNNAMED = {"count", "projector", "text_tower"}  # settings without which a published row is called
 MEASURED, PUBLISHED = "measured", "published"
 
 
@@ -74,8 +75,11 @@ def records(
 
 
 def _named(entry: Entry) -> str:
-    """As published rows are called: however R is counted."""
-    return UNPRUNED if entry.spec is None else spec_of(replace(find_method(entry.spec), count="entering"))
+    """As published rows are called: however R is counted, wherever files lie."""
+    if entry.spec is None:
+        return UNPRUNED
+    method = find_method(entry.spec)
+    return spec_of(replace(method, **{f.name: f.default for f in fields(method) if f.name in UNNAMED}))
 
 
 def _record(
@@ -90,6 +94,7 @@ def _record(
     facts["scores"] = {t.name: row.score(t.name) for t in tasks if not t.timed_alone or row.score(t.name) is not None}
     facts |= _accuracy(row, base, scored)
     facts |= {
+        "timed": [t.title for t in tasks if t.timed_alone and t.name in timed],
         "prefill_ms": _times(1e3, row.mean("time_to_first_token_median", timed)),
         "decode_tokens_per_second": row.mean("decode_tokens_per_second", timed),
         "RelSpd": _relative_speed(row, base, timed),

@@ -15,16 +15,22 @@ MARKERS = "osD^v<>PX*"
 LEGEND = (
     "measured: visual tokens that entered a layer on average (R_in); authors': the count that the method's authors would give; "
     "schedule: tokens × layers, at most; RelAcc: mean over benchmarks of score / unpruned score, %, with the 95 % interval of a paired "
-    "bootstrap over pictures; prefill, decode and RelSpd (tokens per second, prefill included, % of unpruned): whole descriptions "
-    "asked one by one; cache: keys and values after a whole description, allocated, and beside it what a prefill of 64 text tokens leaves, computed like the "
-    "operations of that prefill (GFLOP: tower, layers, twig, scores, head); batch: questions answered together elsewhere"
+    "bootstrap over pictures; prefill, decode, RelSpd (tokens per second, prefill included, % of unpruned) and cache (keys and values, "
+    "allocated): {}; computed: the cache behind a prefill of 64 text tokens, GFLOP: the operations of that prefill, scores included; "
+    "batch: questions answered together."
 )
+
+
+def legend(found: Mapping[str, Any]) -> str:
+    """What the columns are; times are those of whole answers where such were timed."""
+    titles = next((row["timed"] for row in found["rows"] if row.get("timed")), [])
+    return LEGEND.format(f"of {' and '.join(titles)}'s answers, asked one by one" if titles else "of whole batches")
 
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The whole table and what could not be asked. Raises InputError without tabulate."""
     rows = [_cells(row) for row in found["rows"]]
-    parts = [table(rows), f"{LEGEND}."]
+    parts = [table(rows), legend(found)]
     if found["refused"]:
         parts.append("Not in the table:\n\n" + "\n".join(f"- {_why(one)}" for one in found["refused"]))
     return "\n\n".join(parts)
