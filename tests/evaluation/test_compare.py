@@ -23,8 +23,8 @@ from twigvlm.evaluation import compare, run
 from twigvlm.evaluation.asking.ask import Asker
 from twigvlm.evaluation.comparing import spread
 from twigvlm.evaluation.comparing.entries import Entry
-from twigvlm.evaluation.comparing.rows import _named
-from twigvlm.evaluation.comparing.shown import legend, markdown, short
+from twigvlm.evaluation.comparing.rows import Measured, _named
+from twigvlm.evaluation.comparing.shown import _measured, legend, markdown, short
 from twigvlm.evaluation.comparing.spread import Blocks, blocks_of, interval
 from twigvlm.evaluation.run import Models
 from twigvlm.evaluation.tasks import TASKS, published
@@ -149,6 +149,19 @@ def test_the_table_and_the_plots(comparer):
 def test_the_legend_says_whose_times_they_are():
     assert "of MM-Vet's answers, asked one by one" in legend({"rows": [{"timed": ["MM-Vet"]}]})
     assert "of whole batches" in legend({"rows": [{"timed": []}, {}]})
+
+
+def test_a_budget_that_varies_is_told_with_its_spread(comparer):
+    row = Measured([Entry("mustdrop", 64.0)])
+    row.add("gqa", {"visual_spread": {"sd": 8.0}}, None)
+    row.add("mme", {"visual_spread": {"sd": 12.0}}, None)
+    row.add("pope", {"visual_spread": None}, None)
+    assert row.spread == 10
+    assert _measured({"measured": 64.25, "spread": 10.0}) == "64.2 ± 10.0"
+    assert _measured({"measured": 64.25, "spread": 0.0}) == _measured({"measured": 64.25}) == "64.2"
+    found = rows_of(comparer.done("--methods", "mustdrop:threshold=0.1,individual=0.1,fastv"))
+    row = found["mustdrop:threshold=0.1,individual=0.1", 2.0]
+    assert row["schedule"] == "as many as it takes" and row["authors"] is row["flops"] is None and row["measured"] > 0
 
 
 def test_the_short_table(comparer):

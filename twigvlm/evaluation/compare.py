@@ -36,7 +36,7 @@ from .asking.job import Job
 from .asking.setting import pruning_of
 from .asking.shards import launch
 from .comparing.entries import Entry, Refused, check, entries_of, rows_of, wish_of
-from .comparing.rows import Measured, records
+from .comparing.rows import Measured, records, varies
 from .comparing.shown import markdown, plot
 from .comparing.spread import measure
 from .run import Models, add_options, announce, answer, conclude, foresee, job_of, setting_of, stopped
@@ -226,10 +226,13 @@ class Comparison:
         return provenance() | facts | {"settings": settings, "rows": rows, "refused": [_told(r) for r in self.refused]}
 
     def costs(self, shape: Shape) -> dict[Entry, Cost]:
-        """Operations of a prefill and bytes of cache, by arithmetic."""
-        sizes, text = self.wish.sizes(), TEXT
-        plans = {e: find_method(e.spec, self.args.query).plan(e.R, shape) if e.spec else Plan() for e in self.entries}
-        return {entry: plan.cost(sizes, text) for entry, plan in plans.items()}
+        """Operations of a prefill and bytes of cache, by arithmetic; not of what depends on the picture."""
+        sizes, found = self.wish.sizes(), {}
+        for entry in self.entries:
+            method = find_method(entry.spec, self.args.query) if entry.spec else None
+            if method is None or not varies(method):
+                found[entry] = (method.plan(entry.R, shape) if method else Plan()).cost(sizes, TEXT)
+        return found
 
 
 def calibrated(args: Namespace) -> Iterator[Job]:

@@ -46,6 +46,12 @@ class Measured:
         scores = [r["score"] for r in self.results.get(task, ())]
         return statistics.mean(scores) if self.whole(task) and None not in scores else None
 
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation of the tokens that entered a layer, between prompts of a benchmark."""
+        found = [r["visual_spread"]["sd"] for runs in self.results.values() for r in runs if r.get("visual_spread")]
+        return statistics.mean(found) if found else None
+
     def mean(self, name: str, tasks: Iterable[str] | None = None) -> float | None:
         """Of a figure, over benchmarks and seeds that have it."""
         some = self.results if tasks is None else [t for t in tasks if t in self.results]
@@ -112,7 +118,14 @@ def _record(
 def _planned(entry: Entry, shape: Shape, query: str) -> dict[str, Any]:
     method: Method = find_method(entry.spec, query)
     found = reach(method, entry.R, shape)
+    if varies(method):  # what is planned is but a bound
+        return {"authors": None, "schedule": "as many as it takes"}
     return {"authors": found.authors, "schedule": compact(found.layers)}
+
+
+def varies(method: Method) -> bool:
+    """How many tokens stay depends on picture and question."""
+    return method.adaptive or bool(method.fitted)
 
 
 def _accuracy(row: Measured, base: Measured, scored: Sequence[Task]) -> dict[str, Any]:

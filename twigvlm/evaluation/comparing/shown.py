@@ -47,7 +47,7 @@ def _cells(row: Record) -> dict[str, str]:
     cells = {
         "method": name,
         "R": "all" if row["R"] is None else f"{row['R']:g}",
-        "measured": _number(row["measured"], 1),
+        "measured": _measured(row),
     }
     cells["authors'"] = _number(row["authors"], 1)
     for task, score in row["scores"].items():
@@ -69,6 +69,12 @@ def _cells(row: Record) -> dict[str, str]:
 
 def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
     return "" if value is None else f"{value * factor:.{digits}f}"
+
+
+def _measured(row: Record) -> str:
+    """With its spread where it depends on the picture."""
+    spread = row.get("spread") or 0
+    return _number(row["measured"], 1) + (f" ± {spread:.1f}" if spread >= 0.05 else "")
 
 
 def _between(found: Sequence[float] | None) -> str:
