@@ -40,6 +40,7 @@ class Tap:
         self.keys: torch.Tensor | None = None
         self.normed: torch.Tensor | None = None
         self.scaling = 1.0
+        self._weights: torch.Tensor | None = None
 
     def read(self, query: torch.Tensor, key: torch.Tensor, scaling: float | None) -> None:
         """Called from inside the attention function."""
