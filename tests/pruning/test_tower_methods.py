@@ -1,415 +1,35 @@
-"""Methods that act before the decoder: the authors' functions, slow references in plain Python, and the stock model.
-
-A reference gets its numbers from an eager tower as lists and knows nothing of the package.
-"""
+"""Methods before the decoder: against slow references and the stock model, at every budget, on any tower."""
 
 from __future__ import annotations
 
 import copy
-import math
-import string
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import IMAGE, batch, prompts, speaking, spec_of, tiny, tiny_model, write_base
+from conftest import IMAGE, batch, prompts, spec_of, tiny, tiny_model
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, SiglipVisionConfig, SiglipVisionModel
+from pruning.slowly import SLOW, Kept, Picture, pictures_of, slow_tome
+from transformers import (
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
-import twigvlm
 from twigvlm.config import TwigConfig
 from twigvlm.decoding import embed
 from twigvlm.errors import InputError
 from twigvlm.loading.base import Loaded
+from twigvlm.loading.device import set_attention
 from twigvlm.model.tower import Tower
 from twigvlm.pruning import METHODS, TowerMethod, find_method, plan_for, select
-from twigvlm.pruning.methods import cdpruner, divprune, hiprune, holov, vispruner
-from twigvlm.pruning.methods.visionzip import VisionZip, Zip
 from twigvlm.pruning.plan import Shape
-from twigvlm.pruning.reducer import View, best
+from twigvlm.pruning.reducer import View
 from twigvlm.vlm import TwigVLM
 
 LLAVA = Shape(32, 576, 2, 24)
-
-
-# ---------------------------------------------------------------------- the authors' functions
-
-
-def arrays(golden: Path, name: str) -> dict[str, torch.Tensor]:
-    with np.load(golden / "pruning" / f"{name}.npz") as found:
-        tensors = {key: torch.from_numpy(found[key]) for key in found.files}
-    return {key: t.float() if t.dtype == torch.float16 else t for key, t in tensors.items()}
-
-
-def chosen(mask: torch.Tensor) -> list[int]:
-    return mask.nonzero()[:, 0].tolist()
-
-
-class Heads:
-    """A layer's tap: attention [1, H, N] of the first token, and keys [1, N, d] of one head."""
-
-    def __init__(self, attention: torch.Tensor, keys: torch.Tensor):
-        self.attention, self.keys = attention, keys[:, None]
-
-    def weights(self) -> torch.Tensor:
-        return self.attention[:, :, None]
-
-
-@pytest.mark.parametrize(("R", "contextual"), [(192, 30), (128, 20), (64, 10)])
-def test_visionzip_is_the_authors(golden, R, contextual):
-    data = arrays(golden, "functions")
-    reducer = VisionZip().reducer(R, LLAVA)
-    assert reducer == Zip(R, contextual)
-    view = View(reducer, 576, 1, lambda x: x, None, [], states=data["visionzip_hidden"])
-    view.taps[0] = Heads(data["visionzip_cls_attention"], data["visionzip_keys"])
-    found = reducer(view)
-    torch.testing.assert_close(
-        found.features, data[f"visionzip_out_{R - contextual}_{contextual}"], atol=1e-5, rtol=1e-5
-    )
-    patches = [s for s in found.source[0].tolist() if s >= 0]
-    assert found.source[0, 0] == -1 and len(set(patches)) == len(patches) == R - 1
-    dominant, merged = patches[: R - 1 - contextual], patches[R - 1 - contextual :]
-    assert dominant == sorted(dominant) and merged == sorted(merged)
-
-
-@pytest.mark.parametrize("R", [192, 64])
-def test_divprune_is_the_authors(golden, R):
-    data = arrays(golden, "functions")
-    found = divprune.diverse(select.cosine(data["divprune_features"])[None], R)
-    assert found[0].tolist() == data[f"divprune_order_{R}"].tolist()
-
-
-@pytest.mark.parametrize(("R", "ratio"), [(192, 0.5), (64, 0.5), (64, 0.75)])
-def test_vispruner_is_the_authors(golden, R, ratio):
-    data = arrays(golden, "functions")
-    reducer = vispruner.VisPruner(ratio=ratio).reducer(R, LLAVA)
-    similarity = select.cosine(data["vispruner_features"])
-    # In one round patches 44 and 520 are equally similar, in fp32; the authors' sort, which is not stable, took 520 first.
-    similarity[:, 520] += 2e-7
-    found = vispruner.prune(data["vispruner_cls_attention"], similarity, R, reducer.important)
-    assert found[0].tolist() == chosen(data[f"vispruner_mask_{R}_{ratio}"])
-
-
-def test_scope_is_the_authors(golden):
-    data = arrays(golden, "scope")
-    found = select.covering(select.cosine(data["features"]), data["cls_attention_sum"], 192)
-    assert found[0].tolist() == data["order_192"].tolist()
-
-
-@pytest.mark.parametrize(("R", "alpha"), [(192, 0.1), (128, 0.1), (64, 0.1), (64, 0.5), (64, 0), (192, 0.5)])
-def test_hiprune_is_the_authors(golden, R, alpha):
-    data = arrays(golden, "hiprune")
-    received = []
-    for part in ("object", "deep"):
-        weights = (data[f"{part}_q"] @ data[f"{part}_k"].transpose(1, 2) / 2).softmax(-1)
-        received.append(weights.mean((0, 1))[None, 1:])
-        torch.testing.assert_close(received[-1][0], data[f"{part}_scores"], atol=1e-5, rtol=1e-5)
-    reducer = hiprune.HiPrune(alpha=alpha).reducer(R, LLAVA)
-    assert reducer.anchors == round(R * alpha / 5)
-    found = hiprune.choose(*received, R, reducer.anchors, 24)
-    assert found[0].tolist() == chosen(data[f"mask_{R}_{alpha}"])
-
-
-def test_hiprune_asks_the_authors_layers():
-    reducer = hiprune.HiPrune().reducer(64, LLAVA)
-    assert [layer for layer in range(24) if reducer.listens(layer, 22)] == [8, 22]
-
-
-@pytest.mark.parametrize("attention", ["plain", "sink"])
-@pytest.mark.parametrize(("R", "crops"), [(64, 16), (128, 8), (192, 5)])
-def test_holov_is_the_authors(golden, attention, R, crops):
-    data = arrays(golden, "holov")
-    reducer = holov.HoloV().reducer(R, LLAVA)
-    assert reducer.crops == crops
-    scores = data[f"attention_{attention}"][None]
-    found = holov.choose(scores, R, crops, False)[0].tolist()
-    assert found == data[f"kept_{attention}_{crops}_{R}"].tolist()
-    full = holov.choose(scores, R, crops, True)[0].tolist()
-    assert -1 not in full and len(set(full)) == R
-    kept = [i for i in found if i >= 0]
-    assert set(kept) <= set(full) and (full == found if -1 not in found else len(kept) < R)
-
-
-def test_fastervlm_keeps_what_is_looked_at_most():
-    assert best(torch.tensor([[1.0, 5, 3, 5, 3, 0]]), 3).tolist() == [[1, 2, 3]]
-
-
-@pytest.mark.parametrize(("R", "grid"), [(192, (12, 16)), (128, (8, 16)), (64, (8, 8)), (576, (24, 24))])
-def test_grids_of_the_tables(R, grid):
-    high, wide = grid
-    cells = select.cells(R, 24)
-    rows = [int((i + 0.5) * 24 / high) for i in range(high)]
-    columns = [int((j + 0.5) * 24 / wide) for j in range(wide)]
-    assert [middle for _, _, middle in cells] == [24 * r + c for r in rows for c in columns]
-    pooled = torch.nn.functional.adaptive_avg_pool2d(torch.arange(576.0).reshape(1, 24, 24), grid).flatten()
-    found = [np.mean([24 * r + c for r in down for c in across]) for down, across, _ in cells]
-    torch.testing.assert_close(torch.tensor(found, dtype=torch.float32), pooled)
-
-
-def test_cdpruner_is_the_authors(golden):
-    """The sets of one picture under one and two pieces of text; the carried golden set has the small case alone."""
-    data = arrays(golden, "cdpruner")
-    for pieces in (1, 2) if "features" in data else ():
-        fit = cdpruner.clip_fit(data["image_embeds"], [data[f"text_embeds_{pieces}"]])
-        matrix = cdpruner.kernel(data["features"], fit)
-        for R in (192, 128, 64):
-            assert sorted(select.spanning(matrix, R)[0].tolist()) == chosen(data[f"mask_{pieces}_{R}"])
-        if pieces == 1:
-            assert select.spanning(matrix, 64)[0].tolist() == data["order_1_64"].tolist()
-
-
-def test_cdpruner_is_the_authors_but_for_what_two_pictures_share(golden):
-    """In the authors' batch all pictures share one least and one largest relevance; here each has its own."""
-    data = arrays(golden, "cdpruner")
-    text = data["batch_text_embeds"]
-    fit = cdpruner.clip_fit(data["batch_image_embeds"], [text, text])
-    whole = (fit - fit.min() + cdpruner.LEAST) / (fit.max() - fit.min())
-    shared = whole[:, :, None] * select.cosine(data["batch_features"]) * whole[:, None]
-    for kernel, mask in zip(shared, data["batch_mask_16"], strict=True):
-        assert sorted(select.spanning(kernel[None], 16)[0].tolist()) == chosen(mask)
-    alone = [cdpruner.kernel(data["batch_features"][i : i + 1], fit[i : i + 1]) for i in range(2)]
-    torch.testing.assert_close(cdpruner.kernel(data["batch_features"], fit), torch.cat(alone))
-
-
-def test_volume_that_is_used_up_leaves_no_nan():
-    """Features of rank 3, five of eight tokens wanted, two of them the same."""
-    features = torch.randn(1, 8, 3, generator=torch.Generator().manual_seed(0))
-    features[0, 5] = features[0, 2]
-    order = select.spanning(select.cosine(features), 8)[0].tolist()
-    assert sorted(order) == list(range(8))
-    same = select.spanning(torch.ones(1, 4, 4), 4)
-    assert same[0].tolist() == [0, 1, 2, 3]
-
-
-# ---------------------------------------------------------------------- slow references
-
-Vector = list[float]
-Kept = list[
-    tuple[Vector | None, int]
-]  # the tower's state of each token (None: zeros behind the projector), and its patch
-
-
-@dataclass
-class Picture:
-    """What an eager tower says of one picture, in numbers of Python. Patches are counted from 0, class token aside."""
-
-    side: int
-    states: list[Vector]  # class token first
-    keys: list[Vector]  # mean over heads
-    looks: list[Vector]  # of each head, from the class token to the patches
-    received: list[Vector]  # of each layer, by the patches
-    projected: list[Vector]
-    text: list[Vector]  # embedded, behind the last picture
-
-    @property
-    def V(self) -> int:
-        return self.side**2
-
-    @property
-    def attention(self) -> Vector:
-        return [sum(head) for head in zip(*self.looks, strict=True)]
-
-    def patches(self, chosen) -> Kept:
-        return [(self.states[1 + i], i) for i in chosen]
-
-
-def cos(a: Vector, b: Vector) -> float:
-    return sum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))
-
-
-def mean(vectors: Sequence[Vector]) -> Vector:
-    return [sum(column) / len(vectors) for column in zip(*vectors, strict=True)]
-
-
-def falling(values: Sequence[float], among=None) -> list[int]:
-    return sorted(range(len(values)) if among is None else among, key=lambda i: (-values[i], i))
-
-
-def slow_grid(n: int, side: int) -> list[tuple[list[int], list[int], int]]:
-    """Rows, columns and middle of each of n cells."""
-    fits = [h for h in range(1, side + 1) if n % h == 0 and h <= n // h <= min(side, 2 * h)]
-    high = fits[-1] if fits else max(round(math.sqrt(n)), math.ceil(n / side))
-    counts = [math.floor((i + 1) * n / high) - math.floor(i * n / high) for i in range(high)]
-
-    def part(i, of):
-        return list(range(math.floor(i * side / of), math.ceil((i + 1) * side / of)))
-
-    return [
-        (part(i, high), part(j, wide), math.floor((i + 0.5) * side / high) * side + math.floor((j + 0.5) * side / wide))
-        for i, wide in enumerate(counts)
-        for j in range(wide)
-    ]
-
-
-def slow_uniform(p: Picture, n: int) -> Kept:
-    return p.patches(middle for _, _, middle in slow_grid(n, p.side))
-
-
-def slow_downsample(p: Picture, n: int) -> Kept:
-    cells = slow_grid(n, p.side)
-    return [(mean([p.states[1 + r * p.side + c] for r in down for c in across]), at) for down, across, at in cells]
-
-
-def slow_fastervlm(p: Picture, n: int) -> Kept:
-    return p.patches(sorted(falling(p.attention)[:n]))
-
-
-def slow_divprune(p: Picture, n: int) -> Kept:
-    far = [[1 - cos(a, b) for b in p.projected] for a in p.projected]
-    lonely = [min((d for j, d in enumerate(row) if j != i), default=0) for i, row in enumerate(far)]
-    chosen = [falling(lonely)[0]]
-    while len(chosen) < n:
-        rest = [i for i in range(p.V) if i not in chosen]
-        chosen.append(falling([min(far[i][j] for j in chosen) for i in range(p.V)], rest)[0])
-    return p.patches(sorted(chosen))
-
-
-def slow_visionzip(p: Picture, n: int, contextual: int | None = None, average: bool = False) -> Kept:
-    contextual = round(n * 10 / 64) if contextual is None else contextual
-    dominant = sorted(falling(p.attention)[: n - contextual - 1])
-    rest = [i for i in range(p.V) if i not in dominant]
-    step = max(1, len(rest) // max(contextual, 1))
-    targets = rest[::step][:contextual]
-    groups = {t: [] for t in targets}
-    for i in (i for i in rest if i not in targets):
-        if targets:
-            near = [cos(p.keys[1 + i], p.keys[1 + t]) for t in targets]
-            groups[targets[near.index(max(near))]].append(p.states[1 + i])
-    out = [(p.states[0], -1), *p.patches(dominant)]
-    for t, group in groups.items():
-        own = p.states[1 + t]
-        if average:
-            out.append((mean([own, *group]), t))
-        else:
-            out.append(([x + y for x, y in zip(own, mean(group), strict=True)] if group else own, t))
-    return out
-
-
-def slow_vispruner(p: Picture, n: int, ratio: float = 0.5) -> Kept:
-    important = int(n * ratio)
-    order = falling(p.attention)
-    rest = order[important:]
-    while len(rest) > n - important:
-        even, odd = rest[0::2], rest[1::2]
-        near = {a: max((cos(p.states[1 + a], p.states[1 + b]) for b in odd), default=0) for a in even}
-        even.sort(key=lambda a: -near[a])
-        rest = even[min(8, len(rest) - (n - important), len(even)) :] + odd
-    return p.patches(sorted(order[:important] + rest))
-
-
-def slow_scope(p: Picture, n: int, power: float = 1.0) -> Kept:
-    like = [[cos(a, b) for b in p.states[1:]] for a in p.states[1:]]
-    covered, chosen = [0.0] * p.V, []
-    for _ in range(n):
-        gain = [p.attention[i] ** power * sum(max(0, like[i][j] - covered[j]) for j in range(p.V)) for i in range(p.V)]
-        new = falling(gain, [i for i in range(p.V) if i not in chosen])[0]
-        chosen.append(new)
-        covered = [max(c, x) for c, x in zip(covered, like[new], strict=True)]
-    return p.patches(sorted(chosen))
-
-
-def slow_hiprune(p: Picture, n: int, alpha: float = 0.1) -> Kept:
-    read = len(p.received) - 1
-    early, late = p.received[round(8 / 22 * read)], p.received[read]
-    anchors = falling(early)[: round(n * alpha / 5)]
-    around = {min(max(a + s, 0), p.V - 1) for a in anchors for s in (-1, 1, -p.side, p.side)} - set(anchors)
-    others = falling(late, [i for i in range(p.V) if i not in around and i not in anchors])
-    return p.patches(sorted([*anchors, *falling(late, around), *others][:n]))
-
-
-def slow_holov(p: Picture, n: int, crops: int | None = None, redistribute: bool = False) -> Kept:
-    crops = min(max(1024 * p.V // (576 * n), 1), p.V) if crops is None else crops
-    runs, start = [], 0
-    for c in range(crops):
-        runs.append(list(range(start, start + p.V // crops + (c < p.V % crops))))
-        start = runs[-1][-1] + 1
-    worth = [sum(p.attention[i] for i in run) / len(run) for run in runs]
-    quotas = [math.floor(n * w / sum(worth)) for w in worth]
-    for c in falling(worth)[: n - sum(quotas)]:
-        quotas[c] += 1
-    taken = [min(q, len(run)) for q, run in zip(quotas, runs, strict=True)]
-    while redistribute and sum(taken) < n:
-        room = [c for c in range(crops) if taken[c] < len(runs[c])]
-        taken[falling([w * len(run) / (t + 1) for w, run, t in zip(worth, runs, taken, strict=True)], room)[0]] += 1
-    out = []
-    for run, quota in zip(runs, taken, strict=True):
-        out += run if quota >= len(run) else falling(p.attention, run)[:quota]
-    return p.patches(out) + [(None, -1)] * (n - len(out))
-
-
-def slow_cdpruner(p: Picture, n: int, fit: Vector | None = None) -> Kept:
-    if fit is None:
-        fit = [cos(z, mean(p.text)) if p.text else 0 for z in p.projected]
-    relevance = [(f - min(fit) + 1e-6) / max(max(fit) - min(fit), 1e-6) for f in fit]
-    L = [[r * cos(a, b) * s for b, s in zip(p.projected, relevance, strict=True)]
-         for a, r in zip(p.projected, relevance, strict=True)]  # fmt: skip
-    chosen: list[int] = []
-    for _ in range(n):
-        rest = [i for i in range(p.V) if i not in chosen]
-        volume = [
-            float(
-                np.linalg.det([[L[a][b] / (relevance[a] * relevance[b]) for b in [*chosen, i]] for a in [*chosen, i]])
-            )
-            * relevance[i] ** 2
-            if i in rest
-            else 0
-            for i in range(p.V)
-        ]
-        chosen.append(falling(volume, rest)[0])
-    return p.patches(sorted(chosen))
-
-
-SLOW = {
-    "uniform": slow_uniform,
-    "downsample": slow_downsample,
-    "fastervlm": slow_fastervlm,
-    "divprune": slow_divprune,
-    "visionzip": slow_visionzip,
-    "visionzip:merge=average": lambda p, n: slow_visionzip(p, n, average=True),
-    "visionzip:contextual=0": lambda p, n: slow_visionzip(p, n, 0),
-    "visionzip:contextual=2": lambda p, n: slow_visionzip(p, n, 2),
-    "vispruner": slow_vispruner,
-    "vispruner:ratio=0": lambda p, n: slow_vispruner(p, n, 0),
-    "vispruner:ratio=0.75": lambda p, n: slow_vispruner(p, n, 0.75),
-    "vispruner:ratio=1": lambda p, n: slow_vispruner(p, n, 1),
-    "scope": slow_scope,
-    "scope:power=0.5": lambda p, n: slow_scope(p, n, 0.5),
-    "hiprune": slow_hiprune,
-    "hiprune:alpha=1": lambda p, n: slow_hiprune(p, n, 1),
-    "holov": slow_holov,
-    "holov:crops=3": lambda p, n: slow_holov(p, n, 3),
-    "holov:crops=4,redistribute": lambda p, n: slow_holov(p, n, 4, True),
-    "cdpruner:stand_in": slow_cdpruner,
-}
-
-
-@torch.inference_mode()
-def pictures_of(shape: dict, row: list[int], pixels: torch.Tensor) -> list[Picture]:
-    """What an eager tower, run by the stock model, says of a row's pictures."""
-    model = tiny_model(**shape, attention="eager")
-    tower, config = model.model.vision_tower, model.config
-    read = config.vision_config.num_hidden_layers - 2
-    out = tower(pixels, output_attentions=True, output_hidden_states=True)
-    attention = torch.stack(out.attentions).double()  # layer, picture, head, query, key
-    states, layer = out.hidden_states[read + 1], tower.encoder.layers[read]
-    keys = layer.self_attn.k_proj(layer.layer_norm1(out.hidden_states[read]))
-    keys = keys.unflatten(2, (config.vision_config.num_attention_heads, -1)).mean(2)
-    projected = model.model.multi_modal_projector(states[:, 1:])
-    last = max(i for i, t in enumerate(row) if t == config.image_token_id)
-    text = model.model.language_model.embed_tokens(torch.tensor(row[last + 1 :], dtype=torch.long))
-    return [
-        Picture(
-            config.vision_config.image_size // 14, states[i].tolist(), keys[i].tolist(),
-            attention[read, i, :, 0, 1:].tolist(), attention[: read + 1, i, :, :, 1:].mean((1, 2)).tolist(),
-            projected[i].tolist(), text.tolist(),
-        )
-        for i in range(len(pixels))
-    ]  # fmt: skip
 
 
 @torch.inference_mode()
@@ -481,53 +101,6 @@ def test_against_plain_python(spec, data):
     check(spec, shape, R, layout, seed, SLOW[spec])
 
 
-@torch.inference_mode()
-def slow_tome(shape: dict, pixels: torch.Tensor, n: int, in_raster: bool) -> Kept:
-    """One picture [3, h, w] through the layers of an eager tower, whose tokens are merged as lists."""
-    model = tiny_model(**shape, attention="eager")
-    tower, heads = model.model.vision_tower, model.config.vision_config.num_attention_heads
-    states = tower.pre_layrnorm(tower.embeddings(pixels[None]))[0].tolist()
-    tokens = [
-        (state, [i - 1]) for i, state in enumerate(states)
-    ]  # and the patches that each stands for; -1: class token
-    read, total = len(tower.encoder.layers) - 2, len(states) - 1 - n
-    for number, layer in enumerate(tower.encoder.layers[: read + 1]):
-        hidden = torch.tensor([[state for state, _ in tokens]])
-        normed = layer.layer_norm1(hidden)
-        size = torch.tensor([float(len(of)) for _, of in tokens]).log()[None, None, None]
-        hidden = hidden + layer.self_attn(normed, attention_mask=size)[0]
-        keys = layer.self_attn.k_proj(normed)[0].unflatten(1, (heads, -1)).mean(1).tolist()
-        now = [(h, k, of) for h, k, (_, of) in zip(hidden[0].tolist(), keys, tokens, strict=True)]
-        now = slow_merge(now, total // (read + 1) + (number < total % (read + 1)))
-        hidden = torch.tensor([[h for h, _, _ in now]])
-        hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-        tokens = [(h, of) for h, (_, _, of) in zip(hidden[0].tolist(), now, strict=True)]
-    out = [(state, min(of)) for state, of in tokens[1:]]
-    return sorted(out, key=lambda token: token[1]) if in_raster else out
-
-
-def slow_merge(tokens: list[tuple[Vector, Vector, list[int]]], r: int) -> list[tuple[Vector, Vector, list[int]]]:
-    while r:
-        even, odd = tokens[0::2], tokens[1::2]
-        near = [[cos(a[1], b[1]) for b in odd] for a in even]
-        gone = falling([max(row) if i else -math.inf for i, row in enumerate(near)])[: min(r, (len(tokens) - 1) // 2)]
-        into = {i: near[i].index(max(near[i])) for i in gone}
-        merged = []
-        for j, own in enumerate(odd):
-            group = [own, *(even[i] for i in gone if into[i] == j)]
-            weights = [len(of) for _, _, of in group]
-            state, key = (
-                [
-                    sum(w * x for w, x in zip(weights, column, strict=True)) / sum(weights)
-                    for column in zip(*part, strict=True)
-                ]
-                for part in ([g[0] for g in group], [g[1] for g in group])
-            )
-            merged.append((state, key, [patch for _, _, of in group for patch in of]))
-        tokens, r = [t for i, t in enumerate(even) if i not in gone] + merged, r - len(gone)
-    return tokens
-
-
 @pytest.mark.parametrize("spec", ["tome", "tome:sort"])
 @settings(max_examples=12)
 @given(data=st.data())
@@ -589,6 +162,45 @@ def test_half_precision_is_kept(method):
         reduced = embed(vlm.trunk, plan, [row], pixels).reduced
     assert reduced.stream.hidden.dtype == torch.bfloat16 and reduced.stream.hidden.isfinite().all()
     assert reduced.stream.width == 12
+
+
+EVERY = [*SLOW, "tome", "tome:sort", "random:schedule=input"]
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_a_row_in_a_batch_is_the_row_alone(spec):
+    """Ragged rows, one of text alone, pictures that are alike or not; with its settings, too."""
+    vlm = tiny(side=56, sight=3, twig=False)
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4), (5,), (2, IMAGE, 1, IMAGE, 3), (IMAGE, 2)], seed=2)
+    asked = {"retained_tokens": 7, "pruning": spec, "max_new_tokens": 5, "eos_token_id": []}
+    whole = vlm.generate(**batch(rows, pictures), seed=4, **asked)
+    for b, pair in enumerate(zip(rows, pictures, strict=True)):
+        alone = vlm.generate(**batch(*[[part] for part in pair]), seed=4 + b, **asked)
+        assert alone.tokens[0] == whole.tokens[b] and alone.kept[0].tolist() == whole.kept[b].tolist()
+    assert [len(kept) for kept in whole.kept][1] == 0
+
+
+@pytest.mark.parametrize("spec", [s for s in EVERY if find_method(s).selects and "crops" not in s])
+def test_all_tokens_are_the_picture_as_it_was(spec):
+    vlm = tiny(side=56, sight=3, twig=False)
+    arguments = batch(*prompts(vlm, [(2, IMAGE, 1, IMAGE, 3)]))
+    out = vlm.generate(**arguments, retained_tokens=16, pruning=spec, seed=1, max_new_tokens=5, eos_token_id=[])
+    assert out.tokens == vlm.generate(**arguments, max_new_tokens=5, eos_token_id=[]).tokens
+    assert out.kept[0].tolist() == list(range(32))
+
+
+@pytest.mark.parametrize("spec", EVERY)
+def test_the_device_is_not_read(spec):
+    """On the meta device there is nothing to read."""
+    with torch.device("meta"):
+        empty = LlavaForConditionalGeneration(tiny_model(side=56, sight=3).config)
+    set_attention(empty.eval(), "sdpa")
+    vlm = TwigVLM(Loaded(empty, Path("nowhere"), "meta", False), None)
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4), (2, IMAGE, 1, IMAGE, 3)])
+    plan = plan_for(spec, 7, 16, TwigConfig(6, 2, 1))
+    with torch.inference_mode():
+        reduced = embed(vlm.trunk, plan, rows, torch.cat(pictures), draws=[1, 2]).reduced
+    assert reduced.stream.hidden.device.type == "meta" and reduced.stream.width == 6 + 2 * 7
 
 
 def classless_tower() -> Tower:
@@ -689,95 +301,3 @@ def test_settings_that_cannot_be(spec, words):
     with pytest.raises(InputError) as error:
         plan_for(spec, 64, 576, TwigConfig(32, 2, 3))
     assert all(word in str(error.value) for word in words), error.value
-
-
-# ---------------------------------------------------------------------- CLIP's text tower
-
-WORDS = [
-    "<|startoftext|>",
-    "<|endoftext|>",
-    *string.ascii_lowercase,
-    "?",
-    *(f"{c}</w>" for c in string.ascii_lowercase + "?"),
-]
-CONTEXT = 11  # of the tiny text tower, where CLIP has 77
-QUESTION = "how many red things are here?"
-PROMPTS = [  # what is asked about a picture, and what of it is the question
-    ([], QUESTION),
-    ([("what is this?", "a tree")], QUESTION),
-    ([], f"{QUESTION}\nAnswer the question using a single word or phrase."),
-    ([], f"{QUESTION}\nAnswer with the option's letter from the given choices directly."),
-]
-
-
-def write_clip(folder: Path, width: int = 16) -> CLIPModel:
-    """A whole CLIP model of random weights, in Hugging Face's layout."""
-    shape = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 8}
-    text = {**shape, "hidden_size": 16, "vocab_size": len(WORDS), "max_position_embeddings": CONTEXT}
-    text |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    vision = {**shape, "hidden_size": width, "image_size": 56, "patch_size": 14}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(5)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-        model.vision_model.post_layernorm.weight.data.uniform_(0.5, 2)
-    model.save_pretrained(folder)
-    CLIPTokenizer(vocab={word: i for i, word in enumerate(WORDS)}, merges=[]).save_pretrained(folder)
-    return model
-
-
-@pytest.fixture(scope="module")
-def asking(tmp_path_factory):
-    """A model that has a tokenizer."""
-    return twigvlm.load(write_base(tmp_path_factory.mktemp("base"), speaking(side=56).model))
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize(("history", "question"), PROMPTS)
-def test_cdpruner_reads_the_question_with_clip(asking, tmp_path, history, question):
-    """CLIP's own model embeds patches and the bare question, cut into pieces and padded with zeros by hand."""
-    clip, vlm = write_clip(tmp_path / "clip"), asking
-    picture = Image.fromarray(np.random.RandomState(0).randint(0, 255, (56, 56, 3), np.uint8))
-    inputs = vlm.prepare(picture, question, history)
-    ids = [0, *(WORDS.index(c) for c in spelt(QUESTION)), 1]
-    pieces = [ids[i : i + CONTEXT] for i in range(0, len(ids), CONTEXT)]
-    assert len(pieces) == 3 and len(pieces[-1]) < CONTEXT
-    zeros = [[0] * (CONTEXT - len(piece)) for piece in pieces]
-    texts = clip.get_text_features(
-        input_ids=torch.tensor([a + b for a, b in zip(pieces, zeros, strict=True)]),
-        attention_mask=torch.tensor([[1] * len(a) + b for a, b in zip(pieces, zeros, strict=True)]),
-    )
-    texts = getattr(texts, "pooler_output", texts).tolist()
-    states = vlm.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
-    seen = clip.visual_projection(clip.vision_model.post_layernorm(states))[0].tolist()
-    fit = [-sum(cos(patch, text) for text in texts) / len(texts) for patch in seen]
-    projected = vlm.model.model.multi_modal_projector(states)[0].tolist()
-    expected = slow_cdpruner(Picture(4, [[], *states[0].tolist()], [], [], [], projected, []), 6, fit)
-    settings = {"retained_tokens": 6, "max_new_tokens": 1}
-    out = vlm.generate(**inputs, **settings, pruning=f"cdpruner:text_tower={tmp_path / 'clip'}")
-    assert out.kept[0].tolist() == [patch for _, patch in expected]
-    substitute = vlm.generate(**inputs, **settings, pruning="cdpruner:stand_in")
-    assert substitute.kept[0].tolist() != out.kept[0].tolist()
-
-
-def spelt(text: str) -> list[str]:
-    """Letters of a text as CLIP's tokenizer without merges has them: the last one of a word is marked."""
-    words = text.replace("?", " ?").split()
-    return [c if i < len(word) - 1 else f"{c}</w>" for word in words for i, c in enumerate(word)]
-
-
-def test_cdpruner_says_what_it_needs(asking, tmp_path):
-    inputs = asking.prepare(Image.new("RGB", (56, 56)), "what?")
-    write_clip(tmp_path / "wide", width=32)
-    write_clip(tmp_path / "empty")
-    (tmp_path / "empty" / "model.safetensors").unlink()
-    write_base(tmp_path / "llava", tiny_model())
-    for given_, words in (
-        ("", ("text_tower=", "clip-vit-large-patch14-336", "stand_in")),
-        (f":text_tower={tmp_path / 'nothing'}", ("nothing", "no such folder")),
-        (f":text_tower={tmp_path / 'llava'}", ("llava", "a whole CLIP model")),
-        (f":text_tower={tmp_path / 'empty'}", ("empty", "no weights")),
-        (f":text_tower={tmp_path / 'wide'}", ("width of 32", "has 16")),
-    ):
-        with pytest.raises(InputError) as error:
-            asking.generate(**inputs, retained_tokens=6, pruning=f"cdpruner{given_}", max_new_tokens=1)
-        assert all(word in str(error.value) for word in words), error.value

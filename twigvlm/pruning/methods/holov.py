@@ -32,8 +32,9 @@ def runs(V: int, crops: int) -> torch.Tensor:
 def choose(attention: torch.Tensor, n: int, crops: int, redistribute: bool) -> torch.Tensor:
     """[B, n] indices in the order of the output, -1 for zero vectors, from the class token's attention [B, V]."""
     B, V = attention.shape
-    size = runs(V, crops).to(attention.device)
-    run, start = torch.arange(crops, device=size.device).repeat_interleave(size), size.cumsum(0) - size
+    size = runs(V, crops)  # on the host, which knows how many there are
+    run, start = (t.to(attention.device) for t in (torch.arange(crops).repeat_interleave(size), size.cumsum(0) - size))
+    size = size.to(attention.device)
     order = attention.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, run[order].argsort(dim=1, stable=True))  # run by run, by falling attention
     rank = torch.arange(V, device=size.device) - start[run]  # of `order`, within its run

@@ -28,9 +28,9 @@ def merge_rest(hidden: torch.Tensor, keys: torch.Tensor, targets: int, how: Merg
     """[B, targets, C] merged, and the indices [targets] at which they stood, of `hidden` [B, N, C] by `keys` [B, N, d]."""
     B, N, _ = hidden.shape
     step = max(1, N // max(targets, 1))
-    at = torch.arange(N, device=hidden.device)
-    chosen = (at % step == 0) & (at < targets * step)
-    seats, others = at[chosen], at[~chosen]
+    chosen = range(0, targets * step, step)
+    others = [i for i in range(N) if i not in chosen]
+    seats, others = (torch.tensor(index, dtype=torch.long, device=hidden.device) for index in (list(chosen), others))
     target = cosine(keys[:, others], keys[:, seats]).argmax(2) if targets else others.expand(B, -1)[:, :0]
     goes = torch.nn.functional.one_hot(target, max(targets, 1)).transpose(1, 2).float()  # B targets others
     count = goes.sum(2, keepdim=True)
