@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twigvlm.config import TwigConfig
+from twigvlm.decoding.prefill import State
 from twigvlm.errors import InputError
 from twigvlm.pruning import METHODS, Rule, Seen, Selection, Shape, plan_for
 from twigvlm.pruning.methods import dart, mustdrop, occamtoken, sieve, sparsevlm, tops, trevs
@@ -582,6 +583,32 @@ def test_measured_is_asked(spec):
                 **batch(*prompts(vlm, [layout])), retained_tokens=R, pruning=spec, max_new_tokens=1, seed=1
             )
             assert out.stats.visual_measured == pytest.approx(R, abs=1)
+
+
+@pytest.mark.parametrize("draft_length", [0, 3])
+def test_mustdrops_released_positions(draft_length):
+    """`faithful`: what is written stands behind what the cut caches hold; the first word, read in prefill, is the same."""
+    vlm = tiny(side=84, layers=8)
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4), (2, IMAGE, 1, IMAGE, 6)], seed=3)
+    asked = {**batch(rows, pictures), "retained_tokens": 20, "max_new_tokens": 6, "eos_token_id": []}
+    behind, plain = [], State.evict
+
+    def evict(state):
+        """By how much a cache is shorter than where its next token stands, in each group of layers."""
+        plain(state)
+        behind.append([(state.length - s.cache.shift - s.cache.used).tolist() for s in state.segments])
+
+    with patch.object(State, "evict", evict):
+        right, fault = (
+            vlm.generate(**asked, pruning=f"mustdrop:threshold=0.06{word}", draft_length=draft_length)
+            for word in ("", ",faithful")
+        )
+    assert [row[0] for row in right.tokens] == [row[0] for row in fault.tokens]
+    assert right.tokens != fault.tokens, "the positions must matter"
+    assert all(gap == [0, 0] for gap in behind[1]) and any(min(gap) > 0 for gap in behind[0])
+    if draft_length:
+        alone = vlm.generate(**asked, pruning="mustdrop:threshold=0.06,faithful", draft_length=0)
+        assert alone.tokens == fault.tokens
 
 
 def test_settings_that_cannot_be():

@@ -190,7 +190,10 @@ class State:
                 place, visual = segment.places
                 keep = (visual < 0) | alive.gather(1, place.clamp(min=0))
                 short = segment.cache.reach - keep.shape[1]  # tokens written since the prompt
+                held = segment.cache.used
                 segment.cache.evict(torch.nn.functional.pad(keep, (0, max(short, 0)), value=True))
+                if self.plan.behind_cache:
+                    segment.cache.shift = segment.cache.shift + held - segment.cache.used
 
     # ------------------------------------------------------------------ cutting
 

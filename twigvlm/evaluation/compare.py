@@ -46,6 +46,7 @@ from .tasks.literature import model_of
 
 MODULE = "twigvlm.evaluation.compare"
 SEEDS = 3
+CALIBRATE = 64  # questions, where nobody says how many
 TEXT = 64  # text tokens of the prompt whose cost is computed
 NOTES = "refused-{}.json"  # in the report's folder: what a shard could not ask
 
@@ -80,6 +81,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         help="where JSON, table and plots go (default %(default)s)",
     )  # fmt: skip
     add_options(parser)
+    parser.set_defaults(calibrate=CALIBRATE)
     return flags.parse(parser, argv)
 
 

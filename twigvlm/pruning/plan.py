@@ -24,13 +24,15 @@ class Plan:
 
     `positions`: kept tokens keep their places in the prompt ("keep") or are numbered anew ("compact").
     `evict`: after prefill, caches of layers from this one on lose the visual tokens that no later
-    layer has.
+    layer has. `behind_cache`: what is written then takes the positions behind what these caches still hold,
+    though the keys of the question stand later: a released fault.
     """
 
     stages: tuple[tuple[int, Rule], ...] = ()
     tower: Reducer | None = None
     positions: Literal["keep", "compact"] = "keep"
     evict: int | None = None
+    behind_cache: bool = False
 
     def __post_init__(self) -> None:
         layers = [before for before, _ in self.stages]

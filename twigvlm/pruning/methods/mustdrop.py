@@ -8,7 +8,7 @@ unless given). After prefill the caches of layers 2 on keep what the last cut ha
 How many stay depends on the picture: `threshold` is calibrated to R, or given. `count=authors` takes the settings
 published for TextVQA; the authors' R counts what leaves layers. They merge as many windows in every
 picture of a batch, here each picture has its own; their decoded tokens stand in front of the question
-that they answer in layers whose caches were cut, here behind it.
+that they answer in layers whose caches were cut, here behind it, unless `faithful` is said.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Dropping(Rule):
 
 @dataclass(frozen=True)
 class MustDrop(Method):
-    """`threshold`: of the image's whole attention; `individual`: of one text token's."""
+    """`threshold`: of the image's whole attention; `individual`: of one text token's; `faithful`: their decoded positions."""
 
     name: ClassVar[str] = "mustdrop"
     paper: ClassVar[str] = "MustDrop, arXiv 2411.10803"
@@ -133,6 +133,7 @@ class MustDrop(Method):
     adaptive: ClassVar[bool] = True
     threshold: float | None = None
     individual: float | None = None
+    faithful: bool = False
 
     @property
     def fitted(self) -> tuple[str, ...]:
@@ -154,7 +155,7 @@ class MustDrop(Method):
         )
         most, one = self.thresholds(exact, shape)
         stages = tuple((cut, Dropping(most, one, Probe("layer", "text", layer=cut - 1))) for cut in cuts)
-        return Plan(stages, Merging(), "compact", evict)
+        return Plan(stages, Merging(), "compact", evict, self.faithful)
 
     def thresholds(self, R: Fraction, shape: Shape) -> tuple[float, float]:
         if self.count == "authors" and self.threshold is None:
