@@ -1,7 +1,8 @@
 """Ours: the twig's budget and attention with SIEVE's discounted picks, in place of the r highest scores.
 
 A pick takes from what is like it (cosine of what the text cannot say of both, see `sieve.py`), so that r
-tokens do not show the same thing r times. Same layers, same R, no new weights.
+tokens do not show the same thing r times. Same layers, same R, no new weights. A first cut before layer 0
+was measured as well and made it worse (docs/LOG.md); written as a join (`scope+twig-discount`) it can be had.
 """
 
 from __future__ import annotations
