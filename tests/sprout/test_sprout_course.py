@@ -19,10 +19,11 @@ from twigvlm.prompt.template import VICUNA_V1, encode
 from twigvlm.sprout import course, measure
 from twigvlm.sprout.course import STAGES, Course, config
 from twigvlm.sprout.measure import Asked
-from twigvlm.sprout.recipe.language import LOOKING, Talk, double, start
+from twigvlm.sprout.recipe.drills import DRILLS, drill
+from twigvlm.sprout.recipe.language import BACK, LOOKING, Talk, double, start
 from twigvlm.sprout.recipe.lessons import Lesson, lesson_batch, patches
 from twigvlm.sprout.recipe.stage import StageConfig
-from twigvlm.sprout.recipe.talk import collate, converse, single
+from twigvlm.sprout.recipe.talk import collate, converse, short_question, single
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
 from twigvlm.sprout.recipe.tower import SIDE, pixels
 from twigvlm.training.muon import Muon, for_decoder, orthogonal
@@ -30,7 +31,7 @@ from twigvlm.training.run import checkpoints
 from twigvlm.world.draw import draw
 from twigvlm.world.phrasing import DESCRIPTIONS, rephrase
 from twigvlm.world.questions import DESCRIBE, KINDS, ask
-from twigvlm.world.scenes import COLOURS, SHAPES, SPLITS, WORDS, sample_scene
+from twigvlm.world.scenes import COLOURS, PLACES, SHAPES, SPLITS, WORDS, sample_scene
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,6 +108,64 @@ def test_a_row_is_what_the_stock_model_sees(tokenizer, system):
     torch.testing.assert_close(mine, stock, atol=1e-4, rtol=1e-4)
 
 
+def test_a_start_looks_back(tokenizer):
+    """The heads of BACK attend to the token so many places before, over text and symbols alike."""
+    model = start(config(1, 128, tokenizer))
+    task, batch = Talk(model), lesson_batch(0, Lesson(0, scenes=2), tokenizer)
+    hidden, positions = task.embed(batch)
+    part = task.layers[0].self_attn
+    task.decoder.config._attn_implementation = "eager"
+    mask = torch.full((hidden.shape[1], hidden.shape[1]), -torch.inf).triu(1)[None, None]
+    rotary = task.decoder.rotary_emb(hidden, positions)
+    _, weights = part(task.layers[0].input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask)
+    words = batch["heads"].max().item() + 9 + max(BACK.values())
+    for head, back in BACK.items():
+        assert weights[:, head].diagonal(-back, 1, 2)[:, words:].min() > 0.9
+
+
+def test_drills_tell_the_truth(tokenizer):
+    """Every fact named is the scene's; letters stand for their options; all kinds are drawn."""
+    kinds = set()
+    for seed in range(200):
+        scene = sample_scene("train", seed)
+        question = drill(scene, random.Random(seed))
+        kinds.add(question.kind)
+        text, said = question.text, re.split(", | and ", question.answer)
+        asked = [name for name in re.findall("the ([a-z ]+?)(?= and |[?]| from| small)", text)]
+        found = [[o for o in scene.objects if fits(o, name)] for name in asked]
+        if question.kind == "places":
+            what = text.rstrip("?").split(" the ")[-1].removesuffix("s")
+            assert said == [PLACES[o.place] for o in scene.objects if fits(o, what)], text
+        elif question.kind in ("size", "sizes"):
+            aspect = next((w for w in ("colour", "shape") if f"What {w}" in text), "size")
+            assert said == [getattr(one, aspect) for [one] in found], text
+        elif question.kind == "relate":
+            [one], [other] = found
+            assert ("left" in said) == (one.column < other.column) and ("right" in said) == (one.column > other.column)
+            assert ("above" in said) == (one.row < other.row) and ("below" in said) == (one.row > other.row)
+        else:
+            assert all(f"{letter}. {option}" in text for option, letter in (s.split(": ") for s in said))
+            right = re.fullmatch("(.+): ([A-D])", question.answer)
+            assert question.kind == "letters" or right
+    assert kinds == {kind.__name__ for kind in DRILLS}
+
+
+def fits(obj, name: str) -> bool:
+    """An object goes by this name ("red star", "stars", "red object")."""
+    return set(name.replace("crosse", "cross").split()) <= {obj.colour, obj.shape, "object"}
+
+
+def test_usual_answers_are_asked_less(tokenizer):
+    """Neither ones among counts nor refusals among comparisons are most of the answers."""
+    said = {"count": [], "compare": []}
+    for seed in range(1500):
+        question = short_question(sample_scene("train", seed), random.Random(seed), 0.0)
+        if question and question.kind in said and "larger" not in question.text:
+            said[question.kind].append(question.answer)
+    for kind, usual in (("count", "1"), ("compare", "No")):
+        assert 0.2 < said[kind].count(usual) / len(said[kind]) < 0.5
+
+
 def test_doubling_nearly_keeps_the_function(tokenizer):
     shallow = tiny(tokenizer)
     deep = double(double(shallow, config(8, 32, tokenizer)), config(16, 32, tokenizer))
@@ -120,7 +179,8 @@ def test_doubling_nearly_keeps_the_function(tokenizer):
 
 def test_conversations_have_every_shape(tokenizer):
     """With and without the system sentence, descriptions first, last and in between, none too long; answers count."""
-    rows = [converse(sample_scene("train", i), random.Random(i), tokenizer, 160, 0.1) for i in range(60)]
+    lesson = Lesson(0, described=0.5, drilled=0.0)
+    rows = [converse(sample_scene("train", i), random.Random(i), tokenizer, lesson) for i in range(60)]
     assert {row.head for row in rows} == {3, 32} or len({row.head for row in rows}) == 2
     assert all(len(row.ids) <= 160 and len(row.turns) >= 2 for row in rows)
     places = set()

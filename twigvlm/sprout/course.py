@@ -49,10 +49,10 @@ class Stage:
 
 
 STAGES = (
-    # Descriptions are learnt first (dense answers), short answers need what they taught.
-    Stage("words-4", 4, 400, 0.02, Lesson(0, helped=400, described=0.6, worded=0), final_lr=0.7),
-    Stage("short-4", 4, 1200, 0.014, Lesson(7)),
-    Stage("words-8", 8, 600, 0.01, Lesson(1)),
+    # Descriptions and drills are learnt first (dense answers), short answers need what they taught.
+    Stage("words-4", 4, 500, 0.02, Lesson(0, helped=400, described=0.5, drilled=0.5, worded=0.2), final_lr=0.2),
+    Stage("short-4", 4, 600, 0.006, Lesson(7, drilled=0.3), final_lr=0.5),
+    Stage("words-8", 8, 1000, 0.005, Lesson(1, drilled=0.3)),
     Stage("words-16", 16, 300, 0.006, Lesson(2, asked_weight=0.05)),
     Stage("words-32", 32, 300, 0.004, Lesson(3, asked_weight=0.05)),
     Stage("patches", 32, 300, 0.003, Lesson(4, "patches", shares=(1 / 9, 1 / 9, 1 / 4), asked_weight=0.05)),

@@ -21,6 +21,9 @@ from .looking import CELL_BITS
 from .tower import SIDE
 
 MATCHING = 2.0  # times the plain start's queries and keys: like attends to like
+BACK = {2: 1, 3: 2}  # heads of the first layer that begin by looking so many tokens back
+SHARPNESS = 6.0  # how far the score of that token stands above its neighbours', in nats
+SLOWEST = 0.02  # radians a token: slower pairs of a head do not tell neighbours apart
 COPYING = 0.5  # of what a head fetches is added to the stream at the start
 LOOKING = 1  # the layer of the first four that is helped to look; it becomes layers 8 to 15 of 32
 LOOKING_HEADS = 2
@@ -42,7 +45,32 @@ def start(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
             # What a head fetches it hands on as it was (an orthogonal map and back), so that it can be said.
             torch.nn.init.orthogonal_(part.v_proj.weight)
             part.o_proj.weight.copy_(part.v_proj.weight.T * COPYING)
+        _look_back(model.model.language_model)
     return model
+
+
+def _look_back(decoder) -> None:
+    """Some heads of the first layer begin by looking at the token before, or at the one before that.
+
+    To see what stands before a word is the first thing that a language model learns, and takes this one thousands
+    of steps: without it an option cannot be told from its letter. Every embedding gets the same share of one direction (the tied
+    head sees no difference), from which these heads' queries and keys are made. A score is 0 at the token
+    wanted and less the more its place differs: what the quick pairs give at best, a pair that hardly turns takes away.
+    """
+    part, table = decoder.layers[0].self_attn, decoder.embed_tokens.weight
+    table[:, 0] = table.std()
+    frequencies = decoder.rotary_emb.inv_freq
+    quick = (frequencies > SLOWEST).float()
+    size = (SHARPNESS / part.scaling / (quick * (1 - frequencies.cos())).sum()).sqrt()
+    still = torch.zeros_like(quick)
+    still[-1] = quick.sum().sqrt()
+    for head, back in BACK.items():
+        if (head + 1) * part.head_dim <= part.q_proj.out_features:
+            rows = slice(head * part.head_dim, (head + 1) * part.head_dim)
+            part.q_proj.weight[rows], part.k_proj.weight[rows] = 0.0, 0.0
+            turn = -back * frequencies
+            part.q_proj.weight[rows, 0] = size * torch.cat([turn.cos() * quick - still, turn.sin() * quick])
+            part.k_proj.weight[rows, 0] = size * torch.cat([quick + still, 0 * quick])
 
 
 def tie(model: LlavaForConditionalGeneration) -> None:

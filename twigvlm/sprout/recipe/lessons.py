@@ -34,8 +34,9 @@ class Lesson:
     `shares` are the parts of the patches that are seen (one is drawn a step): 1 is all, 1/n one
     random patch of every n; 0 is what pruning might leave. `asked_weight` is what a question's own
     words count as targets; over the first `helped` steps there is a (fading) loss on looking.
-    `offset` chooses the scenes; a share `described` of the rows holds a description, and
-    a share `worded` of the scenes certainly a printed word (else two in five do).
+    `offset` chooses the scenes; a share `described` of the rows holds a description, a share
+    `drilled` of the short turns are drills, and
+    a share `worded` of the scenes certainly has a printed word (else two in five do).
     """
 
     offset: int
@@ -47,6 +48,7 @@ class Lesson:
     helped: int = 0
     length: int = 160
     described: float = 0.2
+    drilled: float = 0.2
     worded: float = 0.5
 
 
@@ -56,10 +58,7 @@ def lesson_batch(step: int, lesson: Lesson, tokenizer) -> dict:
     scenes = [_scene(first + i, lesson.worded) for i in range(lesson.scenes)]
     of = [i for i in range(lesson.scenes) for _ in range(lesson.talks)]
     seeds = [f"{scenes[i].seed} {n % lesson.talks}" for n, i in enumerate(of)]
-    talks = [
-        converse(scenes[i], random.Random(seed), tokenizer, lesson.length, lesson.asked_weight, lesson.described)
-        for i, seed in zip(of, seeds, strict=True)
-    ]
+    talks = [converse(scenes[i], random.Random(seed), tokenizer, lesson) for i, seed in zip(of, seeds, strict=True)]
     batch = collate(talks) | {"of": torch.tensor(of), "help": 0.0}
     if step < lesson.helped:
         batch["help"] = LOOKING_WEIGHT * (1 - step / lesson.helped)

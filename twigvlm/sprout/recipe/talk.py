@@ -17,12 +17,14 @@ from ...prompt.template import VICUNA_V1, encode
 from ...world.phrasing import rephrase
 from ...world.questions import Question, ask
 from ...world.scenes import Scene
+from .drills import drill
 from .packing import _encode
 
 SYSTEM_SHARE = 0.35  # of the conversations begin with the system sentence
-# Reading, choosing and comparing are learnt last, so they are asked most.
-ASKED = {"exist": 1, "colour": 1.5, "shape": 1.5, "count": 1.5, "where": 1.5, "relation": 1.5, "compare": 2,
-         "read": 2.5, "choice": 1.5}  # fmt: skip
+# What is learnt last is asked most.
+ASKED = {"exist": 1, "colour": 0.7, "shape": 0.7, "count": 2.5, "where": 1, "relation": 2, "compare": 3,
+         "read": 1, "choice": 3}  # fmt: skip
+AGAIN = 0.7  # of the questions whose answer is the usual one of their kind are drawn again
 DESCRIPTION_WEIGHT = 0.5  # of a description's tokens against a short answer's
 
 
@@ -43,26 +45,42 @@ def empty_row(tokenizer, system: bool) -> Row:
     return Row(len(ids), list(ids), [0.0] * len(ids), [False] * len(ids))
 
 
-def converse(
-    scene: Scene, rng: random.Random, tokenizer, length: int, asked_weight: float, described: float = 0.5
-) -> Row:
-    """A row of at most `length` tokens: as many turns as fit; the questions' own words count `asked_weight`.
+def converse(scene: Scene, rng: random.Random, tokenizer, lesson) -> Row:
+    """A row of at most `lesson.length` tokens: as many turns as fit; the questions' own words count `lesson.asked_weight`.
 
-    A share `described` of the rows holds a description, in front, in between or at the end.
+    A share `lesson.described` of the rows holds a description, in front, in between or at the end.
     """
     row = empty_row(tokenizer, rng.random() < SYSTEM_SHARE)
-    long = rephrase(ask(scene, "describe", rng), rng) if rng.random() < described else None
+    long = rephrase(ask(scene, "describe", rng), rng) if rng.random() < lesson.described else None
     before = rng.choice((0, 0, 1, 2, 9))  # turns in front of the description, where they fit
     room = cost(long, tokenizer) if long else 0
     misses = 0
     while misses < 3:
         if long and (len(row.turns) == before or misses == 2):
-            add_turn(row, long, tokenizer, length, asked_weight)
+            add_turn(row, long, tokenizer, lesson.length, lesson.asked_weight)
             long, room, misses = None, 0, 0
-        question = ask(scene, rng.choices(tuple(ASKED), tuple(ASKED.values()))[0], rng)
-        if question and not add_turn(row, rephrase(question, rng), tokenizer, length - room, asked_weight):
+        question = short_question(scene, rng, lesson.drilled)
+        if question and not add_turn(row, question, tokenizer, lesson.length - room, lesson.asked_weight):
             misses += 1
     return row
+
+
+def short_question(scene: Scene, rng: random.Random, drilled: float) -> Question | None:
+    """A question with a short answer, of a share `drilled` a drill; None where the scene has none of the kind drawn."""
+    if rng.random() < drilled:
+        return drill(scene, rng)
+    kind = rng.choices(tuple(ASKED), tuple(ASKED.values()))[0]
+    question = ask(scene, kind, rng)
+    if question and _usual(question) and rng.random() < AGAIN:
+        question = ask(scene, kind, rng)
+    return question and rephrase(question, rng)
+
+
+def _usual(question: Question) -> bool:
+    """Its answer is the one that guessing gets right most often."""
+    if question.kind == "count":
+        return question.answer == "1"
+    return question.kind == "compare" and question.answer == "No" and "larger" not in question.text
 
 
 def cost(question: Question, tokenizer) -> int:
