@@ -29,7 +29,7 @@ from twigvlm.sprout.recipe.tower import SIDE, pixels
 from twigvlm.training.muon import Muon, for_decoder, orthogonal
 from twigvlm.training.run import checkpoints
 from twigvlm.world.draw import draw
-from twigvlm.world.phrasing import DESCRIPTIONS, rephrase
+from twigvlm.world.phrasing import DESCRIPTIONS, forms, rephrase
 from twigvlm.world.questions import DESCRIBE, KINDS, ask
 from twigvlm.world.scenes import COLOURS, PLACES, SHAPES, SPLITS, WORDS, sample_scene
 
@@ -126,28 +126,40 @@ def test_a_start_looks_back(tokenizer):
 def test_drills_tell_the_truth(tokenizer):
     """Every fact named is the scene's; letters stand for their options; all kinds are drawn."""
     kinds = set()
-    for seed in range(200):
+    for seed in range(300):
         scene = sample_scene("train", seed)
         question = drill(scene, random.Random(seed))
         kinds.add(question.kind)
-        text, said = question.text, re.split(", | and ", question.answer)
-        asked = [name for name in re.findall("the ([a-z ]+?)(?= and |[?]| from| small)", text)]
-        found = [[o for o in scene.objects if fits(o, name)] for name in asked]
-        if question.kind == "places":
+        text, said = question.text, question.answer.split(", ")
+        if question.kind == "differ":
+            one, other = (named(scene, name) for name in text.rstrip("?").lower().split(" and "))
+            assert (said[0] == "left") == (one.column < other.column), text
+            assert (said[0] == "right") == (one.column > other.column), text
+            assert (said[1] == "above") == (one.row < other.row) and (said[1] == "below") == (one.row > other.row), text
+            assert (said[2] == "larger") == ((one.size, other.size) == ("large", "small")), text
+            assert (said[2] == "same") == (one.size == other.size), text
+            assert said[3:] == [("No", "Yes")[one.colour == other.colour], ("No", "Yes")[one.shape == other.shape]]
+        elif question.kind == "size":
+            [name] = re.findall("the ([a-z ]+?)(?= small|[?])", text)
+            assert said == [named(scene, name).size], text
+        elif question.kind == "places":
             what = text.rstrip("?").split(" the ")[-1].removesuffix("s")
             assert said == [PLACES[o.place] for o in scene.objects if fits(o, what)], text
-        elif question.kind in ("size", "sizes"):
-            aspect = next((w for w in ("colour", "shape") if f"What {w}" in text), "size")
-            assert said == [getattr(one, aspect) for [one] in found], text
-        elif question.kind == "relate":
-            [one], [other] = found
-            assert ("left" in said) == (one.column < other.column) and ("right" in said) == (one.column > other.column)
-            assert ("above" in said) == (one.row < other.row) and ("below" in said) == (one.row > other.row)
+        elif question.kind == "counts":
+            numbers = {name: int(number) for name, number in (s.split(": ") for s in said)}
+            assert all(numbers[name] == sum(fits(o, name) for o in scene.objects) for name in numbers), text
+            assert sum(numbers.values()) == len(scene.objects)
+        elif question.kind == "facts":
+            assert all(PLACES[named(scene, name).place] == place for name, place in (s.split(": ") for s in said))
         else:
-            assert all(f"{letter}. {option}" in text for option, letter in (s.split(": ") for s in said))
-            right = re.fullmatch("(.+): ([A-D])", question.answer)
-            assert question.kind == "letters" or right
+            assert all(f"{letter}. {option}" in text for option, letter in (s.split(": ") for s in said)), text
     assert kinds == {kind.__name__ for kind in DRILLS}
+
+
+def named(scene, name: str):
+    """The one object of the scene with this name."""
+    [found] = [o for o in scene.objects if fits(o, name.removeprefix("the "))]
+    return found
 
 
 def fits(obj, name: str) -> bool:
@@ -320,8 +332,11 @@ def test_measures_agree_where_they_must(tokenizer):
     assert curve.keys() == {"0", "1", "2", "3", "random"} and set(curve.values()) == {whole}
     low, high = measure.interval(right, asked.scenes)
     assert low <= whole <= high
-    kinds = measure.by_kind(right, asked.kinds)
+    kinds = measure.by_kind(right, asked)
     assert kinds.keys() == {"colour", "count"}
+    for kind, share in kinds.items():
+        own = [r for r, k in zip(right, asked.kinds, strict=True) if k == kind]
+        assert share.low <= share.percent == measure.percent(own) <= share.high and share.asked == len(own)
 
 
 def test_attention_is_the_layers_own(tokenizer):
@@ -352,6 +367,26 @@ def test_turns_are_asked_in_any_order(tokenizer):
     rows = [row for _, row in measure.talks(measure.scenes_of("test", 20), tokenizer)]
     assert all(len(row.turns) == 4 for row in rows)
     assert {[q.kind for q, _, _ in row.turns].index("describe") for row in rows} == {0, 1, 2, 3}
+
+
+def test_a_description_can_be_the_second_turn(tokenizer):
+    for _, row in measure.afterwards(measure.scenes_of("test", 5), tokenizer):
+        (first, _, _), (second, begin, _) = row.turns
+        assert first.kind != "describe" and second.text == DESCRIBE[0]
+        assert tokenizer.decode(row.ids[:begin]).endswith(f"USER: {DESCRIBE[0]} ASSISTANT:")
+
+
+def test_phrasings_ask_the_same_in_every_way(tokenizer):
+    """All forms, each with and without the system sentence, over all kinds; what is asked about stays."""
+    world = measure.scenes_of("test", 20)
+    asked = measure.phrased(world, tokenizer)
+    ways = forms(ask(world[0], "colour", random.Random(0)), random.Random(0))
+    assert len(asked) == 2 * len(ways) == len(set(asked))
+    assert len({question.text for question in ways.values()}) == len(ways)
+    for name, rows in asked.items():
+        heads = {row.head for _, row in rows}
+        assert len(heads) == 1 and (max(heads) < 10) == ("without" in name), name
+        assert len({row.turns[0][0].kind for _, row in rows}) > 2
 
 
 def test_a_stage_without_the_one_before_says_so(tmp_path, capsys):
@@ -435,6 +470,7 @@ def test_measure_reads_any_stages_file(capsys, tmp_path, tokenizer):
     assert "holds no tower" in capsys.readouterr().err
     assert measure.main([*flags, "--out", str(tmp_path / "figures.json")]) == 0
     found = json.loads((tmp_path / "figures.json").read_text())
-    assert found["layers"] == 2 and len(found["lens"]) == 2 and len(found["turns"]) == 4
-    assert found["interval"][0] <= found["all"] <= found["interval"][1]
+    assert found["layers"] == 2 and len(found["lens"]) == 2 and {f"turn {i}" for i in range(1, 5)} <= found.keys()
+    assert found["all"]["low"] <= found["all"]["percent"] <= found["all"]["high"]
+    assert found["described in the second turn"]["asked"] == 1 == found["descriptions, exact"]["asked"]
     assert found["looking"].keys() == {"0", "1", "random"} and found["layers skipped at once"] == 1

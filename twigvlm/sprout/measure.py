@@ -1,10 +1,10 @@
 """What tells a base that uses its depth from one that does not: `python -m twigvlm.sprout.measure`.
 
 Short answers by kind, the answers left when any four layers are skipped, the logit lens over depth,
-the looking curve (accuracy when pruned by what layer D attends to, paper Figure 2), and how short
-answers fare in later turns. All of it on whole rows with the right answer before each token, where a
-row counts as right if greedy decoding would write exactly its answer. With bootstrap intervals over
-scenes. Works on symbols (an early stage) and on pictures alike: see `Asked`.
+the looking curve (accuracy when pruned by what layer D attends to, paper Figure 2), answers and
+descriptions in later turns, and questions in other words. All of it on whole rows with the right answer before each
+token, where a row counts as right if greedy decoding would write exactly its answer. Every percentage comes with
+its bootstrap interval over scenes. Works on symbols (an early stage) and on pictures alike: see `Asked`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +29,8 @@ from ..model.trunk import rotate_half
 from ..program import run_program
 from ..record import provenance
 from ..world.draw import draw
-from ..world.questions import KINDS, Question, ask
+from ..world.phrasing import forms
+from ..world.questions import DESCRIBE, KINDS, Question, ask, describe
 from ..world.scenes import Scene, sample_scene
 from .recipe.decoder import CELL_CENTRES
 from .recipe.language import Talk
@@ -90,6 +91,35 @@ def talks(scenes: Sequence[Scene], tokenizer, turns: int = 4, long: int = 1) -> 
             add_turn(row, question, tokenizer, 10_000, 0.0)
         out.append((number, row))
     return out
+
+
+def afterwards(scenes: Sequence[Scene], tokenizer) -> list[tuple[int, Row]]:
+    """A short question of any kind, then "Describe the image in detail."."""
+    out = []
+    for number, scene in enumerate(scenes):
+        rng = random.Random(f"afterwards {scene.seed}")
+        row = empty_row(tokenizer, rng.random() < 0.5)
+        short = ask(scene, rng.choice(KINDS), rng) or ask(scene, "colour", rng)
+        for question in (short, Question("describe", DESCRIBE[0], describe(scene))):
+            add_turn(row, question, tokenizer, 10_000, 0.0)
+        out.append((number, row))
+    return out
+
+
+def phrased(scenes: Sequence[Scene], tokenizer) -> dict[str, list[tuple[int, Row]]]:
+    """Name of a phrasing, with or without the system sentence → questions in it; each question is put in one of them."""
+    out = defaultdict(list)
+    for number, scene in enumerate(scenes):
+        rng = random.Random(f"phrased {scene.seed}")
+        for place, kind in enumerate(k for k in KINDS if k != "choice"):
+            question = ask(scene, kind, rng)
+            if question:
+                ways = list(forms(question, rng).items())
+                system, chosen = divmod((number + 3 * place) % (2 * len(ways)), len(ways))
+                name, question = ways[chosen]
+                row = single(question, tokenizer, system=bool(system))
+                out[f"{name}, {'with' if system else 'without'} system sentence"].append((number, row))
+    return dict(sorted(out.items()))
 
 
 def _right(logits: torch.Tensor, batch: dict, rows: Sequence[Row]) -> list[list[bool]]:
@@ -204,9 +234,31 @@ def interval(right: Sequence[Sequence[bool]], scenes: Sequence[int], level: floa
     return low.item(), high.item()
 
 
-def by_kind(right: Sequence[Sequence[bool]], kinds: Sequence[str]) -> dict[str, float]:
-    """Percent right of single-turn rows, by kind of question."""
-    return {k: percent([r for r, kind in zip(right, kinds, strict=True) if kind == k]) for k in dict.fromkeys(kinds)}
+@dataclass(frozen=True)
+class Share:
+    """Percent right of `asked` turns, with the ends of its interval."""
+
+    percent: float
+    low: float
+    high: float
+    asked: int
+
+    def __str__(self) -> str:
+        return f"{self.percent:.1f} ({self.low:.1f} to {self.high:.1f} of {self.asked})"
+
+
+def share(right: Sequence[Sequence[bool]], scenes: Sequence[int]) -> Share:
+    """What was right of these rows' turns, at least one."""
+    return Share(percent(right), *interval(right, scenes), sum(map(len, right)))
+
+
+def by_kind(right: Sequence[Sequence[bool]], asked: Asked) -> dict[str, Share]:
+    """What was right of single-turn rows, by kind of question."""
+    out = {}
+    for kind in dict.fromkeys(asked.kinds):
+        some = [(r, s) for r, s, k in zip(right, asked.scenes, asked.kinds, strict=True) if k == kind]
+        out[kind] = share(*zip(*some, strict=True))
+    return out
 
 
 def scenes_of(split: str, count: int) -> list[Scene]:
@@ -224,12 +276,10 @@ def measure(task: Talk, tokenizer, scenes: Sequence[Scene], what: Sequence[str],
     """The figures named in `what` (a subset of WHAT), on these scenes."""
     seen = views(scenes, tokenizer, pictures)
     numbers, questions, rows = zip(*quiz(scenes, tokenizer), strict=True)
-    kinds = [q.kind for q in questions]
-    asked = Asked(list(numbers), kinds, list(rows), *seen)
+    asked = Asked(list(numbers), [q.kind for q in questions], list(rows), *seen)
     right = answers(task, asked)
     layers = len(task.layers)
-    out = {"layers": layers, "questions": len(rows), "all": percent(right), "interval": interval(right, asked.scenes)}
-    out |= by_kind(right, kinds)
+    out = {"layers": layers, "all": share(right, asked.scenes), **by_kind(right, asked)}
     if "skip" in what:
         size = max(1, layers * BLOCK // 32)
         out["layers skipped at once"], out["without those from"] = size, without_blocks(task, asked, size, size)
@@ -239,28 +289,36 @@ def measure(task: Talk, tokenizer, scenes: Sequence[Scene], what: Sequence[str],
         # Of 576 patches 41 stay at R = 64; of nine symbols three.
         keep, K, F = (41 if pictures else 3), max(1, layers // 16), round(0.75 * layers)
         out["looking"] = looking_curve(task, asked, keep, K, F)
+
+    def told(rows: Sequence[tuple[int, Row]]) -> tuple[list[list[bool]], list[int]]:
+        numbers, rows = map(list, zip(*rows, strict=True))
+        return answers(task, Asked(numbers, [], rows, *seen)), numbers
+
     if "turns" in what:
-        numbers, rows = zip(*talks(scenes, tokenizer), strict=True)
-        said = answers(task, Asked(list(numbers), [], list(rows), *seen))
-        out["turns"] = [percent([[turns[i]] for turns in said]) for i in range(len(said[0]))]
-        for name, long in (("turns, short", False), ("turns, descriptions", True)):
-            some = [
-                [
-                    r
-                    for r, (question, _, _) in zip(turns, row.turns, strict=True)
-                    if (question.kind == "describe") == long
-                ]
-                for row, turns in zip(rows, said, strict=True)
-            ]
-            out[name], out[f"{name}, interval"] = percent(some), interval(some, numbers)
+        out |= _turns(talks(scenes, tokenizer), told)
+        right, numbers = told(afterwards(scenes, tokenizer))
+        out["described in the second turn"] = share([turns[1:] for turns in right], numbers)
+    if "phrasing" in what:
+        out |= {name: share(*told(rows)) for name, rows in phrased(scenes, tokenizer).items()}
     if "describe" in what:
-        numbers, _, rows = zip(*quiz(scenes, tokenizer, ("describe",)), strict=True)
-        told = answers(task, Asked(list(numbers), [], list(rows), *seen))
-        out["descriptions, exact"], out["descriptions, interval"] = percent(told), interval(told, numbers)
+        out["descriptions, exact"] = share(*told([(n, row) for n, _, row in quiz(scenes, tokenizer, ("describe",))]))
     return out
 
 
-WHAT = ("skip", "lens", "looking", "turns", "describe")
+def _turns(rows: Sequence[tuple[int, Row]], told: Callable) -> dict[str, Share]:
+    """What was right of conversations, by turn and by length of the answer."""
+    right, numbers = told(rows)
+    out = {f"turn {i + 1}": share([[turns[i]] for turns in right], numbers) for i in range(len(right[0]))}
+    for name, long in (("short answers in any turn", False), ("descriptions in any turn", True)):
+        some = [
+            [r for r, (question, _, _) in zip(turns, row.turns, strict=True) if (question.kind == "describe") == long]
+            for (_, row), turns in zip(rows, right, strict=True)
+        ]
+        out[name] = share(some, numbers)
+    return out
+
+
+WHAT = ("skip", "lens", "looking", "turns", "phrasing", "describe")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -285,7 +343,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: {_shown(value)}")
         if args.out:
             seconds = round(time.monotonic() - begin)
-            write_json(provenance() | {"seconds": seconds, "split": args.split} | found, args.out)
+            written = {k: asdict(v) if isinstance(v, Share) else v for k, v in found.items()}
+            write_json(
+                provenance() | {"seconds": seconds, "split": args.split, "scenes": args.scenes} | written, args.out
+            )
 
     return run_program(body)
 

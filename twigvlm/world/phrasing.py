@@ -52,6 +52,19 @@ def rephrase(question: Question, rng: random.Random) -> Question:
     return replace(question, text="\n".join(["".join([line, *hint]), *rest]))
 
 
+def forms(question: Question, rng: random.Random) -> dict[str, Question]:
+    """The same short question (no choice) as people may put it: bare, with either hint, in other words, carelessly."""
+    line = question.text.split("\n")[0].removesuffix(f" {YES_NO}")
+    texts = {
+        "bare": line,
+        "hint": f"{line}\n{SINGLE_WORD}",
+        "brief": f"{line}\n{rng.choice(BRIEF)}",
+        "other words": _other(line, rng),
+        "careless": line[0].lower() + line[1:].rstrip("?."),
+    }
+    return {name: replace(question, text=text) for name, text in texts.items()}
+
+
 def _other(line: str, rng: random.Random) -> str:
     """The first line of a question in other words; unchanged where no rule fits."""
     for pattern, forms in RULES:

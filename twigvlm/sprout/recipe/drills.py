@@ -12,6 +12,7 @@ import random
 from ...world.questions import LETTERS, Question, _references, ask, plural
 from ...world.scenes import COLOURS, PLACES, SHAPES, WORDS, Scene
 
+
 def _named(scene: Scene, rng: random.Random, count: int) -> list[tuple]:
     chosen = rng.sample(scene.objects, count)
     return [(obj, rng.choice([n for o, n in _references(scene) if o is obj])) for obj in chosen]
@@ -23,20 +24,29 @@ def size(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return rng.choice((f"Is {name} small or large?", f"What size is {name}?", f"How large is {name}?")), obj.size
 
 
-def relate(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """How one object lies to another: along both axes."""
+def differ(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """How one object lies to another along both axes, which is larger, and whether they share colour and shape."""
     (one, name), (other, against) = _named(scene, rng, 2)
-    across = ("left", "", "right")[(one.column > other.column) - (one.column < other.column) + 1]
-    down = ("above", "", "below")[(one.row > other.row) - (one.row < other.row) + 1]
-    told = " and ".join(word for word in (across, down) if word)
-    return f"Where is {name} from {against}?", told
+    signs = (one.column - other.column, one.row - other.row, (one.size == "large") - (other.size == "large"))
+    words = (("same", "right", "left"), ("same", "below", "above"), ("same", "larger", "small"))
+    told = [word[(sign > 0) - (sign < 0)] for word, sign in zip(words, signs, strict=True)]
+    told += ["Yes" if getattr(one, aspect) == getattr(other, aspect) else "No" for aspect in ("colour", "shape")]
+    return f"{name.capitalize()} and {against}?", ", ".join(told)
 
 
-def sizes(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """Two objects in their sizes, colours or shapes, one after the other."""
-    (one, name), (other, against) = _named(scene, rng, 2)
-    aspect = rng.choice(("size", "colour", "shape"))
-    return f"What {aspect} are {name} and {against}?", f"{getattr(one, aspect)} and {getattr(other, aspect)}"
+def counts(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """How often each colour or each shape is there, in the order in which they appear."""
+    level = rng.choice(("colour", "shape"))
+    values = [getattr(o, level) for o in scene.objects]
+    return f"How many of each {level}?", ", ".join(f"{value}: {values.count(value)}" for value in dict.fromkeys(values))
+
+
+def facts(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """Names of some objects, each with its place behind it."""
+    named = _named(scene, rng, min(3, len(scene.objects)))
+    return "Where is each object?", ", ".join(
+        f"{name.removeprefix('the ')}: {PLACES[obj.place]}" for obj, name in named
+    )
 
 
 def places(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -66,7 +76,15 @@ def reasoned(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return text, f"{question.options[LETTERS.index(question.answer)]}: {question.answer}"
 
 
-DRILLS = {size: 1, relate: 1.5, sizes: 1.5, places: 2, letters: 2, reasoned: 2}  # and how often each is drawn
+DRILLS = {
+    size: 0.5,
+    differ: 4,
+    counts: 3,
+    facts: 3,
+    places: 1,
+    letters: 1.5,
+    reasoned: 3,
+}  # and how often each is drawn
 
 
 def drill(scene: Scene, rng: random.Random) -> Question:
