@@ -141,7 +141,7 @@ def test_the_table_and_the_plots(comparer):
         and "- `twig`, R = 4: " in text
         and "95 % interval" in text
     )
-    for name in ("relacc_R.png", "relacc_speed.png"):
+    for name in ("relacc_R.png", "relacc_speed.png", "relacc_flops.png"):
         assert (comparer.folder / name).stat().st_size > 5000
         assert f"report: {comparer.folder / name}" in out
 

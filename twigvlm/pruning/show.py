@@ -1,7 +1,7 @@
 """Which patches stay, side by side for all methods: `python -m twigvlm.pruning.show --image FILE --question TEXT -R 64`.
 
 One PNG: the picture as the unpruned base sees it, then one tile a method, what was dropped dimmed (of
-several cuts the first one is shown; a merged token stands where it takes its place), with the number
+several cuts in the decoder the first one is shown; a merged token stands where it takes its place), with the number
 of patches kept, the measured R and the answer. A folder gives one row a picture. The embedded model
 unless another is named. A method that cannot be asked so has a tile with the reason.
 """

@@ -168,23 +168,20 @@ def _comparison(results: Path) -> dict | None:
 
 def _asked(found: dict) -> str:
     """How many questions a comparison stands on."""
-    row = found["rows"][0]
-    taken = found["cores_taken_by_others"]
-    busy = "" if not taken else f"; others kept {taken:g} cores busy meanwhile, so that times say little"
-    return f"{row['questions']} questions in all, {found['device']}, {found['threads']} threads{busy}"
+    return f"{found['rows'][0]['questions']} questions in all, {found['device']}"
 
 
 def _compared_in_short(found: dict) -> str:
     return (
         f"`{_command(found)}`\n({_asked(found)}; [all methods](docs/results.md#pruning-methods-compared)):\n\n"
         f"{short(found, TOLD)}\n\n"
-        "RelAcc: % of the unpruned base, averaged over benchmarks (95 % interval); prefill and RelSpd (tokens per second, prefill "
-        "included, %) of whole descriptions asked one by one, at the smallest R."
+        "RelAcc: % of the unpruned base, averaged over benchmarks (95 % interval); GFLOP and cache: of a prefill with 64 text tokens at "
+        "the smallest R, computed."
     )
 
 
 def _compared(found: dict) -> str:
-    plots = "![RelAcc against R](benchmarks/results/comparison/relacc_R.png)\n![RelAcc against speed](benchmarks/results/comparison/relacc_speed.png)"
+    plots = "![RelAcc against R](benchmarks/results/comparison/relacc_R.png)\n![RelAcc against operations](benchmarks/results/comparison/relacc_flops.png)"
     return f"`{_command(found)}`\n({_asked(found)}; [JSON](benchmarks/results/comparison/comparison.json)):\n\n{markdown(found)}\n\n{plots}"
 
 

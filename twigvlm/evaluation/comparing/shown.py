@@ -12,6 +12,11 @@ from .rows import MEASURED
 
 Record = Mapping[str, Any]
 MARKERS = "osD^v<>PX*"
+AXES = (
+    ("R", "R, visual tokens that enter a layer (asked)", "relacc_R.png"),
+    ("RelSpd", "tokens per second, prefill included, % of unpruned", "relacc_speed.png"),
+    ("flops", "operations of a prefill, computed", "relacc_flops.png"),
+)
 LEGEND = (
     "measured: visual tokens that entered a layer on average (R_in); authors': the count that the method's authors would give; "
     "schedule: tokens × layers, at most; RelAcc: mean over benchmarks of score / unpruned score, %, with the 95 % interval of a paired "
@@ -85,7 +90,7 @@ def _between(found: Sequence[float] | None) -> str:
 
 
 def short(found: Mapping[str, Any], methods: Sequence[str]) -> str:
-    """RelAcc with its interval at every budget, one row a method, and the speed at the smallest."""
+    """RelAcc with its interval at every budget, one row a method, and what the smallest costs, by arithmetic."""
     rows = [row for row in found["rows"] if row["source"] == MEASURED]
     budgets = sorted({row["R"] for row in rows if row["R"] is not None}, reverse=True)
     out = []
@@ -102,10 +107,8 @@ def short(found: Mapping[str, Any], methods: Sequence[str]) -> str:
             )
         last = mine.get(budgets[-1] if budgets else None, whole)
         cells[f"measured R at {budgets[-1]:g}" if budgets else "measured R"] = _number(last and last["measured"], 1)
-        cells["prefill ms"], cells["RelSpd"] = (
-            _number(last and last["prefill_ms"], 0),
-            _number(last and last["RelSpd"], 0),
-        )
+        cells["GFLOP"] = _number(last and last["flops"], 1, 1e-9)
+        cells["cache MB"] = _number(last and last["computed_cache_bytes"], 1, 1e-6)
         out.append(cells)
     return table(out) if out else ""
 
@@ -114,7 +117,7 @@ def short(found: Mapping[str, Any], methods: Sequence[str]) -> str:
 
 
 def plot(found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """relacc_R.png and relacc_speed.png; the files written."""
+    """RelAcc against R, against speed and against the operations of a prefill; the files written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,8 +126,7 @@ def plot(found: Mapping[str, Any], folder: Path) -> list[Path]:
     rows = [row for row in found["rows"] if row["source"] == MEASURED and row["RelAcc"] is not None]
     names = list(dict.fromkeys(row["method"] for row in rows))
     files = []
-    for key, label, file in (("R", "R, visual tokens that enter a layer (asked)", "relacc_R.png"),
-                             ("RelSpd", "tokens per second, prefill included, % of unpruned", "relacc_speed.png")):  # fmt: skip
+    for key, label, file in AXES:
         figure, axes = plt.subplots(figsize=(7.5, 6.5), layout="constrained")
         for i, name in enumerate(names):
             mine = [row for row in rows if row["method"] == name]
