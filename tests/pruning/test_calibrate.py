@@ -34,7 +34,9 @@ def keep(method, R: float, base: str = "tiny", **facts) -> None:
     """A calibration, as the command leaves it."""
     file = calibrated.file_of(method, R, base)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"L": 6, "V": 16, "thresholds": dict.fromkeys(method.fitted, 1.0)} | facts))
+    file.write_text(
+        json.dumps({"base": base, "L": 6, "V": 16, "thresholds": dict.fromkeys(method.fitted, 1.0)} | facts)
+    )
 
 
 # ---------------------------------------------------------------------- fitting
@@ -135,6 +137,13 @@ def test_settings_have_calibrations_of_their_own():
         calibrated.file_of(find_method("mustdrop:individual=0.5"), 64, "a/b").name == "mustdrop~individual=0.5-R64.json"
     )
     assert calibrated.file_of(find_method("sparsevlm:version=1.0"), 6.5, "a/b").parent.name == "b"
+
+
+def test_a_base_of_the_same_last_name_is_another():
+    method = find_method("mustdrop")
+    keep(method, 9, "mine/tiny")
+    assert calibrated.stored(method, 9, "mine/tiny") is not None
+    assert calibrated.stored(method, 9, "theirs/tiny") is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"L": 6, "V": 16, "thresholds": {"threshold": "x"}}'])

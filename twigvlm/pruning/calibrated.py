@@ -49,9 +49,13 @@ def settled(method: Method, R: float, shape: Shape) -> Method:
 
 
 def stored(method: Method, R: float, base: str) -> tuple[Path, dict[str, Any]] | None:
-    """The file of a calibration and what it says; None where there is none. Raises InputError for one that cannot be read."""
+    """The file of a calibration and what it says; None where there is none. Raises InputError for one that cannot be read.
+
+    One that was made on another base, whose name has the same last part, is none.
+    """
     file = file_of(method, R, base)
-    return (file, _read(file, file.stat().st_mtime_ns)) if file.is_file() else None
+    facts = _read(file, file.stat().st_mtime_ns) if file.is_file() else None
+    return (file, facts) if facts is not None and facts.get("base", base) == base else None
 
 
 def file_of(method: Method, R: float, base: str) -> Path:
