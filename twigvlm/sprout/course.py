@@ -57,8 +57,9 @@ STAGES = (
     Stage("words-32", 32, 300, 0.004, Lesson(3, asked_weight=0.05)),
     Stage("patches", 32, 300, 0.003, Lesson(4, "patches", shares=(1 / 9, 1 / 9, 1 / 4), asked_weight=0.05)),
     Stage("align", 32, 400, 1e-3, Lesson(0, "windows")),
-    Stage("pictures", 32, 1200, 0.003, Lesson(5, "pictures", 8, 2, (1 / 4, 1 / 4, 1 / 9), 0.05)),
-    Stage("whole", 32, 400, 0.001, Lesson(6, "pictures", 4, 3, (1.0, 0.0), 0.0)),
+    # One long conversation a picture instead of several short ones: its tokens are computed once.
+    Stage("pictures", 32, 1200, 0.003, Lesson(5, "pictures", 8, 1, (1 / 4, 1 / 4, 1 / 9), 0.05, length=320)),
+    Stage("whole", 32, 400, 0.001, Lesson(6, "pictures", 4, 1, (1.0, 0.0), 0.0, length=480)),
 )
 
 
