@@ -164,3 +164,14 @@ def test_volume_that_is_used_up_leaves_no_nan():
     assert sorted(order) == list(range(8))
     same = select.spanning(torch.ones(1, 4, 4), 4)
     assert same[0].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_token_that_adds_no_volume_changes_nothing_for_the_others(seed):
+    """The same large token twice, and six small ones, which lie across it: their order is that without the second."""
+    tokens = torch.randn(7, 12, generator=torch.Generator().manual_seed(seed)) * 1e-3
+    tokens[0] *= 1e4
+    both = torch.cat([tokens[:1], tokens])
+    once = select.spanning((tokens @ tokens.T)[None], 7)[0].tolist()
+    twice = select.spanning((both @ both.T)[None], 8)[0].tolist()
+    assert once[0] == 0 and twice == [0, 1, *(i + 1 for i in once[1:])]
