@@ -79,6 +79,11 @@ class Tower:
         with tapped(layer.self_attn.config) if tap is not None else nullcontext():
             listen = {"taps": [tap]} if tap is not None else {}
             attended = layer.self_attn(normed, attention_mask=watcher.bias(), **listen)[0]
+        if tap is not None and tap.query is None:
+            raise InputError(
+                f"{type(layer.self_attn).__name__} of this vision tower cannot be listened to; choose a method that asks "
+                "nothing of the tower (uniform, downsample, divprune) or acts within the decoder"
+            )
         hidden = watcher.within(number, hidden + attended, tap)
         hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
         return watcher.between(number, hidden)
