@@ -265,7 +265,8 @@ def report(found: dict[str, Any], folder: Path) -> None:
 
 def run(args: Namespace, argv: Sequence[str], stop: Stop) -> int:
     before = Clock.now()
-    ensure(args.calibrate, calibrated(args))
+    if not args.recorded:
+        ensure(args.calibrate, calibrated(args))
     this = Comparison(args)
     announce(this.every[-1].setting, this.every[0].data, args.data is not None)
     for job in {(job.task, job.split): job for job in this.every}.values():
