@@ -235,6 +235,27 @@ def test_a_tower_without_a_class_token(method):
             assert found.features.shape == (2, 6, 16) and all(len(set(s)) == 6 for s in found.source.tolist())
 
 
+@pytest.mark.parametrize("method", [m for m in BEFORE if "class token" not in METHODS[m].needs])
+def test_siglips_own_tower_answers_or_says_that_it_cannot_be_listened_to(method):
+    """Its attention takes keywords without a word and hands none of them on."""
+    config = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=3, image_size=56, patch_size=14
+    )
+    model = SiglipVisionModel(config).eval().requires_grad_(False)
+    tower, reducer = (
+        Tower(getattr(model, "vision_model", model), 1),
+        find_method(spec_of(method)).plan(6, Shape(6, 16, 2, 4)).tower,
+    )
+    view = View(reducer, 16, 0, lambda states: states, lambda ids: torch.ones(len(ids), 16), [[4, 5]] * 2)
+    with torch.inference_mode():
+        try:
+            view.states = tower.look(torch.zeros(2, 3, 56, 56), view)
+        except InputError as refusal:
+            assert "cannot be listened to" in str(refusal) and any(reducer.listens(n, 1) for n in range(2))
+            return
+        assert reducer(view).features.shape == (2, 6, 16)
+
+
 def test_without_a_class_token_it_is_said_which_methods_are_left(monkeypatch):
     vlm = tiny(side=56)
     monkeypatch.setattr(Tower, "class_tokens", 0)
