@@ -540,7 +540,7 @@ def test_usage_errors_of_the_suite(flags, capsys):
 
 def test_there_is_a_script_for_every_benchmark_and_all_are_a_few_lines():
     names = {file.stem for file in SCRIPTS.glob("*.sh")}
-    assert names == {*TASKS, *OWN, "all", "common"}
+    assert names == {*TASKS, *OWN, "all", "common", "compare"}
     for name in (*TASKS, *OWN, "all"):
         text = (SCRIPTS / f"{name}.sh").read_text()
         assert len(text.splitlines()) < 10 and "set -euo pipefail" in text
