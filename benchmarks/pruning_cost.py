@@ -80,7 +80,7 @@ def once(vlm, prompt: dict, method: str, R: float) -> tuple[float, float]:
         return time.process_time() - start, watch.seconds
 
 
-def measure(vlm, prompt: dict, methods: list[str], R: float, repeats: int) -> list[dict]:
+def measure(vlm, prompt: dict, methods: list[str], R: float, repeats: int) -> tuple[list[dict], dict[str, str]]:
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in [UNPRUNED, *methods]}
     refused = {}
     for turn in range(repeats + 1):
@@ -104,7 +104,7 @@ def measure(vlm, prompt: dict, methods: list[str], R: float, repeats: int) -> li
             "method": name, "prefill, ms": 1e3 * seconds, "of unpruned": seconds / whole,
             "choosing, %": 100 * choosing / seconds, "counted, GFLOP": cost.flops / 1e9, "cache, MB": cost.cache_bytes / 1e6,
         })  # fmt: skip
-    return rows + [{"method": name, "prefill, ms": reason} for name, reason in refused.items()]
+    return rows, refused
 
 
 def main() -> None:
@@ -124,10 +124,12 @@ def main() -> None:
         vlm = twigvlm.load(device="cpu")
     else:
         vlm = open_model(model)
-    rows = measure(vlm, _random_prompts(vlm, 1)[0], args.methods.split(","), args.R, args.repeats)
+    rows, refused = measure(vlm, _random_prompts(vlm, 1)[0], args.methods.split(","), args.R, args.repeats)
     print(table(rows, digits=2))
+    for name, reason in refused.items():
+        print(f"{name}: {reason}")
     if args.out is not None:
-        write_json(args.out, {"provenance": provenance(), "R": args.R, "rows": rows})
+        write_json({"provenance": provenance(), "R": args.R, "rows": rows, "refused": refused}, args.out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .model.twig import Twig
 from .prompt.images import open_image
 from .prompt.processor import pads
 from .prompt.template import converse, decode
-from .pruning import Plan, plan_for
+from .pruning import Plan, find_method, plan_for
 from .pruning.spec import classless
 
 CALL_STRIDE = 2**20  # rows that a call may have before its seeds meet the next call's
@@ -69,6 +69,7 @@ class Stats:
     visual_asked: float | None  # R
     visual_measured: float  # average per base layer and image
     visual_by_layer: list[float]  # of an image, entering each base layer
+    visual_authors: float | None  # the same as the method's authors count it; None where nothing is pruned
     visual_rows: list[float | None]  # of an image, average per base layer, of each row; None without one
     visual_twig_share: float  # the twig's own visual tokens, T * V / L, on top
     cache_bytes: int  # allocated for keys and values; grows in steps with what is written
@@ -181,7 +182,7 @@ class TwigVLM:
         seeds = self._seeds(settings.seed, len(ids))
         draws = self._draws(plan, seeds, ids, pixel_values)
         with torch.inference_mode():
-            return self._run(decoder, ids, pixel_values, seeds, draws, streamer, settings.retained_tokens)
+            return self._run(decoder, ids, pixel_values, seeds, draws, streamer)
 
     def score(
         self,
@@ -256,7 +257,7 @@ class TwigVLM:
 
     # ------------------------------------------------------------------ the parts of generate
 
-    def _run(self, decoder: Decoder, ids, pixel_values, seeds, draws, streamer, asked) -> Output:
+    def _run(self, decoder: Decoder, ids, pixel_values, seeds, draws, streamer) -> Output:
         rows: list[list[Step]] = [[] for _ in ids]
         start = self._now()
         prompts = embed(self.trunk, decoder.plan, ids, pixel_values, seeds, draws)
@@ -280,7 +281,7 @@ class TwigVLM:
         tokens = [[t for step in steps for t in step.tokens] for steps in rows]
         kept = decoder.state.kept
         kept = None if kept is None else [row[row >= 0] for row in kept.cpu()]
-        stats = self._stats(decoder, rows, kept, [len(row) for row in ids], asked, first - start, end - first)
+        stats = self._stats(decoder, rows, kept, [len(row) for row in ids], first - start, end - first)
         return Output(tokens, kept, rows, stats)
 
     def _rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
@@ -350,16 +351,13 @@ class TwigVLM:
         config = self.twig.config if self.twig else self._fallback or TwigConfig(self.config.L, DEFAULT_K, DEFAULT_T)
         plan = plan_for(pruning, retained, self.config.V, config, query, self.base_name)
         if self.twig is None and plan.needs_twig:
-            raise InputError(
-                f"pruning {pruning!r} needs a twig, and none is loaded; give one, another method, or retained_tokens=None"
-            )
+            lacks = "needs a twig, and none is loaded; give one, another method, or retained_tokens=None"
+            raise InputError(f"pruning {pruning!r} {lacks}")
         if plan.tower is None:
             return plan
         if plan.tower.class_token and not self.trunk.family.tower().class_tokens:
-            raise InputError(
-                f"pruning {pruning!r} asks the vision tower's class token, and this one has none; {', '.join(classless())} do "
-                "without"
-            )
+            lacks = f"asks the vision tower's class token, and this one has none; {', '.join(classless())} do without"
+            raise InputError(f"pruning {pruning!r} {lacks}")
         return replace(plan, tower=plan.tower.bind(self))
 
     def _eos(self, asked: int | Sequence[int] | None) -> list[int]:
@@ -372,7 +370,7 @@ class TwigVLM:
     def _now(self) -> float:
         return now(self.device)
 
-    def _stats(self, decoder: Decoder, rows, kept, lengths, asked, prefill: float, decode: float) -> Stats:
+    def _stats(self, decoder: Decoder, rows, kept, lengths, prefill: float, decode: float) -> Stats:
         steps = [s for row in rows for s in row]
         new = sum(len(s.tokens) for s in steps)
         late = new - sum(len(row[0].tokens) for row in rows)
@@ -395,9 +393,10 @@ class TwigVLM:
             acceptance=accepted / drafted if drafted else None,
             visual_tokens=visual,
             visual_kept=sum(map(len, kept)) if kept is not None else visual,
-            visual_asked=asked,
+            visual_asked=decoder.settings.retained_tokens,
             visual_measured=sum(by_layer) / self.config.L if images else 0.0,
             visual_by_layer=by_layer,
+            visual_authors=find_method(decoder.settings.pruning).authors(by_layer) if decoder.plan and images else None,
             visual_rows=state.per_image(),
             visual_twig_share=twig_tokens,
             cache_bytes=state.bytes,

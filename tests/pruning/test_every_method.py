@@ -212,6 +212,7 @@ def test_prefill_and_decoding_equal_a_dense_reference(method, draft_length, monk
         first += len(pixels)
     assert out.stats.visual_by_layer[0] <= vlm.config.V
     assert out.stats.visual_measured == pytest.approx(sum(out.stats.visual_by_layer) / vlm.config.L)
+    assert out.stats.visual_authors == find_method(spec_of(method)).authors(out.stats.visual_by_layer)
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

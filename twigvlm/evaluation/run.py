@@ -332,8 +332,12 @@ def show(result: dict[str, Any]) -> None:
         own, wide = result["visual_twig_share"], result.get("visual_spread")
         varied = wide is not None and wide["sd"] >= 0.05
         spread = f" (sd {wide['sd']:.1f}, 5 to 95 %: {wide['5%']:.1f} to {wide['95%']:.1f})" if varied else ""
+        theirs = result.get("visual_authors")
+        other = theirs is not None and abs(theirs - result["visual_measured"]) >= 0.05
+        counted = f", {theirs:.1f} as the method's authors count" if other else ""
         print(
-            f"visual tokens per layer: {asked} asked, {result['visual_measured']:.1f} measured{spread}, the twig's own {own:.1f}"
+            f"visual tokens per layer: {asked} asked, {result['visual_measured']:.1f} measured{spread}{counted}, "
+            f"the twig's own {own:.1f}"
         )
     if result["tokens_per_second"]:
         print(speed_line(result))

@@ -236,6 +236,7 @@ def _figures(ready: Ready, out: Output, wall: float, device: torch.device) -> di
         "steps": s.steps,
         "visual_kept": s.visual_kept / max(1, 0 if ready.pixels is None else len(ready.pixels)),
         "visual_measured": s.visual_measured,
+        "visual_authors": s.visual_authors,
         "visual_rows": [round(n, 3) for n in s.visual_rows if n is not None],
         "visual_twig_share": s.visual_twig_share,
         "cache_bytes": s.cache_bytes,

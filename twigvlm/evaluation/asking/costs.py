@@ -51,6 +51,9 @@ def summary(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         "tokens_per_step": _ratio(total["tokens"], total["steps"]),
         "images": images,
         "visual_measured": _weighted(batches, "visual_measured", lambda b: b["images"]),
+        "visual_authors": _weighted(
+            [b for b in batches if b.get("visual_authors") is not None], "visual_authors", lambda b: b["images"]
+        ),
         "visual_spread": spread([n for b in batches for n in b.get("visual_rows", ())]),
         "visual_kept": _weighted(batches, "visual_kept", lambda b: b["images"]),
         "visual_twig_share": _weighted(batches, "visual_twig_share", lambda b: b["images"]),
