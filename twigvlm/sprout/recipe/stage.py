@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ from tqdm import tqdm
 from ...errors import InputError, RunError
 from ...files import replacing, write_text
 from ...model.twig import WEIGHTS
+from ...processes import Stop
 from ...training.run import checkpoints
 from ...training.run.loop import Learner, Loop, LossOf, NotFinite, Place, Plan, Told, Watch, adamw, rates
 from ...workers import batches, loader
@@ -90,7 +93,12 @@ def fit(
     else:
         _resume_old(run_dir / f"{config.name}.pt", module, loop)
     try:
-        loop.run()
+        with Stop() as watch.stop:
+            loop.run()
+        if watch.stop.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if watch.stop:
+            sys.exit(watch.stop.code)
     except NotFinite as fault:
         found, _ = checkpoints.last_whole(out)
         kept = f"the last good checkpoint is {found}" if found else "there is no checkpoint yet"
@@ -161,6 +169,11 @@ class _Metrics(Watch):
     def __init__(self, path: Path, name: str):
         self.path, self.name, self.figures, self.waited = path, name, [], 0.0
         self.bar: tqdm | None = None
+        self.stop: Stop | None = None
+
+    def stopping(self) -> bool:
+        """A signal ends a stage between two steps, saved: an exception amid workers that hand over batches tells of them."""
+        return bool(self.stop)
 
     def close(self) -> None:
         """Leave the terminal to others: an open bar would be drawn once more behind their last words."""
