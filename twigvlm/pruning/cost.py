@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .reducer import ALL
+
 if TYPE_CHECKING:
     from .plan import Plan
 
@@ -72,12 +74,13 @@ def cost(plan: Plan, sizes: Sizes, text: int) -> Cost:
     """Of a prompt with `text` text tokens (those after the picture count as asked ones where a rule asks for text)."""
     visual = plan.tokens_per_layer(sizes.L, sizes.V)
     entering = [n + text for n in visual]
-    first = entering[0]
+    before = (plan.tower.most(sizes.V) if plan.tower is not None else sizes.V) + text  # a cut may stand before layer 0
     layers = sum(_layer(S, sizes) for S in entering)
-    twig = sizes.T * _layer(entering[sizes.K - 1] if sizes.K else first, sizes) if plan.needs_twig else 0
+    twig = sizes.T * _layer(entering[sizes.K - 1] if sizes.K else before, sizes) if plan.needs_twig else 0
     scoring = 0
     for probe in {rule.probe for _, rule in plan.stages if rule.probe is not None}:
-        S = entering[{"twig": sizes.K - 1, "layer": probe.layer, "peek": (probe.layer or 0) - 1}[probe.source]]
+        at = {"twig": sizes.K - 1, "layer": probe.layer, "peek": (probe.layer or 0) - 1}[probe.source]
+        S = entering[at] if at >= 0 else before
         Q = 1 if probe.rows == "last" else text
         scoring += 2 * Q * S * sizes.heads * sizes.width
         if probe.source == "peek":
@@ -86,13 +89,13 @@ def cost(plan: Plan, sizes: Sizes, text: int) -> Cost:
         entering = [S if layer < plan.evict else entering[-1] for layer, S in enumerate(entering)]
     row = 2 * sizes.key_heads * sizes.width * sizes.element
     return Cost(
-        tower=_tower(plan, sizes, visual[0]),
+        tower=_tower(plan, sizes, before - text),
         layers=layers,
         twig=twig,
         scoring=scoring,
         head=2 * sizes.D * sizes.vocabulary,
         cache_bytes=sum(entering) * row,
-        twig_bytes=sizes.T * first * row if sizes.T else 0,
+        twig_bytes=sizes.T * before * row if sizes.T else 0,
     )
 
 
@@ -114,7 +117,7 @@ def _tower(plan: Plan, sizes: Sizes, left: int) -> int:
         after = reducer.within_tokens(layer, read, N) if reducer is not None else N
         total += 8 * N * C * C + 4 * N * N * C + 4 * after * C * sizes.tower_H
         if reducer is not None and (asked := reducer.listens(layer, read)):
-            total += 2 * N * C * (N if asked == "all tokens" else 1)
+            total += 2 * N * C * (N if asked == ALL else 1)
         N = reducer.between_tokens(layer, read, after) if reducer is not None else after
     projected = left if reducer is None or not reducer.projects_all else sizes.V
     return total + 2 * projected * (C * sizes.D + sizes.D * sizes.D)
