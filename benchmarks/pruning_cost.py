@@ -1,20 +1,26 @@
-"""What pruning costs and saves: CPU time of a prefill under every method, and the share of it that goes into choosing.
+"""What pruning costs and saves: CPU time of a prefill under every method, and the share of it that scoring and choosing take.
 
     python benchmarks/pruning_cost.py [--random 1024x24] [-R 64] [--repeats 5] [--out FILE.json]
 
 One thread, one prompt, one token written; the methods take turns, unpruned among them, and a median is shown. CPU time
-is measured, not the clock, since it is what others at work on the machine change least. "choosing" is reading scores
-off a layer, the rule, cutting, and of a method before the decoder the reducer with its projection of what is left; the
-twig's own layers are not in it. Beside it stand the operations that `Plan.cost` counts.
+is measured, not the clock, since it is what others at work on the machine change least. "scoring" is reading attention
+rows off a layer; "choosing" is that, the rule, merging and cutting, and of a method before the decoder the reducer with
+its projection of what is left; the twig's own layers are in neither. Beside it stand the operations that `Plan.cost`
+counts; of a method whose budget depends on the picture they are the most that it may need.
+
+Thresholds are fitted to R on the prompt itself; CDPruner is asked with its stand-in for CLIP's text tower, and VisionZip*
+with the base's own projector as a tuned one, which costs the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
@@ -22,13 +28,18 @@ import torch
 from twigvlm.config import TwigConfig
 from twigvlm.decoding import prefill
 from twigvlm.errors import InputError
+from twigvlm.evaluation.asking.calibration import entering, fit
 from twigvlm.evaluation.speed import _random_prompts, open_model
 from twigvlm.files import write_json
-from twigvlm.pruning import METHODS, Plan, plan_for
+from twigvlm.loading.projector import write_projector
+from twigvlm.model.twig import signature
+from twigvlm.pruning import METHODS, Plan, Shape, plan_for
+from twigvlm.pruning.calibrated import missing
 from twigvlm.pruning.cost import Sizes
-from twigvlm.record import provenance, table
+from twigvlm.record import ROOT, provenance, table
 
 UNPRUNED = "unpruned"
+QUESTION = "What is written on the sign?"
 
 
 class Watch:
@@ -50,18 +61,42 @@ class Watch:
 
         return timed
 
-    @contextmanager
-    def on(self, plan: Plan):
-        watched = [(prefill.State, "_hear"), (prefill.State, "cut")]
-        watched += [(type(plan.tower), "__call__")] if plan.tower is not None else []
-        parts = [patch.object(home, name, self.around(getattr(home, name))) for home, name in watched]
-        for part in parts:
-            part.start()
-        try:
-            yield
-        finally:
-            for part in parts:
-                part.stop()
+
+@contextmanager
+def watched(scoring: Watch, choosing: Watch, plan: Plan):
+    """While it lasts, both watches run in what they watch."""
+    on = [
+        (prefill.State, "_hear", (scoring, choosing)),
+        (prefill.State, "_seen", (scoring,)),
+        (prefill.State, "cut", (choosing,)),
+    ]
+    on += [(type(plan.tower), "__call__", (choosing,))] if plan.tower is not None else []
+    with ExitStack() as stack:
+        for home, name, watches in on:
+            function = getattr(home, name)
+            for watch in watches:
+                function = watch.around(function)
+            stack.enter_context(patch.object(home, name, function))
+        yield
+
+
+def ready(vlm, prompt: dict, name: str, R: float, folder: Path) -> str:
+    """The method with what it cannot do without."""
+    if name == "cdpruner":
+        return "cdpruner:stand_in"
+    if name == "visionzip*":
+        facts = {"base": vlm.base_name, "base_signature": signature(vlm.trunk), "pruning": "visionzip", "R": R}
+        write_projector(folder, vlm.trunk.model.model.multi_modal_projector.state_dict(), facts)
+        return f"visionzip*:projector={folder}"
+    method = METHODS[name]()
+    if not missing(method):
+        return name
+    c = vlm.config
+    shape = Shape(c.L, c.V, c.K or 0, c.F or c.L, vlm.base_name)
+    pixels = prompt["pixel_values"].numpy()
+    one = SimpleNamespace(ids=prompt["input_ids"].tolist(), pixels=pixels)
+    found = fit(method, R, shape, lambda guess, _few: entering(vlm, guess, R, shape, one))
+    return f"{name}:" + ",".join(f"{setting}={getattr(found, setting):g}" for setting in method.fitted)
 
 
 def plan_of(vlm, method: str, R: float) -> Plan:
@@ -70,23 +105,25 @@ def plan_of(vlm, method: str, R: float) -> Plan:
     return plan_for(method, R, vlm.config.V, TwigConfig(vlm.config.L, vlm.config.K, vlm.config.T, vlm.config.F))
 
 
-def once(vlm, prompt: dict, method: str, R: float) -> tuple[float, float]:
-    """CPU seconds of a prefill, and of choosing in it."""
+def once(vlm, prompt: dict, method: str, R: float) -> tuple[float, float, float]:
+    """CPU seconds of a prefill, and of scoring and choosing in it."""
     asked = {} if method == UNPRUNED else {"retained_tokens": R, "pruning": method, "seed": 0}
-    watch = Watch()
-    with watch.on(plan_of(vlm, method, R)):
+    scoring, choosing = Watch(), Watch()
+    with watched(scoring, choosing, plan_of(vlm, method, R)):
         start = time.process_time()
         vlm.generate(**prompt, **asked, draft_length=0, max_new_tokens=1, eos_token_id=[])
-        return time.process_time() - start, watch.seconds
+        return time.process_time() - start, scoring.seconds, choosing.seconds
 
 
-def measure(vlm, prompt: dict, methods: list[str], R: float, repeats: int) -> tuple[list[dict], dict[str, str]]:
-    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in [UNPRUNED, *methods]}
+def measure(vlm, prompt: dict, methods: dict[str, str], R: float, repeats: int) -> tuple[list[dict], dict[str, str]]:
+    """A row a method; `methods` are names and how each is asked. And the methods that cannot be had, with the reason."""
+    methods = {UNPRUNED: UNPRUNED, **methods}
+    runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in methods}
     refused = {}
     for turn in range(repeats + 1):
         for name in list(runs):
             try:
-                found = once(vlm, prompt, name, R)
+                found = once(vlm, prompt, methods[name], R)
             except InputError as reason:
                 refused[name] = str(reason)
                 del runs[name]
@@ -95,14 +132,14 @@ def measure(vlm, prompt: dict, methods: list[str], R: float, repeats: int) -> tu
                 runs[name].append(found)
     text = prompt["input_ids"].shape[1] - vlm.config.V
     sizes = Sizes.of(vlm.model.config, vlm.config.K, vlm.config.T, element=vlm.dtype.itemsize)
-    whole = statistics.median(seconds for seconds, _ in runs[UNPRUNED])
+    whole = statistics.median(seconds for seconds, *_ in runs[UNPRUNED])
     rows = []
     for name, found in runs.items():
-        seconds, choosing = (statistics.median(part) for part in zip(*found, strict=True))
-        cost = plan_of(vlm, name, R).cost(sizes, text)
+        seconds, scoring, choosing = (statistics.median(part) for part in zip(*found, strict=True))
+        cost = plan_of(vlm, methods[name], R).cost(sizes, text)
         rows.append({
             "method": name, "prefill, ms": 1e3 * seconds, "of unpruned": seconds / whole,
-            "choosing, %": 100 * choosing / seconds, "counted, GFLOP": cost.flops / 1e9, "cache, MB": cost.cache_bytes / 1e6,
+            "scoring, %": 100 * scoring / seconds, "choosing, %": 100 * choosing / seconds, "counted, GFLOP": cost.flops / 1e9, "cache, MB": cost.cache_bytes / 1e6,
         })  # fmt: skip
     return rows, refused
 
@@ -124,12 +161,23 @@ def main() -> None:
         vlm = twigvlm.load(device="cpu")
     else:
         vlm = open_model(model)
-    rows, refused = measure(vlm, _random_prompts(vlm, 1)[0], args.methods.split(","), args.R, args.repeats)
+    prompt = _random_prompts(vlm, 1)[0] if args.random else vlm.prepare(ROOT / "assets" / "image.png", QUESTION)
+    refused, methods = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.methods.split(","):
+            try:
+                methods[name] = ready(vlm, prompt, name, args.R, Path(folder)) if name in METHODS else name
+            except InputError as reason:
+                refused[name] = str(reason)
+        rows, more = measure(vlm, prompt, methods, args.R, args.repeats)
+    refused |= more
     print(table(rows, digits=2))
     for name, reason in refused.items():
         print(f"{name}: {reason}")
     if args.out is not None:
-        write_json({"provenance": provenance(), "R": args.R, "rows": rows, "refused": refused}, args.out)
+        asked = {name: words for name, words in methods.items() if words != name and name != "visionzip*"}
+        facts = {"provenance": provenance(), "R": args.R, "asked": asked, "rows": rows, "refused": refused}
+        write_json(facts, args.out)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from .model.twig import Twig
 from .prompt.images import open_image
 from .prompt.processor import pads
 from .prompt.template import converse, decode
-from .pruning import Plan, find_method, plan_for
+from .pruning import Plan, calibrated, find_method, plan_for
 from .pruning.spec import classless
 
 CALL_STRIDE = 2**20  # rows that a call may have before its seeds meet the next call's
@@ -350,6 +350,7 @@ class TwigVLM:
             return plan_for(pruning, None, self.config.V, TwigConfig(L=10**6), query)  # checks the names
         config = self.twig.config if self.twig else self._fallback or TwigConfig(self.config.L, DEFAULT_K, DEFAULT_T)
         plan = plan_for(pruning, retained, self.config.V, config, query, self.base_name)
+        calibrated.check(find_method(pruning, query), retained, self.trunk, self.base_name)
         if self.twig is None and plan.needs_twig:
             lacks = "needs a twig, and none is loaded; give one, another method, or retained_tokens=None"
             raise InputError(f"pruning {pruning!r} {lacks}")

@@ -19,6 +19,7 @@ from twigvlm.evaluation.asking.ask import Ready
 from twigvlm.evaluation.asking.calibration import ensure, entering, fit, solve, wanting
 from twigvlm.evaluation.asking.costs import spread
 from twigvlm.evaluation.asking.setting import Setting
+from twigvlm.model.twig import signature
 from twigvlm.pruning import Shape, calibrated, find_method, plan_for
 
 ADAPTIVE = ["mustdrop", "occamtoken", "sparsevlm:version=1.0"]
@@ -146,13 +147,38 @@ def test_a_base_of_the_same_last_name_is_another():
     assert calibrated.stored(method, 9, "theirs/tiny") is None
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"L": 6, "V": 16, "thresholds": {"threshold": "x"}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"L": 6, "V": 16, "thresholds": {"threshold": "x"}}',
+        '{"L": 6, "V": 16, "thresholds": {"threshold": 1}, "base_signature": "weights"}',
+    ],
+)
 def test_what_is_no_calibration(text):
     method = find_method("mustdrop")
     keep(method, 9)
     calibrated.file_of(method, 9, "tiny").write_text(text)
     with pytest.raises(InputError, match=r"mustdrop-R9\.json: no calibration .*delete it and calibrate anew"):
         calibrated.settled(method, 9, Shape(6, 16, 2, 4, "tiny"))
+
+
+def test_a_calibration_of_other_weights_of_that_name():
+    """A base that was trained on keeps its name, and thresholds of before would miss R without a word."""
+    vlm, method = tiny(side=84), find_method("occamtoken")
+    mine = signature(vlm.trunk)
+    shape = {"L": vlm.config.L, "V": vlm.config.V}
+    keep(method, 9, vlm.base_name, base_signature=mine, **shape)
+    ask = {**one(vlm, 5, IMAGE, 7), "pruning": "occamtoken", "retained_tokens": 9, "max_new_tokens": 1}
+    vlm.generate(**ask)
+    keep(method, 9, vlm.base_name, base_signature=[w + 0.1 for w in mine], **shape)
+    with pytest.raises(
+        InputError, match=r"occamtoken-R9\.json was made on other weights than these of .*calibrate anew"
+    ):
+        vlm.generate(**ask)
+    vlm.generate(**ask | {"pruning": "occamtoken:first=1,second=1"})
 
 
 def test_a_calibration_of_another_shape():

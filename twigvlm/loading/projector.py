@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import InputError
 from ..files import replacing
 from ..model.trunk import Trunk
-from ..model.twig import WEIGHTS, signature
+from ..model.twig import WEIGHTS, recognised
 from .find import read_json
 
 CONFIG = "projector_config.json"
@@ -34,9 +34,7 @@ def load_projector(folder: str | Path, trunk: Trunk) -> nn.Module:
     if not facts or not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder}: no tuned projector ({WEIGHTS} and {CONFIG} are needed); train one: "
                          "bash scripts/v1_5/train_projector.sh")  # fmt: skip
-    known = torch.tensor(facts.get("base_signature", []))
-    own = torch.tensor(signature(trunk))
-    if known.shape != own.shape or not torch.allclose(known, own, rtol=0.02, atol=1e-4):
+    if not recognised(facts.get("base_signature", []), trunk):
         raise InputError(
             f"{folder}: this projector was tuned for other weights ({facts.get('base')!r}) than this base's"
         )

@@ -114,3 +114,9 @@ def signature(trunk: Trunk, samples: int = 16) -> list[float]:
     weights = trunk.layers[0].self_attn.q_proj.weight.detach().flatten()
     picks = torch.linspace(0, len(weights) - 1, samples).long()
     return [round(float(w), 5) for w in weights[picks.to(weights.device)].float()]
+
+
+def recognised(known: Sequence[float], trunk: Trunk) -> bool:
+    """Whether a signature is this base's, whatever dtype either was in."""
+    theirs, own = torch.tensor(list(known)), torch.tensor(signature(trunk))
+    return theirs.shape == own.shape and torch.allclose(theirs, own, rtol=0.02, atol=1e-4)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..model.trunk import Trunk
+from ..model.twig import recognised
 from ..record import ROOT
 from .plan import Method, Shape
 
@@ -58,6 +60,17 @@ def stored(method: Method, R: float, base: str) -> tuple[Path, dict[str, Any]] |
     return (file, facts) if facts is not None and facts.get("base", base) == base else None
 
 
+def check(method: Method, R: float, trunk: Trunk, base: str) -> None:
+    """Raises InputError where the thresholds that the method would take were fitted on other weights than the trunk's."""
+    found = stored(method, float(R), base) if missing(method) else None
+    known = found[1].get("base_signature") if found is not None else None
+    if known is not None and not recognised(known, trunk):
+        raise InputError(
+            f"{found[0]} was made on other weights than these of {base}; delete it and calibrate anew "
+            f"(python -m twigvlm.evaluation.calibrate --pruning {words(method)} -R {float(R):g})"
+        )
+
+
 def file_of(method: Method, R: float, base: str) -> Path:
     """Where a calibration lies: a folder a base, a file a method with its settings and R."""
     name = f"{words(method).replace(':', '~')}-R{R:g}.json"
@@ -79,7 +92,7 @@ def usual(method: Method) -> Mapping[str, Any]:
 def _read(file: Path, _changed: int) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        values = [facts["L"], facts["V"], *facts["thresholds"].values()]
+        values = [facts["L"], facts["V"], *facts["thresholds"].values(), *facts.get("base_signature", [])]
         if not all(isinstance(v, (int, float)) for v in values):
             raise ValueError("numbers are expected")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:

@@ -53,6 +53,7 @@ def wanting(job: Job):
 
 def calibrate(job: Job, count: int) -> tuple[dict[str, Any], Any]:
     """Fit the job's method to its R on `count` of its questions; what is kept of it, and the file."""
+    from ...model.twig import signature
     from ...pruning import Shape, find_method
     from ...pruning.calibrated import file_of, missing, words
     from ...record import provenance
@@ -78,7 +79,8 @@ def calibrate(job: Job, count: int) -> tuple[dict[str, Any], Any]:
     rows = [statistics.fmean(row) for row in measure(found, False)]
     file = file_of(method, R, vlm.base_name)
     facts = {
-        "method": method.name, "settings": words(method), "base": vlm.base_name, "R": R, **vars(shape),
+        "method": method.name, "settings": words(method), "base": vlm.base_name,
+        "base_signature": signature(vlm.trunk), "R": R, **vars(shape),
         "thresholds": {name: getattr(found, name) for name in method.fitted},
         "sample": {"task": job.task.name, "split": job.split, "questions": len(questions), "digest": digest(questions)},
         "measured": spread(rows), "made": provenance(),
