@@ -233,6 +233,12 @@ def test_a_stop_loses_nothing_and_asks_nothing_twice(comparer, asked, monkeypatc
     assert len(asked) == 5 * QUESTIONS
 
 
+def test_all_methods_are_asked_of_the_embedded_model():
+    """Also the one whose text tower it lacks: by its stand-in; of another model, which may have it, as it is."""
+    assert compare.parse([]).methods == [*(m if m != "cdpruner" else "cdpruner:stand_in" for m in METHODS)]
+    assert compare.parse(["--base-model", "liuhaotian/llava-v1.5-7b"]).methods == list(METHODS)
+
+
 def test_a_table_of_what_is_answered(comparer, monkeypatch):
     """Nothing is asked for it, and what is not answered yet is listed, with how far it is."""
     comparer.done("--methods", "fastv")

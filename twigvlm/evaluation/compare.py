@@ -48,6 +48,7 @@ MODULE = "twigvlm.evaluation.compare"
 SEEDS = 3
 CALIBRATE = 64  # questions, where nobody says how many
 TEXT = 64  # text tokens of the prompt whose cost is computed
+EMBEDDED = {"cdpruner": "cdpruner:stand_in"}  # what needs more than the embedded model has, and what is asked instead
 NOTES = "refused-{}.json"  # in the report's folder: what a shard could not ask
 
 
@@ -56,8 +57,9 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
     what = parser.add_argument_group("what to compare")
     what.add_argument(
-        "--methods", type=_methods, default=list(METHODS), metavar="M,M,…",
-        help="with settings, as --pruning takes them elsewhere (default: all; python -m twigvlm.pruning.catalogue lists them)",
+        "--methods", type=_methods, metavar="M,M,…",
+        help="with settings, as --pruning takes them elsewhere (default: all; python -m twigvlm.pruning.catalogue lists them; "
+        "with the embedded model, whose tower reads no text, cdpruner:stand_in)",
     )  # fmt: skip
     what.add_argument(
         "-R", "--retained-tokens", type=budgets_of, default=budgets_of(BUDGETS), metavar="R,R,…",
@@ -82,7 +84,11 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     )  # fmt: skip
     add_options(parser)
     parser.set_defaults(calibrate=CALIBRATE)
-    return flags.parse(parser, argv)
+    args = flags.parse(parser, argv)
+    if args.methods is None:
+        stand_ins = EMBEDDED if args.base_model is None else {}
+        args.methods = [stand_ins.get(name, name) for name in METHODS]
+    return args
 
 
 def _methods(text: str) -> list[str]:

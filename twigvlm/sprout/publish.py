@@ -181,7 +181,10 @@ def _compared_in_short(found: dict) -> str:
 
 
 def _compared(found: dict) -> str:
-    plots = "![RelAcc against R](benchmarks/results/comparison/relacc_R.png)\n![RelAcc against operations](benchmarks/results/comparison/relacc_flops.png)"
+    plots = "\n".join(
+        f"![RelAcc against {what}](benchmarks/results/comparison/relacc_{name}.png)"
+        for what, name in (("R", "R"), ("speed", "speed"), ("operations", "flops"))
+    )
     return f"`{_command(found)}`\n({_asked(found)}; [JSON](benchmarks/results/comparison/comparison.json)):\n\n{markdown(found)}\n\n{plots}"
 
 
