@@ -131,7 +131,8 @@ def measure(vlm, prompt: dict, methods: dict[str, str], R: float, repeats: int) 
             if turn:  # the first is a warm-up
                 runs[name].append(found)
     text = prompt["input_ids"].shape[1] - vlm.config.V
-    sizes = Sizes.of(vlm.model.config, vlm.config.K, vlm.config.T, element=vlm.dtype.itemsize)
+    headed = vlm.twig is not None and vlm.twig.pruning_head is not None
+    sizes = Sizes.of(vlm.model.config, vlm.config.K, vlm.config.T, vlm.dtype.itemsize, headed)
     whole = statistics.median(seconds for seconds, *_ in runs[UNPRUNED])
     rows = []
     for name, found in runs.items():

@@ -162,14 +162,18 @@ def _enliven(model: LlavaForConditionalGeneration, fade: float) -> None:
 
 
 @cache
-def tiny(K: int = 2, T: int = 2, F: int = 0, noise: float = 0.2, twig: bool = True, **shape) -> TwigVLM:
+def tiny(
+    K: int = 2, T: int = 2, F: int = 0, noise: float = 0.2, twig: bool = True, pruning_head: str = "", **shape
+) -> TwigVLM:
     """A tiny base with a twig grown on it; `noise` spoils the twig's weights (0: early exit, 3: nonsense)."""
     model = tiny_model(**shape)
     trunk, loaded = trunk_of(model), Loaded(model, Path("nowhere"), "tiny", False)
-    config = TwigConfig(trunk.L, K, T, F)
+    config = TwigConfig(trunk.L, K, T, F, pruning_head)
     if not twig:
         return TwigVLM(loaded, None, config)
-    grown = grow(trunk, config).eval().requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        grown = grow(trunk, config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(7)
     for weight in grown.parameters():
         if weight.dim() == 2:

@@ -15,6 +15,7 @@ DEFAULT_K, DEFAULT_T = 2, 3  # the released twigs', paper section 4.1
 WIPE_SHARE = 0.75  # F / L of LLaVA-1.5-7B, paper section 3.2
 FORMAT_VERSION = 1
 AUTO = "auto"
+HeadStart = Literal["released", "identity"]  # how a pruning head begins, and which gates it has: model.pruning_head
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class TwigConfig:
     K: int = DEFAULT_K
     T: int = DEFAULT_T
     F: int = 0  # 0: round(0.75 L)
+    pruning_head: str = ""  # a HeadStart; "": the twig has none
 
     def __post_init__(self) -> None:
         if self.F == 0:

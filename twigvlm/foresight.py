@@ -48,7 +48,8 @@ class Wish(ModelSettings):
             facts = read_twig_letters(twig, L, text.hidden_size, self.K, self.T, HUB_DESCRIPTION)
         K = facts.get("K", DEFAULT_K if self.K is None else self.K)
         T = facts.get("T", DEFAULT_T if self.T is None else self.T)
-        return visual_tokens(config), TwigConfig(L, K, T, self.wipe_layer or facts.get("F", 0))
+        F = self.wipe_layer or facts.get("F", 0)
+        return visual_tokens(config), TwigConfig(L, K, T, F, facts.get("pruning_head", ""))
 
     def base_letters(self, K: int, T: int, F: int) -> TwigConfig:
         """L with the letters of a twig that is to be grown. Raises InputError where the base has too few layers."""
@@ -59,7 +60,8 @@ class Wish(ModelSettings):
         device = pick_device(self.device)
         element = torch.empty(0, dtype=pick_dtype(self.dtype, device)).element_size()
         letters = self.letters()[1]
-        return Sizes.of(self._config(), letters.K, letters.T if self.has_twig else 0, element)
+        T = letters.T if self.has_twig else 0
+        return Sizes.of(self._config(), letters.K, T, element, bool(letters.pruning_head))
 
     def _config(self) -> LlavaConfig:
         return read_config(self.base)[1] if self.shape is None else random_config(self.shape)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import IMAGE, batch, one, prompts, tiny
 
-from twigvlm.config import GenerationSettings
+from twigvlm.config import GenerationSettings, TwigConfig
 from twigvlm.errors import InputError
 from twigvlm.evaluation.asking import calibration
 from twigvlm.evaluation.asking.ask import Ready
@@ -212,11 +212,9 @@ def test_the_authors_count_what_leaves():
 
 
 def test_windows_and_cuts_stand_at_the_papers_layers():
-    plan = plan_for("mustdrop:threshold=0.001", 192, 576, SimpleNamespace(L=32, K=2, F=24))
+    plan = plan_for("mustdrop:threshold=0.001", 192, 576, TwigConfig(32, 2, 3, 24))
     assert [before for before, _ in plan.stages] == [3, 7, 11, 15] and plan.evict == 2 and plan.positions == "compact"
-    assert [
-        b for b, _ in plan_for("occamtoken:first=1,second=1", 64, 576, SimpleNamespace(L=32, K=2, F=24)).stages
-    ] == [12]
+    assert [b for b, _ in plan_for("occamtoken:first=1,second=1", 64, 576, TwigConfig(32, 2, 3, 24)).stages] == [12]
 
 
 # ---------------------------------------------------------------------- runs

@@ -375,13 +375,14 @@ def test_the_shape_of_a_plan_knows_no_layer_by_heart():
             assert len(counts) == L and max(counts) <= V + 1
 
 
-def test_a_twig_on_the_embeddings_is_counted_as_well():
-    """K = 0: the twig reads what enters layer 0, before anything is cut."""
+@pytest.mark.parametrize("head", ["", "released"])
+def test_a_twig_on_the_embeddings_is_counted_as_well(head):
+    """K = 0: the twig reads what enters layer 0, before anything is cut. A pruning head's gates are products, too."""
     model = {"hidden": 128, "heads": 4, "kv_heads": 2, "side": 112, "layers": 8, "attention": "eager"}
-    vlm = tiny(K=0, **model)
+    vlm = tiny(K=0, pruning_head=head, **model)
     asked = {"retained_tokens": 10, "draft_length": 0, "max_new_tokens": 1, "eos_token_id": []}
     with FlopCounterMode(display=False) as counter:
         vlm.generate(**one(vlm, 5, IMAGE, 12), **asked)
-    sizes = Sizes.of(tiny_model(**model).config, 0, vlm.config.T, element=4)
+    sizes = Sizes.of(tiny_model(**model).config, 0, vlm.config.T, element=4, pruning_head=bool(head))
     plan = plan_for("twig", 10, vlm.config.V, TwigConfig(8, 0, vlm.config.T, vlm.config.F))
     assert plan.cost(sizes, text=17).flops == pytest.approx(counter.get_total_flops(), rel=1e-4)

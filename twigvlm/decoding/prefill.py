@@ -18,7 +18,7 @@ from ..model.tap import Tap
 from ..model.trunk import Trunk
 from ..model.twig import Twig
 from ..pruning.plan import Plan
-from ..pruning.rule import Heard, Probe, Seen, Selection
+from ..pruning.rule import TWIG, Heard, Probe, Seen, Selection
 from .draft import DraftTree
 from .reduce import Reduced, reduce
 
@@ -259,16 +259,29 @@ class State:
         probes = {rule.probe for _, rule in self._pending if rule.probe is not None} - self._taps.keys()
         taps = {}
         for probe in probes:
-            if probe.source == source and (source == "twig" or probe.layer in layers):
-                layer = self.twig.layers[-1] if source == "twig" else self.trunk.layers[probe.layer]
-                taps[probe] = Tap(layer.self_attn, self._rows(stream, probe))
+            if source == "twig" and probe.source in TWIG:
+                taps[probe] = Tap(
+                    self.twig.layers[-1].self_attn, self._rows(stream, probe), whole=self._asks_head(probe)
+                )
+            elif probe.source == source and probe.layer in layers:
+                taps[probe] = Tap(self.trunk.layers[probe.layer].self_attn, self._rows(stream, probe))
         return taps
+
+    def _asks_head(self, probe: Probe) -> bool:
+        """Whether the pruning head answers, and not an attention."""
+        return probe.source == "head" or (probe.source == "twig" and self.twig.pruning_head is not None)
 
     def _hear(self, taps: dict[Probe, Tap], stream: Stream) -> None:
         for probe, tap in taps.items():
             self._taps[probe] = tap, stream.place
-            weights = tap.weights().mean(1).masked_fill((tap.rows < 0)[..., None], 0)
-            self._scores[probe] = self._by_place(weights, stream.place)
+            if self._asks_head(probe):
+                columns = front(stream.visual >= 0, fit(stream.visual >= 0, max(self._room))[0])
+                weights = self.twig.pruning_head.of_tap(tap, columns)
+                place = torch.where(columns < 0, -1, stream.place.gather(1, columns.clamp(min=0)))
+                tap.entered = None  # of the whole prompt: not needed again
+            else:
+                weights, place = tap.weights().mean(1).masked_fill((tap.rows < 0)[..., None], 0), stream.place
+            self._scores[probe] = self._by_place(weights, place)
 
     def _seen(self, probe: Probe | None, stream: Stream, part: Stream) -> Seen:
         """What a rule is shown of the visual tokens `part`."""

@@ -1,20 +1,27 @@
-"""A stored twig: our folder, or the release's one file."""
+"""A stored twig: our folder, or the release's file or files, with a pruning head or without."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from ..config import DEFAULT_K, FORMAT_VERSION, TwigConfig
 from ..errors import InputError
+from ..model.pruning_head import NAME as PRUNING_HEAD
+from ..model.pruning_head import STARTS
 from ..model.trunk import Trunk
-from ..model.twig import CONFIG, WEIGHTS, Twig, signature, twig_skeleton
+from ..model.twig import CONFIG, START, WEIGHTS, Twig, signature, twig_skeleton
 from .base import HEAD, MAX_PADDED_ROWS
 from .find import HUB_FILES, read_json, resolve
-from .weights import Filling, materialise, read_tensors
+from .weights import Filling, materialise, read_index, read_tensors, weight_files
+
+INDEX = f"{WEIGHTS}.index.json"
+COPIES = re.compile(r"(^|\.)bkb_")  # what TwigVLM++'s training stores of the frozen base along with a twig
 
 
 def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: int | None) -> Twig:
@@ -25,23 +32,46 @@ def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: i
     """
     folder, file = _twig_files(resolve(twig, "twig"))
     facts = read_twig_letters(twig, trunk.L, trunk.model.config.text_config.hidden_size, K, T)
-    shapes = {stored.name: stored.shape for stored in read_tensors(file, torch.device("cpu"))}
+    files = _weights(file)
+    shapes = _shapes(files)
     K = facts.get("K", DEFAULT_K if K is None else K)
-    config = TwigConfig(trunk.L, K, facts["T"], F if F is not None else facts.get("F", 0))
+    config = TwigConfig(trunk.L, K, facts["T"], F if F is not None else facts.get("F", 0), facts.get(START, ""))
     vocabulary = _check_head(file, shapes, trunk)
     module = twig_skeleton(trunk, config, vocabulary)
     materialise(module, trunk.device, trunk.dtype)
-    filling = Filling(module, lambda key: key)
-    filling.fill([file], trunk.device, file, cut_rows=(HEAD,))
+    fill_twig(module, files, trunk.device)
     if "base_signature" in facts:
         _check_signature(folder / CONFIG, facts, trunk)
     return module.eval()
 
 
+def fill_twig(twig: Twig, files: Sequence[Path], device: torch.device) -> None:
+    """The twig's weights from `files`; what TwigVLM++'s training stores of the base along with them is named and left.
+
+    A twig that has a pruning head takes it from there if it is there.
+    """
+    shapes = _shapes(files)
+    if copies := [name for name in shapes if COPIES.search(name)]:
+        print(
+            f"{files[0]}: {len(copies)} tensors are copies of the base ({copies[0]}, …) and are not read",
+            file=sys.stderr,
+        )
+    filling = Filling(twig, lambda name: None if COPIES.search(name) else name)
+    filling.fill(files, device, files[0], cut_rows=(HEAD,))
+
+
+def stored_twig(folder: Path) -> tuple[list[Path], str]:
+    """Of a twig on this disk: the files with its weights, and how its pruning head began ("" if there is none)."""
+    folder, file = _twig_files(folder)
+    files = _weights(file)
+    facts = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    return files, _start_of(folder / CONFIG, facts, files)
+
+
 def read_twig_letters(
     twig: str | Path, L: int, hidden_size: int, K: int | None, T: int | None, files: Sequence[str] = HUB_FILES
 ) -> dict:
-    """What a twig's files say of it, without its weights: twig_config.json where there is one, and T.
+    """What a twig's files say of it, without its weights: twig_config.json where there is one, T, and its pruning head.
 
     `files` are fetched if it is on the hub; T is not known where these leave out the weights of a twig without
     description. Raises InputError when K or T disagree with the files, or a base of L layers with the twig's.
@@ -52,8 +82,11 @@ def read_twig_letters(
         if Path(twig).expanduser().exists():
             raise InputError(f"{file}: no such file; a twig is a folder with {WEIGHTS}")
         stored = {"T": facts["T"]} if "T" in facts else {}  # the weights are not fetched yet
+    elif file.name == INDEX and not Path(twig).expanduser().exists():
+        stored = {"T": _count_layers(file, read_index(file))}  # nor these
     else:
-        stored = {"T": _count_layers(file, {s.name: s.shape for s in read_tensors(file, torch.device("cpu"))})}
+        found = _weights(file)
+        stored = {"T": _count_layers(file, _shapes(found)), START: _start_of(folder / CONFIG, facts, found)}
     if facts:
         _check_description(folder / CONFIG, facts, stored.get("T", facts.get("T")), L, hidden_size)
     facts |= stored
@@ -71,17 +104,54 @@ def check_letters(file: Path, asked: dict[str, int | None], stored: dict) -> Non
 
 
 def _twig_files(source: Path) -> tuple[Path, Path]:
-    """(folder of the description, file of the weights)."""
-    file = source / WEIGHTS if source.is_dir() else source
-    if file.suffix != ".safetensors":
+    """(folder of the description, file of the weights, or of their index where there are several)."""
+    file = source
+    if source.is_dir():
+        file = source / WEIGHTS
+        file = source / INDEX if (source / INDEX).exists() and not file.exists() else file
+    if file.suffix != ".safetensors" and file.name != INDEX:
         raise InputError(
             f"{file}: a twig is one .safetensors file; convert it, or give the folder that holds {WEIGHTS}"
         )
     return file.parent, file
 
 
-def _count_layers(file: Path, shapes: dict[str, tuple[int, ...]]) -> int:
-    numbers = {int(m[1]) for m in (re.match(r"model\.layers\.(\d+)\.", k) for k in shapes) if m}
+def _weights(file: Path) -> list[Path]:
+    """The shards that an index names, or the one file."""
+    return weight_files(file.parent) if file.name == INDEX else [file]
+
+
+def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
+    return {stored.name: stored.shape for file in files for stored in read_tensors(file, torch.device("cpu"))}
+
+
+def _start_of(description: Path, facts: dict, files: Sequence[Path]) -> str:
+    """How the pruning head began that these files hold, "" where they hold none: as the description or the file says, else
+    "released".
+    """
+    said = facts.get(START)
+    if said is not None and said not in STARTS:
+        raise InputError(f"{description}: {START} is {said!r}; {' or '.join(STARTS)} is expected")
+    holding = [file for file in files if any(name.startswith(f"{PRUNING_HEAD}.") for name in _shapes([file]))]
+    if not holding:
+        if said is not None:
+            raise InputError(
+                f"{files[0]}: missing key {PRUNING_HEAD}.q_gate.weight, but {description} says that the twig has a pruning head"
+            )
+        return ""
+    with safe_open(holding[0], framework="pt") as opened:
+        noted = (opened.metadata() or {}).get(START)
+    if noted is not None and (noted not in STARTS or said not in (None, noted)):
+        raise InputError(
+            f"{holding[0]}: its pruning head is {noted!r}, but {said!r} is said in {description}"
+            if noted in STARTS
+            else f"{holding[0]}: its pruning head is {noted!r}; {' or '.join(STARTS)} is expected"
+        )
+    return said or noted or "released"
+
+
+def _count_layers(file: Path, names: Iterable[str]) -> int:
+    numbers = {int(m[1]) for m in (re.match(r"model\.layers\.(\d+)\.", k) for k in names) if m}
     if not numbers:
         raise InputError(
             f"{file}: no key model.layers.0.*; this is not a twig (lm_head, model.norm, model.layers.0..T-1)"

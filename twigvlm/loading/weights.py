@@ -39,11 +39,7 @@ def weight_files(folder: Path, wanted: Callable[[str], bool] = lambda name: True
     for name in SINGLE:
         index = folder / f"{name}.index.json"
         if index.exists():
-            try:
-                places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                shards = sorted({shard for name, shard in places.items() if wanted(name)})
-            except (ValueError, KeyError, AttributeError) as fault:
-                raise InputError(f"{index}: not a weight index ({fault}); fetch the file again") from fault
+            shards = sorted({shard for name, shard in read_index(index).items() if wanted(name)})
             missing = [s for s in shards if not (folder / s).exists()]
             if missing:
                 raise InputError(
@@ -53,6 +49,15 @@ def weight_files(folder: Path, wanted: Callable[[str], bool] = lambda name: True
         if (folder / name).exists():
             return [folder / name]
     raise InputError(f"{folder}: no weights; expected {' or '.join(SINGLE)} or their .index.json")
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Tensor → shard, of the index of several."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: str(shard) for name, shard in places.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise InputError(f"{index}: not a weight index ({fault}); fetch the file again") from fault
 
 
 @dataclass(frozen=True)

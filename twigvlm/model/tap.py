@@ -30,12 +30,16 @@ class Tap:
     """Listens to one attention module for the tokens at `rows` [B, Q] (-1 pads) of what enters it.
 
     Afterwards `query` [B, H, Q, d], `keys` [B, key heads, N, d] (a view) and `scaling` are what the
-    module used, and `normed` [B, Q, D] the input of its projections. `peek` stops there, with `Peeked`:
-    nothing is attended to. The cache must have been empty, so that key j is token j.
+    module used, and `normed` [B, Q, D] the input of its projections (`entered` [B, N, D] that of all tokens, for
+    who asked for the `whole`). `peek` stops there, with `Peeked`: nothing is attended to. The cache must have
+    been empty, so that key j is token j.
     """
 
-    def __init__(self, module: nn.Module, rows: torch.Tensor, causal: bool = True, peek: bool = False):
-        self.module, self.rows, self.causal, self.peek = module, rows, causal, peek
+    def __init__(
+        self, module: nn.Module, rows: torch.Tensor, causal: bool = True, peek: bool = False, whole: bool = False
+    ):
+        self.module, self.rows, self.causal, self.peek, self.whole = module, rows, causal, peek, whole
+        self.entered: torch.Tensor | None = None
         self.query: torch.Tensor | None = None
         self.keys: torch.Tensor | None = None
         self.normed: torch.Tensor | None = None
@@ -50,6 +54,19 @@ class Tap:
 
     def read_normed(self, normed: torch.Tensor) -> None:
         self.normed = normed.gather(1, self.rows.clamp(min=0)[..., None].expand(-1, -1, normed.shape[-1]))
+        self.entered = normed if self.whole else None
+
+    def at(self, columns: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """What entered [B, W, D] (None unless the whole was heard) and the keys [B, key heads, W, d] of the tokens at `columns` [B, W]."""
+        at = columns.clamp(min=0)
+        keys = self.keys.gather(2, at[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3]))
+        if self.entered is None:
+            return None, keys
+        return self.entered.gather(1, at[..., None].expand(-1, -1, self.entered.shape[-1])), keys
+
+    def sees(self, columns: torch.Tensor) -> torch.Tensor:
+        """[B, Q, W] bool: which of the tokens at `columns` [B, W] (-1 pads) stand before or at each asked row."""
+        return (columns >= 0)[:, None] & (columns[:, None] <= self.rows[..., None])
 
     def weights(self, bias: torch.Tensor | None = None) -> torch.Tensor:
         """fp32 [B, H, Q, N]: softmax over all that an asked row may see, as eager attention computes it.
@@ -64,6 +81,19 @@ class Tap:
             seen = torch.arange(keys.shape[2], device=keys.device) <= self.rows.clamp(min=0)[..., None]
             scores = scores.masked_fill(~seen[:, None], -torch.inf)
         return scores.softmax(-1)
+
+
+def share(query: torch.Tensor, keys: torch.Tensor, seen: torch.Tensor, scaling: float | None = None) -> torch.Tensor:
+    """fp32 [B, Q, W]: attention of query [B, H, Q, d] to keys [B, key heads, W, d], mean over heads.
+
+    Among the keys that are `seen` [B, Q, W] alone: a row's numbers make up 1, or are 0 where it sees none.
+    """
+    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], 1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.float() @ keys.float().transpose(2, 3) * scaling
+    scores = scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min)  # a row may see nothing: no infinity
+    return scores.softmax(-1).mean(1) * seen
 
 
 @contextmanager

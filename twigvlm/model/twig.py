@@ -1,8 +1,9 @@
 """The twig: T decoder layers, a norm and a head that continue layer K's hidden states (paper section 3.1).
 
 On disk: a folder with `model.safetensors` (`lm_head.weight`, `model.norm.weight`,
-`model.layers.{0..T-1}.*`, the release's names) and `twig_config.json` (K, T, F, L, the base, shapes,
-format version). The bare release file, which stores no K, is read as well.
+`model.layers.{0..T-1}.*`, with a pruning head `leaf_attention_module.{q,k}_gate.weight`: the release's names)
+and `twig_config.json` (K, T, F, L, the base, shapes, format version). The bare release file, which stores no K,
+is read as well.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from torch import nn
 
 from ..config import FORMAT_VERSION, TwigConfig
 from ..files import replacing
+from .pruning_head import NAME as HEAD
+from .pruning_head import PruningHead, head_for
 from .skinny import quick
 from .trunk import Trunk
 
 WEIGHTS, CONFIG = "model.safetensors", "twig_config.json"
+START = "pruning_head"  # how the pruning head began, in the description and in the metadata of the weights
 Init = Literal["base", "last", "random"]
 
 
@@ -39,6 +43,12 @@ class Twig(nn.Module):
         self.lm_head = lm_head
         for i, layer in enumerate(layers):
             layer.self_attn.layer_idx = config.L + i  # its own cache slots, behind the base's
+        if config.pruning_head:
+            self.add_module(HEAD, head_for(layers[-1].self_attn, config.pruning_head))
+
+    @property
+    def pruning_head(self) -> PruningHead | None:
+        return getattr(self, HEAD, None)
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -61,14 +71,17 @@ def grow(trunk: Trunk, config: TwigConfig, init: Init = "base", copied: Sequence
     text = trunk.decoder.config  # shared, not copied: one place says which attention is used
     layers = nn.ModuleList(copy.deepcopy(layer, {id(text): text}) for layer in copied)
     twig = Twig(config, layers, copy.deepcopy(trunk.decoder.norm), copy.deepcopy(trunk.model.lm_head))
+    if twig.pruning_head is not None:
+        like = layers[-1].self_attn.q_proj.weight
+        twig.pruning_head.to(like.device, like.dtype)
     if init == "random":
         randomise(twig, trunk.model.config.text_config.initializer_range)
     return twig
 
 
 def randomise(twig: Twig, std: float) -> None:
-    """Fresh weights for every matrix, the head included; the norms stay (paper's ablation of the initialisation)."""
-    for module in twig.modules():
+    """Fresh weights for every matrix, the language head included; the norms stay (paper's ablation of the initialisation)."""
+    for module in (*twig.layers.modules(), twig.lm_head):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
 
@@ -92,9 +105,10 @@ def save_twig(twig: Twig, trunk: Trunk, folder: Path, base: str, dtype: torch.dt
 
 def describe(twig: Twig, base: str, base_signature: list[float]) -> dict:
     """What twig_config.json says."""
+    letters = {name: value for name, value in asdict(twig.config).items() if value != ""}  # most have no pruning head
     return {
         "format_version": FORMAT_VERSION,
-        **asdict(twig.config),
+        **letters,
         "base": base,
         "base_signature": base_signature,
         "hidden_size": twig.lm_head.in_features,
@@ -106,7 +120,9 @@ def write_twig(folder: Path, state: dict[str, torch.Tensor], facts: dict) -> Non
     """Tensors on the CPU and `describe`'s facts to a folder; each file is written whole or not at all."""
     with replacing(folder / CONFIG) as config, replacing(folder / WEIGHTS) as weights:  # the weights take place first
         config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        save_file(state, weights, metadata={"format": "pt"})
+        # The bare file is a twig, too, and its gates are of one kind only.
+        gates = {START: facts[START]} if START in facts else {}
+        save_file(state, weights, metadata={"format": "pt", **gates})
 
 
 def signature(trunk: Trunk, samples: int = 16) -> list[float]:

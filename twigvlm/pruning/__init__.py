@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..errors import InputError
 from .budget import average_tokens, kept_tokens, legal_range
 from .methods import METHODS
 from .plan import Composed, Method, Plan, Shape, TowerMethod
@@ -20,7 +21,14 @@ def plan_for(method: str, R: float | None, V: int, twig, query: str = "last", ba
 
     `method` is a name with settings (`spec.find_method`), `twig` the TwigConfig that says L, K and F,
     `base` the name of the base on which methods are calibrated. Raises
-    InputError for an unknown method, setting or query, or an R outside the method's legal range.
+    InputError for an unknown method, setting or query, an R outside the method's legal range, or a pruning head that is
+    asked and not there.
     """
     found = find_method(method, query)
-    return Plan() if R is None else found.plan(R, Shape(twig.L, V, twig.K, twig.F, base))
+    plan = Plan() if R is None else found.plan(R, Shape(twig.L, V, twig.K, twig.F, base))
+    if plan.needs_head and not twig.pruning_head:
+        raise InputError(
+            f"pruning {method!r} asks a pruning head, and this twig has none; take its attention ({method.partition(':')[0]}), "
+            "or train a head: STAGE=1 bash scripts/v1_5/train_twig.sh"
+        )
+    return plan

@@ -36,9 +36,10 @@ class Sizes:
     K: int = 0
     T: int = 0  # 0: no twig
     element: int = 2  # bytes of a number in the cache
+    pruning_head: bool = False  # of the twig
 
     @classmethod
-    def of(cls, config: Any, K: int = 0, T: int = 0, element: int = 2) -> Sizes:
+    def of(cls, config: Any, K: int = 0, T: int = 0, element: int = 2, pruning_head: bool = False) -> Sizes:
         """From a LlavaConfig and the letters of a twig."""
         text, vision, last = config.text_config, config.vision_config, config.vision_feature_layer
         V = (vision.image_size // vision.patch_size) ** 2
@@ -50,6 +51,7 @@ class Sizes:
             tower_layers=last if last >= 0 else vision.num_hidden_layers + last + 1,
             tower_D=vision.hidden_size, tower_H=vision.intermediate_size,
             class_tokens=int("clip" in vision.model_type), patch=3 * vision.patch_size**2, K=K, T=T, element=element,
+            pruning_head=pruning_head,
         )  # fmt: skip
 
 
@@ -79,9 +81,12 @@ def cost(plan: Plan, sizes: Sizes, text: int) -> Cost:
     twig = sizes.T * _layer(entering[sizes.K - 1] if sizes.K else before, sizes) if plan.needs_twig else 0
     scoring = 0
     for probe in {rule.probe for _, rule in plan.stages if rule.probe is not None}:
-        at = {"twig": sizes.K - 1, "layer": probe.layer, "peek": (probe.layer or 0) - 1}[probe.source]
+        at = {"layer": probe.layer, "peek": (probe.layer or 0) - 1}.get(probe.source, sizes.K - 1)
         S = entering[at] if at >= 0 else before
         Q = 1 if probe.rows == "last" else text
+        if probe.source == "head" or (probe.source == "twig" and sizes.pruning_head):
+            S -= text  # it looks at the image alone, through two gates
+            scoring += 2 * sizes.D * sizes.width * (Q * sizes.heads + S * sizes.key_heads)
         scoring += 2 * Q * S * sizes.heads * sizes.width
         if probe.source == "peek":
             scoring += 2 * S * sizes.D * sizes.width * (sizes.heads + 2 * sizes.key_heads)

@@ -15,7 +15,7 @@ from ..errors import InputError
 from .budget import within
 from .cost import Cost, Sizes, cost
 from .reducer import Reducer
-from .rule import Rule
+from .rule import TWIG, Rule
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class Plan:
 
     @property
     def needs_twig(self) -> bool:
-        return any(rule.probe is not None and rule.probe.source == "twig" for _, rule in self.stages)
+        return any(rule.probe is not None and rule.probe.source in TWIG for _, rule in self.stages)
+
+    @property
+    def needs_head(self) -> bool:
+        """It asks the twig's pruning head and nothing else would do."""
+        return any(rule.probe is not None and rule.probe.source == "head" for _, rule in self.stages)
 
     @property
     def random(self) -> bool:

@@ -18,19 +18,21 @@ from ..model.stream import Stream
 from ..model.tap import Tap
 
 Rows = Literal["last", "text"]
+TWIG = ("twig", "head", "attention")  # sources that the twig answers
 
 
 @dataclass(frozen=True)
 class Probe:
     """Rows of attention that a rule wants to see.
 
-    `source`: the last twig layer ("twig"), base layer `layer` as it ran ("layer"), or base layer `layer`
-    that is about to run on what the rule sees ("peek").
+    `source`: the twig's score ("twig": its pruning head's where it has one, else the attention of its last layer; "head"
+    or "attention": that one alone), base layer `layer` as it ran ("layer"), or base layer `layer` that is about to run on
+    what the rule sees ("peek").
     `rows`: the last prompt token ("last"), or the text after the last image ("text"; where there is none
     the last token).
     """
 
-    source: Literal["twig", "layer", "peek"]
+    source: Literal["twig", "head", "attention", "layer", "peek"]
     rows: Rows = "last"
     layer: int | None = None
 
@@ -61,7 +63,7 @@ class Seen:
     """What a rule is shown: its rows' attention and the visual tokens that are left."""
 
     visual: Stream  # B V'; padding behind rows with fewer
-    scores: torch.Tensor | None  # fp32 B Q V', mean over heads of the probed attention; rows that are not there are 0
+    scores: torch.Tensor | None  # fp32 B Q V', mean over heads of what was probed; rows that are not there are 0
     total: Sequence[int]  # visual tokens of each row that entered layer 0
     prompt: Stream  # as it entered layer 0
     text: Stream | None = None  # B Q, what follows the last image (or the last token, where nothing does), as it is now

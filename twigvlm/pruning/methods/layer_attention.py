@@ -9,16 +9,14 @@ from typing import ClassVar
 from ...errors import InputError
 from ..plan import Shape
 from ..rule import Probe
-from .twig import Twig
+from .twig import TwigBudget
 
 
 @dataclass(frozen=True)
-class LayerAttention(Twig):
+class LayerAttention(TwigBudget):
     name: ClassVar[str] = "layer-attention"
     paper: ClassVar[str] = "TwigVLM's ablation of the signal"
     summary: ClassVar[str] = "attention of base layer K-1 under the twig's budget"
-    needs: ClassVar[str] = ""
-    trained: ClassVar[bool] = False
 
     def legal(self, shape: Shape) -> tuple[Fraction, Fraction]:
         self.probe(shape)

@@ -18,7 +18,7 @@ from ..plan import Plan, Shape
 from ..reducer import Leaving, Tokens, View, best
 from ..rule import Keep, Probe, uniform
 from .fastv import FastV
-from .twig import Twig
+from .twig import TwigBudget
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,12 @@ class Draw(Leaving):
 
 
 @dataclass(frozen=True)
-class Random(Twig):
+class Random(TwigBudget):
     """`schedule`: whose cuts, see above."""
 
     name: ClassVar[str] = "random"
     paper: ClassVar[str] = "control"
     summary: ClassVar[str] = "a random draw for every sample, under the twig's budget"
-    needs: ClassVar[str] = ""
-    trained: ClassVar[bool] = False
     schedule: Literal["twig", "input", "fastv"] = "twig"
 
     def probe(self, shape: Shape) -> Probe | None:

@@ -1,4 +1,4 @@
-"""Ours: the twig's budget and attention with SIEVE's discounted picks, in place of the r highest scores.
+"""Ours: the twig's budget and score with SIEVE's discounted picks, in place of the r highest scores.
 
 A pick takes from what is like it (cosine of what the text cannot say of both, see `sieve.py`), so that r
 tokens do not show the same thing r times. Same layers, same R, no new weights. A first cut before layer 0
@@ -32,7 +32,7 @@ class ByTwig(Discounted):
 class TwigDiscount(Twig):
     name: ClassVar[str] = "twig-discount"
     paper: ClassVar[str] = "ours, after TwigVLM and SIEVE"
-    summary: ClassVar[str] = "the twig's attention, picked with discount; the image leaves before layer F"
+    summary: ClassVar[str] = "the twig's score, picked with discount; the image leaves before layer F"
 
     def plan(self, R: float, shape: Shape) -> Plan:
         plan = super().plan(R, shape)
