@@ -51,6 +51,11 @@ class Wish(ModelSettings):
         F = self.wipe_layer or facts.get("F", 0)
         return visual_tokens(config), TwigConfig(L, K, T, F, facts.get("pruning_head", ""))
 
+    @property
+    def V(self) -> int:
+        """Visual tokens an image."""
+        return visual_tokens(self._config())
+
     def base_letters(self, K: int, T: int, F: int) -> TwigConfig:
         """L with the letters of a twig that is to be grown. Raises InputError where the base has too few layers."""
         return TwigConfig(self._config().text_config.num_hidden_layers, K, T, F)

@@ -46,21 +46,21 @@ class Segment:
 
 
 class State:
-    """A batch on its way through base and twig; `read` makes it.
+    """A batch on its way through base and twig; `read` makes it. `above`: prompts hold what has left the layers below that one.
 
     `kept` [B, W] are the visual tokens (0.. over a row's images, -1 is none) that the first cut left,
     None without one; `entered` pairs a number of layers with the visual tokens [B] that entered each.
     """
 
-    def __init__(self, trunk: Trunk, twig: Twig | None, plan: Plan, prompts: Prompts):
+    def __init__(self, trunk: Trunk, twig: Twig | None, plan: Plan, prompts: Prompts, above: int = 0):
         self.trunk, self.twig, self.plan = trunk, twig, plan
-        self.depth = twig.config.K if twig is not None else 0
+        self.depth = twig.config.K if twig is not None else above
         stream = self.prompt = prompts.stream
         self.lengths = [len(row) for row in prompts.ids]
         self.length = torch.tensor(self.lengths, device=stream.place.device)
         self.draws = list(prompts.draws)
         self.totals = [sum(t == trunk.image_token_id for t in row) for row in prompts.ids]  # visual tokens
-        self.segments = self._segments()
+        self.segments = self._segments(above)
         self.above = self._group(twig.layers) if twig is not None else None
         self.missed: list[Stream] = []  # left layer K-1, and the twig has not read it
         self.heard_prompt: torch.Tensor | None = None  # B, tokens of the prompt that the twig has read
@@ -335,9 +335,9 @@ class State:
             ordinal = self._ordinal.gather(1, place.clamp(min=0))
             self.kept = torch.where(keep & (place >= 0), ordinal, -1)
 
-    def _segments(self) -> list[Segment]:
+    def _segments(self, above: int) -> list[Segment]:
         L = self.trunk.L
-        cuts = {0, self.depth, self.plan.evict or 0, *(before for before, _ in self.plan.stages)}
+        cuts = {above, self.depth, self.plan.evict or above, *(before for before, _ in self.plan.stages)}
         edges = [*sorted(cut for cut in cuts if cut < L), L]
         return [Segment(a, b, self._group(self.trunk.layers[a:b])) for a, b in itertools.pairwise(edges)]
 

@@ -48,15 +48,15 @@ def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: i
 def fill_twig(twig: Twig, files: Sequence[Path], device: torch.device) -> None:
     """The twig's weights from `files`; what TwigVLM++'s training stores of the base along with them is named and left.
 
-    A twig that has a pruning head takes it from there if it is there.
+    A pruning head that the twig lacks is left as well, and one that the files lack stays as it is.
     """
-    shapes = _shapes(files)
-    if copies := [name for name in shapes if COPIES.search(name)]:
-        print(
-            f"{files[0]}: {len(copies)} tensors are copies of the base ({copies[0]}, …) and are not read",
-            file=sys.stderr,
-        )
-    filling = Filling(twig, lambda name: None if COPIES.search(name) else name)
+    names, head = list(_shapes(files)), f"{PRUNING_HEAD}."
+    if copies := [name for name in names if COPIES.search(name)]:
+        print(f"{files[0]}: {len(copies)} tensors are copies of the base ({copies[0]}, …), not read", file=sys.stderr)
+    unread = (lambda name: COPIES.search(name) or name.startswith(head)) if twig.pruning_head is None else COPIES.search
+    filling = Filling(twig, lambda name: None if unread(name) else name)
+    if not any(name.startswith(head) for name in names):
+        filling.leave(head)
     filling.fill(files, device, files[0], cut_rows=(HEAD,))
 
 

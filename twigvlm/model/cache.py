@@ -132,6 +132,16 @@ class CacheGroup:
         self.known = None if self.known is None else [n for n in self.known for _ in range(times)]
         self.rows *= times
 
+    def begin_behind(self, other: CacheGroup, rows: torch.Tensor) -> None:
+        """Start, still empty, with what `other` has committed: row i continues its row rows[i]."""
+        known = None if other.known is None else [other.known[i] for i in rows.tolist()]
+        self.used, self.known, self.reach = other.used.index_select(0, rows), known, other.reach
+        self.keys, self.values = (t.index_select(1, rows) for t in (other.keys, other.values))
+
+    def forget(self) -> None:
+        """Give the memory back; nothing is asked of it any more."""
+        self.keys = self.values = None
+
     def leave(self, order: Sequence[int], index: torch.Tensor, gone: torch.Tensor) -> None:
         """Row i becomes what row order[i] was; the others leave. `index` and `gone` are both on the device.
 

@@ -198,9 +198,9 @@ class Trunk:
                 hidden = self._call(layer, hidden, attention, [t for t in taps if t.module is layer.self_attn])
         return replace(stream, hidden=hidden)
 
-    def peek(self, layer: nn.Module, stream: Stream, rows: torch.Tensor) -> Tap:
-        """Query and keys that `layer` would use for the tokens `rows` [B, Q], without running it."""
-        tap = Tap(layer.self_attn, rows, peek=True)
+    def peek(self, layer: nn.Module, stream: Stream, rows: torch.Tensor, whole: bool = False) -> Tap:
+        """Query and keys that `layer` would use for the tokens `rows` [B, Q], without running it; `whole`: see `Tap`."""
+        tap = Tap(layer.self_attn, rows, peek=True, whole=whole)
         normed = layer.input_layernorm(stream.hidden)
         tap.read_normed(normed)
         with tapped(layer.self_attn.config), suppress(Peeked):

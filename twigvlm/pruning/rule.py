@@ -161,13 +161,14 @@ class Wipe(Rule):
 
 @dataclass(frozen=True)
 class Given(Rule):
-    """A selection made beforehand: `kept` [B, P] bool over the places of each prompt."""
+    """A selection made beforehand: `kept` [B, P] bool over the places of each prompt; no row keeps more than `limit`."""
 
     kept: torch.Tensor
+    limit: int | None = None
     exact: ClassVar[bool] = False
 
     def most(self, total: int) -> int:
-        return total
+        return total if self.limit is None else min(total, self.limit)
 
     def __call__(self, seen: Seen) -> Selection:
         kept = self.kept.to(seen.visual.place.device)

@@ -24,7 +24,7 @@ from ..loading.twig import check_letters
 from ..model.twig import CONFIG
 from ..program import run_program
 from .agreement import FILE as ANSWERS
-from .data.loading import fill_in
+from .data.loading import fill_in, with_start
 from .data.records import Records
 from .settings import HELD_OUT, HELD_OUT_SHARE, STOPPED, Settings, check_accelerate, parse
 
@@ -70,7 +70,9 @@ def start(settings: Settings, argv: list[str]) -> int:
 def foresee(settings: Settings) -> None:
     """Raise InputError for what cannot be, before data are drawn and the base is asked: both take minutes."""
     check_accelerate()
+    settings = with_start(settings)
     from ..foresight import Wish
+    from .plus.subject import foresee_stage
     from .settings import ROWS_PER_DEVICE, split_batch
     from .train import check_export
     from .twig import INITS, Start
@@ -81,7 +83,8 @@ def foresee(settings: Settings) -> None:
     check_attention(settings.attention)
     check_export(settings.export_release)
     device = pick_device(settings.device)
-    Wish(settings.base, shape=settings.random).base_letters(settings.K, settings.T, settings.F)
+    wish = Wish(settings.base, shape=settings.random)
+    foresee_stage(settings, wish.base_letters(settings.K, settings.T, settings.F), wish.V)
     if settings.init not in INITS:
         stored = read_json(Path(settings.init) / CONFIG)
         check_letters(Path(settings.init) / CONFIG, {"K": settings.K, "T": settings.T}, stored)

@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from ..errors import InputError
+from ..model.pruning_head import NAME
 from ..model.twig import Twig
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
 def add_adapters(twig: Twig, rank: int, alpha: float, dropout: float, seed: int) -> None:
-    """Freeze the twig but for its norms, and put adapters of this rank on every matrix, the head included."""
+    """Freeze the twig but for its norms and its pruning head, and put adapters of this rank on every matrix, the head included."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as fault:
@@ -22,7 +23,7 @@ def add_adapters(twig: Twig, rank: int, alpha: float, dropout: float, seed: int)
         torch.manual_seed(seed)
         inject_adapter_in_model(config, twig)
     for name, parameter in twig.named_parameters():
-        parameter.requires_grad_("lora_" in name or "norm" in name)
+        parameter.requires_grad_("lora_" in name or "norm" in name or name.startswith(NAME))
 
 
 def merged(state: dict[str, torch.Tensor], twig: Twig) -> dict[str, torch.Tensor]:

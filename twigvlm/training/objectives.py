@@ -2,7 +2,8 @@
 
 `states` is the Stream that leaves layer K-1 of the base, `labels` [B, S] the tokens of its rows (IGNORE: not to be
 learnt), `base` the trunk below the twig, or the whole base for an objective that `asks_base`. Figures are sums over
-the answers, so that those of micro-batches and processes add up.
+the answers, so that those of micro-batches and processes add up; "means", where there are any, is a table of means over
+the micro-batch. Those of TwigVLM++ are in `training.plus`.
 """
 
 from __future__ import annotations

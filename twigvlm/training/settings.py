@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..config import DEFAULT_K, DEFAULT_T, option
 from ..errors import InputError
 from ..loading.device import BACKENDS
 from ..loading.random import SHAPES
+from ..model.pruning_head import STARTS
 from .run.zero import read_zero
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -23,6 +25,8 @@ ZERO = {"2": "zero2.json", "3": "zero3.json", "3_offload": "zero3_offload.json"}
 SKIPPED = "skipped.jsonl"
 STOPPED = "stopped.json"  # a training that a signal stopped leaves this
 LEARNING = ("twig", "projector")
+PREDICTIONS, TEACHERS = ("kl", "hybrid", "acceptance"), ("whole", "pruned")
+BASELINES, REWARDS = ("group", "leave-one-out"), ("answer", "fidelity")
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 ROWS_PER_DEVICE = {"cuda": 4, "cpu": 8, "mps": 4}  # of a micro-batch, when nobody says
@@ -30,6 +34,14 @@ HELD_OUT, HELD_OUT_SHARE = 64, 100  # samples, if there are at least 100 times a
 
 # Measured on sprout (docs/LOG.md): the base is small enough for large steps.
 EMBEDDED_PRESET = {"batch_size": 16, "lr": 5e-4, "per_device_batch": 8}
+STAGE_2 = {"max_steps": 500, "groups": 32}  # arXiv 2503.14075v3
+EMBEDDED_STAGE_2 = {"groups": 8, "max_steps": 200}
+# Settings of TwigVLM++'s stages → the stages that read them.
+BELONGS = {
+    "head_init": (1,), "prediction_weight": (1,), "prediction_loss": (1,), "temperature": (1,), "teacher": (1,),
+    "attention_turns": (1,), "attention_weight": (1, 2), "attention_layer": (1, 2), "groups": (2,), "sets_at_once": (2,),
+    "baseline": (2,), "reward": (2,), "reward_turns": (2,), "budget": (2,),
+}  # fmt: skip
 
 
 def _places(text: str) -> tuple[int, ...]:
@@ -60,6 +72,47 @@ class ModelPart:
 
 
 @dataclass
+class PlusPart:
+    """TwigVLM++'s stages. What belongs to one stage is refused in another: see `BELONGS`."""
+
+    stage: int = option(
+        0, "0: the twig learns the next token; 1: with a pruning head, and from the base as well; 2: the pruning head, by rewards",
+        choices=(0, 1, 2),
+    )  # fmt: skip
+    head_init: str = option(
+        "released", "how a fresh pruning head begins: with random gates, or as the twig's own attention", choices=STARTS
+    )
+    prediction_weight: float = option(0.1, "stage 1: of the loss that draws the drafts to the base's words")
+    prediction_loss: str = option(
+        "kl", "stage 1: divergence, a hybrid of it with acceptance, or -log acceptance", choices=PREDICTIONS
+    )
+    temperature: float = option(5.0, "stage 1: that softens both sides of the divergence")
+    teacher: str = option(
+        "whole", "stage 1: whose words teach, the whole base's or the pruned one's (random r)", choices=TEACHERS
+    )
+    attention_weight: float | None = option(
+        None,
+        "of the divergence of the pruning head from the base's attention (default 1; in stage 2 0, the released code has 1)",
+    )
+    attention_layer: int | None = option(
+        None, "base layer whose attention teaches, from 0 (default: 19 of 32, at the same depth)"
+    )
+    attention_turns: str = option(
+        "first", "stage 1: before which answers the pruning head is taught", choices=("first", "all")
+    )
+    groups: int | None = option(None, "stage 2: kept sets drawn of each sample (default 32)")
+    sets_at_once: int = option(8, "stage 2: of them in memory together")
+    baseline: str = option(
+        "group", "stage 2: rewards over the group's mean in its spread, or over the others' mean", choices=BASELINES
+    )
+    reward: str = option(
+        "answer", "stage 2: likelihood of the reference answer, or fidelity to the unpruned base", choices=REWARDS
+    )
+    reward_turns: str = option("all", "stage 2: which answers count", choices=("all", "first"))
+    budget: float | None = option(None, "stage 2: R of every set (default: the paper's schedule from 192 to 64 of 576)")
+
+
+@dataclass
 class DataPart:
     data: str | None = option(None, "LLaVA's instruction JSON (default with the embedded base: drawn)", "--data-path")
     images: str | None = option(None, "folder that the image names start from", "--image-folder")
@@ -79,10 +132,14 @@ class DataPart:
 class RunPart:
     out: str | None = option(None, "folder of the run (default runs/twig-BASE-K*-T*)", "--output-dir")
     epochs: float = option(1.0, "passes over the data")
-    max_steps: int = option(0, "stop after so many steps (default: whole epochs); the schedule ends there")
+    max_steps: int | None = option(
+        None, "stop after so many steps (default 0: whole epochs; in stage 2 500); the schedule ends there"
+    )
     batch_size: int | None = option(None, "samples per optimizer step, over all devices (default 128)")
     per_device_batch: int | None = option(None, "samples in memory at once per device; accumulation follows")
-    lr: float | None = option(None, "peak learning rate (default 1e-4; of a projector 2e-5)", "--learning-rate")
+    lr: float | None = option(
+        None, "peak learning rate (default 1e-4; of a projector and in stage 2 2e-5)", "--learning-rate"
+    )
     betas: list[float] = option([0.9, 0.98], "AdamW's")
     weight_decay: float = option(0.0, "AdamW's")
     warmup: float = option(0.03, "share of the steps in which the learning rate rises")
@@ -138,13 +195,13 @@ class PlanPart:
 
 
 PARTS = {
-    "model": ModelPart, "data": DataPart, f"run (with the embedded base: {', '.join(f'{k} {v:g}' for k, v in EMBEDDED_PRESET.items())})": RunPart,
+    "model": ModelPart, "TwigVLM++": PlusPart, "data": DataPart, f"run (with the embedded base: {', '.join(f'{k} {v:g}' for k, v in EMBEDDED_PRESET.items())})": RunPart,
     "devices": DevicePart, "checkpoints and reports": WatchPart, "plan": PlanPart,
 }  # fmt: skip
 
 
 @dataclass
-class Settings(WatchPart, DevicePart, RunPart, DataPart, ModelPart):
+class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
     """What a training is asked to do. None means: decided by base, device or data, and printed."""
 
     def __post_init__(self) -> None:
@@ -152,6 +209,10 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, ModelPart):
             if not ok:
                 raise InputError(f"{name} is {getattr(self, name)!r}; {legal}")
 
+        self._check_stage(check)
+        for name in ("batch_size", "lr", "per_device_batch", "max_steps", "groups", "attention_weight"):
+            if getattr(self, name) is None:
+                setattr(self, name, self._preset().get(name))
         for name in ("batch_size", "per_device_batch", "log_steps", "agreement_steps"):
             value = getattr(self, name)
             check(value is None or value >= 1, name, "1 or more is needed")
@@ -177,9 +238,38 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, ModelPart):
         check(self.attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)} is needed")
         if self.base is not None and self.random is not None:
             raise InputError(f"base {self.base} and random {self.random}: give one of them")
-        for name in ("batch_size", "lr", "per_device_batch"):
-            if getattr(self, name) is None:
-                setattr(self, name, self._preset().get(name))
+
+    def _check_stage(self, check: Callable[[bool, str, str], None]) -> None:
+        check(self.stage in (0, 1, 2), "stage", "0, 1 or 2 is needed")
+        check(not self.stage or self.learn == "twig", "stage", "a projector has no stages: leave it out")
+        for name, stages in BELONGS.items():
+            usual = next(one.default for one in fields(PlusPart) if one.name == name)
+            fits = self.stage in stages or getattr(self, name) in (usual, self._preset().get(name))
+            check(fits, name, f"it is for --stage {' or '.join(map(str, stages))}: leave it out")
+        for name in ("prediction_weight", "attention_weight"):
+            check((getattr(self, name) or 0) >= 0, name, "0 or more is needed")
+        check(self.temperature > 0, "temperature", "a number above 0 is needed")
+        check(self.sets_at_once >= 1, "sets_at_once", "1 or more is needed")
+        check(
+            self.groups is None or self.groups >= 2, "groups", "2 or more are needed: a set is measured against others"
+        )
+        check(
+            not (self.stage == 2 and self.lora_rank),
+            "lora_rank",
+            "in stage 2 only the pruning head learns: leave it out",
+        )
+        lost = self.export_release and self.stage and self.head_init == "identity"
+        check(not lost, "head_init", "the authors' format knows released heads only: leave --export-release out")
+        for name, legal in (
+            ("head_init", STARTS),
+            ("prediction_loss", PREDICTIONS),
+            ("teacher", TEACHERS),
+            ("baseline", BASELINES),
+            ("reward", REWARDS),
+        ):
+            check(getattr(self, name) in legal, name, f"one of {', '.join(legal)} is needed")
+        for name in ("attention_turns", "reward_turns"):
+            check(getattr(self, name) in ("first", "all"), name, "first or all is needed")
 
     @property
     def embedded(self) -> bool:
@@ -187,9 +277,13 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, ModelPart):
         return self.base is None and self.random is None
 
     def _preset(self) -> dict:
+        usual = {"max_steps": 0, "attention_weight": float(self.stage == 1)}
+        if self.stage == 2:
+            usual |= STAGE_2
         if self.embedded:
-            return EMBEDDED_PRESET
-        return {"batch_size": 128, "lr": 1e-4 if self.learn == "twig" else 2e-5}  # LLaVA's own rate of finetuning
+            return usual | EMBEDDED_PRESET | (EMBEDDED_STAGE_2 if self.stage == 2 else {})
+        # LLaVA's own rate of finetuning for a projector; the paper's for the rest.
+        return usual | {"batch_size": 128, "lr": 2e-5 if self.learn == "projector" or self.stage == 2 else 1e-4}
 
     def zero_config(self, device: str, processes: int) -> Path | None:
         """The DeepSpeed configuration file, or None for plain training (DDP where there are several processes).

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from ..errors import RunError
+from ..loading.find import read_json
+from ..loading.twig import stored_twig
 from ..model.twig import CONFIG, describe, write_twig
 from .lora import add_adapters, has_adapters, merged
 from .objectives import Ntp, Objective
@@ -17,7 +20,7 @@ from .run.device import Run
 from .run.report import TWIG_CARD
 from .run.timing import StepTimes
 from .settings import Settings
-from .twig import Prepared, Start, TwigLesson, checkpoint_gradients, prepare_twig
+from .twig import INITS, Prepared, Start, TwigLesson, checkpoint_gradients, prepare_twig
 
 
 class Subject(Protocol):
@@ -67,16 +70,18 @@ class TwigSubject:
     def prepare(self, one: Run) -> Prepared:
         settings = one.settings
         dtype = torch.bfloat16 if one.precision == "bf16" else torch.float32
-        start = Start(settings.K, settings.T, settings.F, settings.init)
+        start = start_of(settings)
         how = (settings.attention, settings.random, self.objective.asks_base)
         with room(one):
             prepared = prepare_twig(settings.base, start, one.device, dtype, *how)
         if settings.lora_rank:
             add_adapters(prepared.twig, settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.seed)
+        # What a pruning head hears is taken from inside the last layer, which is then neither done twice nor compiled.
+        unheard = prepared.twig.layers[: settings.T - (prepared.twig.pruning_head is not None)]
         if settings.gradient_checkpointing:
-            checkpoint_gradients(prepared.twig.layers)
+            checkpoint_gradients(unheard)
         if settings.compile:
-            for layer in (*prepared.base.layers[: settings.K], *prepared.twig.layers):
+            for layer in (*prepared.base.layers[: settings.K], *unheard):
                 layer.compile(dynamic=True)
         return prepared
 
@@ -101,6 +106,15 @@ class TwigSubject:
 
     def title(self, facts: dict) -> str:
         return f"Twig of {facts['base']}, K = {facts['K']}, T = {facts['T']}"
+
+
+def start_of(settings: Settings) -> Start:
+    """Which twig begins. In TwigVLM++'s stages a stored one keeps its pruning head and its F; a fresh head is as asked."""
+    start = Start(settings.K, settings.T, settings.F, settings.init)
+    if not settings.stage or settings.init in INITS:
+        return replace(start, pruning_head=settings.head_init if settings.stage == 1 else "")
+    head = stored_twig(Path(settings.init))[1] or (settings.head_init if settings.stage == 1 else "")
+    return replace(start, F=start.F or read_json(Path(settings.init) / CONFIG).get("F", 0), pruning_head=head)
 
 
 @contextmanager

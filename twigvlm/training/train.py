@@ -1,7 +1,7 @@
 """Train a twig: `python -m twigvlm.training.train`, or `bash scripts/v1_5/train_twig.sh`.
 
 With --learn projector it is the base's projector that learns, while visual tokens are pruned in front
-of it (`training.projector`). Of a twig's base only K+T layers of the base are read; layers 0..K-1 are frozen, the twig learns to say the answers of
+of it (`training.projector`); with --stage 1 and 2 a pruning head as well, or alone (`training.plus`). Of a plain twig's base only K+T layers of the base are read; layers 0..K-1 are frozen, the twig learns to say the answers of
 the data. Runs on a CPU, one GPU, or many processes under torchrun, DeepSpeed or Slurm. The same
 command continues a run that was stopped, from its last whole checkpoint.
 """
@@ -30,6 +30,7 @@ from .data.examples import TwigDataset
 from .data.loading import TrainingData, TrainingFeed, fill_in, read_data
 from .data.survey import SkipLog, Survey
 from .lora import has_adapters
+from .plus.subject import DistilSubject, PolicySubject
 from .projector import ProjectorSubject
 from .run import checkpoints
 from .run.device import Run, device_of, precision_of, prepare_process
@@ -154,7 +155,9 @@ def run(settings: Settings) -> int:
 
 def subject_of(settings: Settings) -> Subject:
     """What these settings train."""
-    return ProjectorSubject(settings) if settings.learn == "projector" else TwigSubject()
+    if settings.learn == "projector":
+        return ProjectorSubject(settings)
+    return {0: lambda _: TwigSubject(), 1: DistilSubject, 2: PolicySubject}[settings.stage](settings)
 
 
 def _run(one: Run, signals: Signals, subject: Subject) -> int:

@@ -19,14 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from ..config import TwigConfig
 from ..errors import InputError
 from ..families import trunk_of
-from ..loading.base import HEAD, Loaded, load_base
+from ..loading.base import Loaded, load_base
 from ..loading.describe import EMBEDDED_BASE
 from ..loading.find import read_json
 from ..loading.random import random_base, random_config
-from ..loading.weights import Filling
+from ..loading.twig import fill_twig, stored_twig
 from ..model.stream import Stream
 from ..model.trunk import Trunk
-from ..model.twig import CONFIG, WEIGHTS, Twig, grow, signature
+from ..model.twig import CONFIG, Twig, grow, signature
 from .objectives import Objective
 from .run.timing import StepTimes
 
@@ -50,12 +50,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Start:
-    """Which twig to train: K and T, the wipe layer F (0: three quarters of L), and from what (`INITS` or a twig)."""
+    """Which twig to train: K and T, the wipe layer F (0: three quarters of L), from what (`INITS` or a twig), and with which
+    pruning head ("": none; a stored twig's is taken along if it has one).
+    """
 
     K: int
     T: int
     F: int = 0
     init: str = "base"
+    pruning_head: str = ""
 
     def __post_init__(self) -> None:
         if self.init not in INITS and not Path(self.init).exists():
@@ -82,7 +85,7 @@ def prepare_twig(
     configs: list[TwigConfig] = []
 
     def keep(L: int) -> list[int]:
-        configs.append(TwigConfig(L, start.K, start.T, start.F))
+        configs.append(TwigConfig(L, start.K, start.T, start.F, start.pruning_head))
         return list(range(L)) if whole else layers_needed(configs[-1], start.init)
 
     if shape is not None:
@@ -130,8 +133,7 @@ def _copy_twig(start: Start, known_by: list[float], twig: Twig) -> None:
     stored = torch.tensor(facts.get("base_signature", known_by))
     if not torch.allclose(stored, torch.tensor(known_by), rtol=0.02, atol=1e-4):
         raise InputError(f"{folder / CONFIG}: this twig grew on other weights ({facts.get('base')!r}) than this base's")
-    filling = Filling(twig, lambda name: name)
-    filling.fill([folder / WEIGHTS], torch.device("cpu"), folder / WEIGHTS, cut_rows=(HEAD,))
+    fill_twig(twig, stored_twig(folder)[0], torch.device("cpu"))
 
 
 def trim_tower(trunk: Trunk) -> None:

@@ -14,6 +14,7 @@ from transformers import LlavaProcessor
 from ...errors import InputError
 from ...families import trunk_of
 from ...loading.base import Loaded
+from ...model.twig import WEIGHTS
 from ...prompt.processor import make_processor, make_prompts
 from ...prompt.template import VicunaPrompts
 from ...workers import batches, loader
@@ -147,13 +148,30 @@ def fill_in(settings: Settings) -> Settings:
             held_out_images=settings.held_out_images or str(aside / IMAGES),
         )
         ensure_drawn()
+    settings = with_start(settings)
     if settings.out is None:
-        name = re.sub(r"[^\w.-]+", "-", Path(settings.base or settings.random or "sprout").name)
-        what = f"twig-{name}-K{settings.K}-T{settings.T}"
+        name = _name(settings)
+        what = _twig_run(settings, settings.stage)
         if settings.learn == "projector":
             what = f"projector-{name}-{re.sub(r'[^a-z0-9.]+', '-', settings.pruning)}-R{settings.retained_tokens:g}"
         settings = replace(settings, out=f"runs/{what}")
     return settings
+
+
+def with_start(settings: Settings) -> Settings:
+    """Stage 2 starts from the twig that stage 1 leaves at its usual place, where nobody gives one and it is there."""
+    usual = Path("runs") / _twig_run(settings, 1)
+    if settings.stage == 2 and settings.init == "base" and (usual / WEIGHTS).exists():
+        return replace(settings, init=str(usual))
+    return settings
+
+
+def _twig_run(settings: Settings, stage: int) -> str:
+    return f"twig-{_name(settings)}-K{settings.K}-T{settings.T}" + (f"-stage{stage}" if stage else "")
+
+
+def _name(settings: Settings) -> str:
+    return re.sub(r"[^\w.-]+", "-", Path(settings.base or settings.random or "sprout").name)
 
 
 def open_file(

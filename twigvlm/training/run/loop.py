@@ -83,7 +83,10 @@ class Learner(nn.Module):
 
 @dataclass(frozen=True)
 class Told:
-    """What a step of this process has given: `losses` and `figures` of its micro-batches."""
+    """What a step of this process has given: `losses` and `figures` of its micro-batches.
+
+    Every micro-batch has been told in "progress" which share of the training was done before it.
+    """
 
     losses: list[torch.Tensor]
     figures: list[dict]
@@ -236,7 +239,8 @@ class Loop:
             group["lr"] = rate
         losses, figures, self.waited = [], [], 0.0
         for number in range(count):
-            batch = self._next(micro_batches)
+            progress = (self.done + number / count) / self.plan.steps
+            batch = {**self._next(micro_batches), "progress": progress}
             self._seed(number)
             loss, found = self._micro_batch(batch, count, last=number == count - 1)
             losses.append(loss)

@@ -23,7 +23,15 @@ DIGITS = {
     "samples_per_second": 3,
     "tokens_per_second": 1,
     "waiting_share": 5,
-}
+    "ntp": 5, "prediction": 5, "attention": 5, "reward": 5, "spread": 5,
+}  # fmt: skip
+TERMS = (
+    "ntp",
+    "prediction",
+    "attention",
+    "reward",
+    "spread",
+)  # of the loss, or of what it is made from: where there are any
 
 
 def check_wandb(wanted: bool) -> None:
@@ -90,7 +98,7 @@ class Report:
         left = (steps - step) * (now - then) / max(1, step - first)
         parts = [f"step {step}/{steps}", f"eta {duration(left)}"]
         parts += [f"{logs['samples_per_second']:.2f} samples/s", f"{logs['tokens_per_second']:,.0f} tokens/s"]
-        parts += [f"loss {logs['loss']:.4f}"]
+        parts += [f"loss {logs['loss']:.4f}", *(f"{name} {logs[name]:.4f}" for name in TERMS if name in logs)]
         if "agreement" in logs:
             parts += [f"agreement {100 * logs['agreement']:.1f} % ({self.against})"]
         parts += [f"lr {logs['learning_rate']:.3g}", f"waiting {100 * logs['waiting_share']:.1f} %"]

@@ -49,6 +49,7 @@ class Tally:
     tokens: int = 0
     right: float | torch.Tensor = 0.0
     answers: float | torch.Tensor = 0.0
+    means: dict[str, float | torch.Tensor] = field(default_factory=dict)  # of an objective's own, summed over steps
     waited: float = 0.0
     since: float = field(default_factory=time.monotonic)
 
@@ -104,6 +105,9 @@ class TwigWatch(Watch):
         tally.loss = tally.loss + torch.stack(told.losses).mean()
         tally.right = tally.right + sum(f["right"] for f in told.figures)
         tally.answers = tally.answers + sum(f["answers"] for f in told.figures)
+        for name in told.figures[0].get("means", {}):
+            mean = torch.stack([f["means"][name].float() for f in told.figures]).mean()
+            tally.means[name] = tally.means.get(name, 0.0) + mean
         self._note_unreadable()
         if ended or loop.done % self.measured_every == 0:
             self.agreement = self._measure(loop)
@@ -140,10 +144,19 @@ class TwigWatch(Watch):
     def _log(self, loop: Loop, told: Told) -> None:
         job, tally = self.job, self.tally
         self.tally = Tally()
-        sums = (tally.loss, tally.samples, tally.tokens, tally.right, tally.answers, tally.waited)
-        loss, samples, tokens, right, answers, waited = job.ranks.reduce([float(s) for s in sums], job.device)
+        sums = (
+            tally.loss,
+            tally.samples,
+            tally.tokens,
+            tally.right,
+            tally.answers,
+            tally.waited,
+            *tally.means.values(),
+        )
+        loss, samples, tokens, right, answers, waited, *means = job.ranks.reduce([float(s) for s in sums], job.device)
         seconds = max(time.monotonic() - tally.since, 1e-9)
         logs = {"loss": loss / job.ranks.world / tally.steps}
+        logs |= {name: mean / job.ranks.world / tally.steps for name, mean in zip(tally.means, means, strict=True)}
         logs |= {} if told.norm is None else {"grad_norm": told.norm}
         logs |= {"learning_rate": told.rate, "epoch": loop.done / job.steps_an_epoch}
         logs |= {"samples_per_second": samples / seconds, "tokens_per_second": tokens / seconds}

@@ -1,0 +1,191 @@
+"""Stage 2: the pruning head learns to choose sets behind which the base finds the reference answer likely.
+
+Kept sets are drawn from the head's score, the pruned base reads the answer behind each (teacher forcing, no roll-out),
+and the head moves towards the sets that did better than their group (arXiv 2503.14075v3, Eq. 13-16). Everything but the
+head is frozen and runs without gradients. Legend: B samples, S tokens, G sets of each, V' visual tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ...model.stream import Stream, front
+from ...model.tap import Tap, share
+from ...model.trunk import Trunk
+from ...model.twig import Twig
+from ...pruning.rule import highest
+from ..data.examples import IGNORE
+from .budgets import Budgets
+from .distil import teacher_layer
+from .losses import attention_divergence
+from .pruned import Beginning
+from .rows import Turns, asked_rows, visual_columns
+from .sets import Baseline, advantage, draw, policy_loss
+
+Reward = Literal["answer", "fidelity"]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the pruned base makes of the answers behind sets [G, B]: the reward, and how many learnt words it would say."""
+
+    reward: torch.Tensor  # G B
+    right: torch.Tensor  # G B
+    answers: torch.Tensor  # B
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`groups` sets a sample, `at_once` of them in memory together; `attention` weighs the released code's extra term (w²
+    times it), 0 leaves it out. `reward` "answer": mean log-likelihood of the learnt words behind the first image;
+    "fidelity": minus the mean divergence from what the unpruned base says there, which no reference is needed for.
+    `turns` "first" rewards the answer alone before which the head was asked, "all" every one (as released).
+    """
+
+    groups: int = 32
+    baseline: Baseline = "group"
+    reward: Reward = "answer"
+    turns: Turns = "all"
+    budget: float | None = None
+    attention: float = 0.0
+    layer: int | None = None
+    at_once: int = 8
+
+    asks_base = True
+
+    def budgets(self, twig: Twig, base: Trunk) -> Budgets:
+        return Budgets.of(twig.config, base.V, self.budget)
+
+    def __call__(
+        self, states: Stream, labels: torch.Tensor, twig: Twig, base: Trunk, progress: float = 1.0
+    ) -> tuple[torch.Tensor, dict]:
+        """See `objectives.Objective`. Without gradients (a measurement) the set is the best one, at the smallest budget.
+
+        "right" and "answers" of the figures are those of the pruned base; "means" the rewards and their spread.
+        """
+        asked = asked_rows(labels, states.visual)
+        here = (asked[:, 0] >= 0).nonzero()[:, 0]
+        part, words, asked = states.select(here), labels.index_select(0, here), asked.index_select(0, here)
+        columns = visual_columns(part) if len(here) else asked
+        score = self._score(part, asked, columns, twig, base) if len(here) else _idle(states, twig)
+        budgets, device = self.budgets(twig, base), labels.device
+        if not len(here):
+            none = torch.zeros((), device=device)
+            figures = {"answers": none.long(), "right": none.long(), "means": {"reward": none, "spread": none}}
+            return score, figures
+        images = ((columns >= 0).sum(1) // base.V).tolist()
+        learns = torch.is_grad_enabled()
+        numbers = random.Random(int(torch.randint(2**62, ())))
+        each = budgets.draw(progress, numbers, len(images)) if learns else [budgets.r[0]] * len(images)
+        most = torch.tensor(budgets.most(images, each), device=device)
+        log_s = score.clamp(min=torch.finfo(score.dtype).tiny).log().masked_fill(columns < 0, -torch.inf)
+        picks = draw(log_s, most, self.groups) if learns else _best(score, columns, most)
+        kept = _laid(picks, columns, part.width)
+        with torch.no_grad():
+            found = self._reward(part, words, kept, int(most.max()), twig, base)
+        figures = _figures(found, len(labels))
+        if not learns:
+            return torch.zeros((), device=device), figures
+        losses = policy_loss(log_s, picks, advantage(found.reward.T, self.baseline))
+        if self.attention:
+            with torch.no_grad():
+                looked = self._look(part, asked, columns, twig, base)
+            far = attention_divergence(looked, score)
+            weights = torch.tensor([budgets.weight(r) ** 2 for r in each], device=device)
+            losses = losses + self.attention * weights * far
+            figures["means"]["attention"] = far.detach().sum() / len(labels)
+        return losses.sum() / len(labels), figures  # a sample weighs the same in any company
+
+    def _score(self, part: Stream, asked: torch.Tensor, columns: torch.Tensor, twig: Twig, base: Trunk) -> torch.Tensor:
+        """[B, V']: gradients reach the head alone."""
+        with torch.no_grad():
+            below = base.run(twig.layers[:-1], part)
+            tap = base.peek(twig.layers[-1], below, asked, whole=True)
+        return twig.pruning_head.of_tap(tap, columns)[:, 0]
+
+    def _look(self, part: Stream, asked: torch.Tensor, columns: torch.Tensor, twig: Twig, base: Trunk) -> torch.Tensor:
+        """[B, V']: the unpruned base's attention at the teacher's layer."""
+        K, layer = twig.config.K, teacher_layer(self.layer, twig.config.K, base.L)
+        tap: Tap = base.peek(base.layers[layer], base.run(base.layers[K:layer], part), asked)
+        return share(tap.query, tap.at(columns)[1], tap.sees(columns), tap.scaling)[:, 0]
+
+    def _reward(
+        self, part: Stream, labels: torch.Tensor, kept: torch.Tensor, most: int, twig: Twig, base: Trunk
+    ) -> Scored:
+        """Of kept sets [G, B, S]. The text before the first image is read once for all of them."""
+        image = part.visual >= 0
+        begin = Beginning(base, twig.config, part, torch.where(image, part.place, part.width).min(1).values)
+        targets = _targets(labels, part, self.turns)
+        whole = None
+        if self.reward == "fidelity":
+            whole = base.run(base.layers[twig.config.K :], part).hidden
+        parts = [
+            _read(begin.top(sets, most), targets, base, len(sets), whole) for sets in kept.split(max(1, self.at_once))
+        ]
+        reward, right = (torch.cat(found) for found in zip(*parts, strict=True))
+        return Scored(reward, right, (targets != IGNORE).sum(1))
+
+
+def _targets(labels: torch.Tensor, part: Stream, turns: Turns) -> torch.Tensor:
+    """[B, S]: at each text token behind the first image the word to be said next, IGNORE where none is rewarded."""
+    following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
+    behind = (part.visual >= 0).long().cumsum(1) > 0
+    following = following.masked_fill(~behind | (part.visual >= 0), IGNORE)
+    if turns == "first":
+        learnt = following != IGNORE
+        begins = learnt & ~torch.cat([torch.zeros_like(learnt[:, :1]), learnt[:, :-1]], 1)
+        following = following.masked_fill(begins.long().cumsum(1) != 1, IGNORE)
+    return following
+
+
+def _read(
+    top: Stream, targets: torch.Tensor, base: Trunk, sets: int, whole: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards and right words [G, B] of G x B rows that left the last layer; `whole` [B, S, D]: those of the unpruned base."""
+    B = len(targets)
+    words = targets.repeat(sets, 1).gather(1, top.place.clamp(min=0)).masked_fill(top.place < 0, IGNORE)
+    row, column = (words != IGNORE).nonzero(as_tuple=True)
+    logits, said = base.logits(top.hidden[row, column]), words[row, column]
+    likely = logits.log_softmax(-1)
+    if whole is None:
+        value = likely.gather(1, said[:, None])[:, 0]
+    else:
+        full = base.logits(whole[row % B, top.place[row, column]]).log_softmax(-1)
+        value = -(full.exp() * (full - likely)).sum(-1)
+    count = torch.zeros(sets * B, device=row.device).index_add(0, row, torch.ones_like(value))
+    reward = torch.zeros_like(count).index_add(0, row, value) / count.clamp(min=1)
+    right = torch.zeros_like(count).index_add(0, row, (logits.argmax(-1) == said).float())
+    return reward.view(sets, B), right.view(sets, B)
+
+
+def _best(score: torch.Tensor, columns: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """[B, 1, r]: the set that pruning keeps."""
+    return front(highest(score, columns >= 0, most), int(most.max()))[:, None]
+
+
+def _laid(picks: torch.Tensor, columns: torch.Tensor, width: int) -> torch.Tensor:
+    """[G, B, S] bool over the tokens of each row, from picks [B, G, r] among `columns` [B, V']."""
+    B, G, _ = picks.shape
+    at = columns[:, None].expand(-1, G, -1).gather(2, picks.clamp(min=0)).masked_fill(picks < 0, width)
+    laid = torch.zeros(B, G, width + 1, dtype=torch.bool, device=picks.device).scatter(2, at, True)
+    return laid[..., :-1].transpose(0, 1)
+
+
+def _idle(states: Stream, twig: Twig) -> torch.Tensor:
+    """0 that hangs on the head: a batch without image asks nothing of it, and its gradient is 0, not absent."""
+    attention, x = twig.layers[-1].self_attn, states.hidden[:1, :1]
+    heads = [p.out_features // attention.head_dim for p in (attention.q_proj, attention.k_proj)]
+    query, keys = (x.new_zeros(1, n, m, attention.head_dim) for n, m in zip(heads, (1, 0), strict=True))
+    seen = torch.zeros(1, 1, 0, dtype=torch.bool, device=x.device)
+    return twig.pruning_head(x, query, x[:, :0], keys, seen).sum()
+
+
+def _figures(found: Scored, samples: int) -> dict:
+    spread = found.reward.std(0) if len(found.reward) > 1 else torch.zeros_like(found.reward[0])
+    means = {"reward": found.reward.mean(0).sum() / samples, "spread": spread.sum() / samples}
+    # Of the sets of a sample one stands for all: the words are counted once.
+    return {"answers": found.answers.sum(), "right": found.right.mean(0).sum(), "means": means}

@@ -1,0 +1,33 @@
+"""Which rows of a conversation stand for "the last prompt token", where the kept set of an answer is chosen.
+
+Legend: B rows, S tokens, Q asked rows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from ...model.stream import Stream, fit, front
+from ..data.examples import IGNORE
+
+Turns = Literal["first", "all"]
+
+
+def asked_rows(labels: torch.Tensor, visual: torch.Tensor, turns: Turns = "first") -> torch.Tensor:
+    """[B, Q] (-1 pads): the token before each answer that begins behind an image, or before the first one alone.
+
+    labels [B, S] (IGNORE: not learnt), visual [B, S] (-1: text). An answer begins where what is learnt does.
+    """
+    learnt, seen = labels != IGNORE, (visual >= 0).long().cumsum(1) > 0
+    begins = learnt[:, 1:] & ~learnt[:, :-1] & seen[:, :-1]
+    if turns == "first":
+        begins = begins & (begins.long().cumsum(1) == 1)
+    return front(begins, max(1, fit(begins, int(begins.sum(1).max()))[0]))
+
+
+def visual_columns(states: Stream) -> torch.Tensor:
+    """[B, V'] (-1 pads): where each row's visual tokens stand."""
+    image = states.visual >= 0
+    return front(image, int(image.sum(1).max()))
