@@ -131,7 +131,8 @@ def plot(found: Mapping[str, Any], folder: Path) -> list[Path]:
         for i, name in enumerate(names):
             mine = [row for row in rows if row["method"] == name]
             style = _style(plt, name, i)
-            points = sorted((row[key], row["RelAcc"]) for row in mine if row[key] is not None)
+            mine = sorted(mine, key=lambda row: row["R"] or 0)  # a line goes from budget to budget
+            points = [(row[key], row["RelAcc"]) for row in mine if row[key] is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), **style)
             elif key == "R":
@@ -148,9 +149,10 @@ def plot(found: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def _style(plt, name: str, number: int) -> dict[str, Any]:
     """Colours and markers that tell thirty methods apart; the twig's are strong."""
-    own = name.startswith("twig")
+    own = name.split(" ")[0] == "twig"
+    turn, colour = divmod(number, 20)
     return {
-        "color": "black" if own else plt.get_cmap("tab20")(number % 20), "marker": MARKERS[number % len(MARKERS)],
+        "color": "black" if own else plt.get_cmap("tab20")(colour), "marker": MARKERS[(number + turn) % len(MARKERS)],
         "linewidth": 1.8 if own else 0.8, "markersize": 6 if own else 4, "label": name,
         "linestyle": "--" if "drafts" in name else "-",
     }  # fmt: skip
