@@ -8,6 +8,7 @@ import json
 import math
 import random
 from collections import Counter
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -365,6 +366,17 @@ def test_a_measurement_takes_the_best_set(world, prepared):
     )
 
 
+@dataclass(frozen=True)
+class Toy(Policy):
+    """A set is worth 1 if it keeps the token at `place`."""
+
+    place: int = 0
+
+    def _reward(self, part, labels, kept, *rest):
+        found = kept[..., self.place].float()
+        return SimpleNamespace(reward=found, right=found, answers=torch.ones(1))
+
+
 def test_the_head_finds_the_patch_that_decides(world, prepared):
     """A toy reward: one token is worth all. After some steps it is the first."""
     batch = a_batch(world, prepared.base, [1])
@@ -374,18 +386,8 @@ def test_the_head_finds_the_patch_that_decides(world, prepared):
         with torch.no_grad():
             head.q_gate.weight.normal_(0, 0.3)
             head.k_gate.weight.normal_(0, 0.3)
-        place = int(image[wanted])
-
-        class Toy(Policy):
-            def _reward(self, part, labels, kept, *rest):
-                return SimpleNamespace(
-                    reward=kept[..., place].float(),
-                    right=kept[..., place].float(),
-                    answers=torch.ones(1),  # noqa: B023
-                )
-
         optimizer = torch.optim.AdamW(head.parameters(), lr=3e-2, weight_decay=0)
-        lesson = PolicyLesson(prepared.base, prepared.twig, Toy(groups=16, budget=1.6))
+        lesson = PolicyLesson(prepared.base, prepared.twig, Toy(groups=16, budget=1.6, place=int(image[wanted])))
         torch.manual_seed(0)
         for _ in range(40):
             optimizer.zero_grad()

@@ -18,7 +18,19 @@ import pytest
 import torch
 
 import twigvlm
-from training.conftest import PATIENCE, TRAIN, apart, finish, port, python, quietly, start, torchrun, twig_of
+from training.conftest import (
+    PATIENCE,
+    TRAIN,
+    apart,
+    finish,
+    flags_into,
+    port,
+    python,
+    quietly,
+    start,
+    torchrun,
+    twig_of,
+)
 from twigvlm.training.run import checkpoints, report
 
 pytest.importorskip("accelerate")
@@ -337,3 +349,73 @@ def test_random_weights_compiled_or_not(world, tmp_path):
         assert quietly([*words, *more, "--device", "cpu", "--precision", "fp32", "--zero", "none"]) == 0
         told.append([line["loss"] for line in report.history(tmp_path / name)])
     assert told[0] == pytest.approx(told[1], abs=1e-4) and told[0][-1] < told[0][0]
+
+
+# ---------------------------------------------------------------------- TwigVLM++'s stages
+
+
+def staged(world, out: Path, stage: str, *more: str) -> list[str]:
+    return flags_into(world, out, "--stage", stage, "--T", "2", "--lr", "1e-3", "--max-steps", "4", *more)
+
+
+@pytest.fixture(scope="module")
+def stage_1(world, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("stages") / "single"
+    code, said = finish(start(python(TRAIN, *staged(world, out, "1", "--zero", "none"))))
+    assert code == 0, said
+    return out
+
+
+@pytest.mark.parametrize("zero", ["2", "3", pytest.param("none", marks=nightly)])
+def test_stage_1_with_two_processes(world, stage_1, tmp_path, zero):
+    """One of them may have text alone where the other has images. Killed and started again it ends with the same bits."""
+    words, out = staged(world, tmp_path / "two", "1", "--zero", zero), tmp_path / "two"
+    code, said = finish(start(torchrun(TRAIN, *words)))
+    assert code == 0 and "Traceback" not in said, said
+    losses = [[t["loss"] for t in report.history(folder)] for folder in (out, stage_1)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5) and apart(out, stage_1) < 1e-5
+    assert twigvlm.load(world / "base", out, device="cpu").twig.config.pruning_head == "released"
+    words = staged(world, tmp_path / "killed", "1", "--zero", zero, "--save-steps", "1")
+    process = start(torchrun(TRAIN, *words))
+    wait_for(process, tmp_path / "killed", 2)
+    die(process, "all")
+    again(torchrun(TRAIN, *words), tmp_path / "killed", out)
+
+
+@pytest.mark.parametrize("zero", ["2", "3", pytest.param("none", marks=nightly)])
+def test_stage_2_with_two_processes(world, stage_1, tmp_path, zero):
+    """Each draws sets of its own; the head alone changes, and a killed run ends with the same bits."""
+    more = ["--init", str(stage_1), "--groups", "4", "--zero", zero]
+    whole, killed = (staged(world, tmp_path / name, "2", *more) for name in ("whole", "killed"))
+    code, said = finish(start(torchrun(TRAIN, *whole)))
+    assert code == 0 and "Traceback" not in said, said
+    before, after = twig_of(stage_1), twig_of(tmp_path / "whole")
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {k for k in before if "_gate." in k}
+    process = start(torchrun(TRAIN, *killed, "--save-steps", "1"))
+    wait_for(process, tmp_path / "killed", 2)
+    die(process, "all")
+    again(torchrun(TRAIN, *killed, "--save-steps", "1"), tmp_path / "killed", tmp_path / "whole")
+
+
+def test_the_scripts_stages(world, tmp_path):
+    """STAGE=1, then STAGE=2 from what it left, in bf16 under autocast."""
+    env = {"STAGE": "1", "PYTHON": sys.executable, "twig_T": "2"}
+    words = ["--max-steps", "2", "--precision", "bf16", "--zero", "none"]
+    one = flags_into(world, tmp_path / "one", *words)
+    code, said = finish(start([*SCRIPT, *one], **env))
+    assert code == 0 and "stage 1" in said, said
+    two = flags_into(world, tmp_path / "two", *words, "--init", str(tmp_path / "one"), "--groups", "2")
+    code, said = finish(start([*SCRIPT, *two], **{**env, "STAGE": "2"}))
+    assert code == 0 and "stage 2" in said, said
+    assert twigvlm.load(world / "base", tmp_path / "two", device="cpu").twig.pruning_head is not None
+
+
+def test_stage_2_under_zero_in_bf16_keeps_the_twig_to_the_bit(world, stage_1, tmp_path):
+    """DeepSpeed casts what learns, and the rest is none of its business."""
+    words = staged(
+        world, tmp_path / "half", "2", "--init", str(stage_1), "--groups", "2", "--precision", "bf16", "--zero", "2"
+    )
+    code, said = finish(start(torchrun(TRAIN, *words)))
+    assert code == 0, said
+    before, after = twig_of(stage_1), twig_of(tmp_path / "half")
+    assert all(torch.equal(before[k], after[k]) for k in before if "_gate." not in k)

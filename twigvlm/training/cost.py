@@ -20,6 +20,7 @@ from ..loading.random import random_config
 from ..program import print_json
 from ..world.conversations import SAMPLES as DRAWN_SAMPLES
 from .data.examples import Records
+from .plus.cost import Base, stage_flops, stage_memory
 from .run.zero import read_zero, stage_of
 from .settings import ROWS_PER_DEVICE, Settings, split_batch
 from .twig import Start, layers_needed, shorten, trim_tower
@@ -58,14 +59,22 @@ class Counts:
     tower_tokens: int
     tower_layers: int
     visual: int
+    above: int = 0  # of the base above layer K, its norm and head: 0 where nobody asks them
+    pruning_head: int = 0
+    alone: bool = False  # the pruning head learns and nothing else
 
     @property
-    def trainable(self) -> int:
+    def twig(self) -> int:
         return self.layers + self.norm + self.head
 
     @property
+    def trainable(self) -> int:
+        return self.pruning_head + (0 if self.alone else self.twig)
+
+    @property
     def frozen(self) -> int:
-        return self.tower + self.projector + self.embeddings + self.trunk
+        below = self.tower + self.projector + self.embeddings + self.trunk
+        return below + self.above + (self.twig if self.alone else 0)
 
 
 def find_config(settings: Settings) -> LlavaConfig:
@@ -82,16 +91,17 @@ def find_config(settings: Settings) -> LlavaConfig:
     return read_config(name)[1]
 
 
-def build_meta(config: LlavaConfig, twig: TwigConfig, init: str) -> tuple:
+def build_meta(config: LlavaConfig, twig: TwigConfig, init: str, whole: bool = False) -> tuple:
     """(trunk, twig) of the right shapes without data, as `prepare_twig` would leave them."""
     from ..families import trunk_of
     from ..model.twig import grow
 
-    config.text_config.num_hidden_layers = len(layers_needed(twig, init))
+    config.text_config.num_hidden_layers = twig.L if whole else len(layers_needed(twig, init))
     with torch.device("meta"):
         trunk = trunk_of(LlavaForConditionalGeneration(config))
         grown = grow(trunk, twig, copied=trunk.layers[-twig.T :])
-    shorten(trunk, twig.K)
+    if not whole:
+        shorten(trunk, twig.K)
     trim_tower(trunk)
     return trunk, grown
 
@@ -101,8 +111,8 @@ def count(settings: Settings) -> Counts:
     config = find_config(settings)
     text, vision = config.text_config, config.vision_config
     L = text.num_hidden_layers
-    start = Start(settings.K, settings.T, settings.F, settings.init)
-    trunk, twig = build_meta(config, TwigConfig(L, start.K, start.T, start.F), start.init)
+    start, letters = Start(settings.K, settings.T, settings.F, settings.init), letters_of(settings, L)
+    trunk, twig = build_meta(config, letters, start.init, whole=settings.stage > 0)
 
     def size(module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -113,7 +123,7 @@ def count(settings: Settings) -> Counts:
         tower=size(tower),
         projector=size(trunk.model.model.multi_modal_projector),
         embeddings=size(trunk.decoder.embed_tokens),
-        trunk=size(trunk.layers),
+        trunk=size(trunk.layers[: letters.K]),
         layers=size(twig.layers),
         norm=size(twig.model.norm),
         head=size(twig.lm_head),
@@ -124,7 +134,22 @@ def count(settings: Settings) -> Counts:
         tower_tokens=trunk.V + (config.vision_feature_select_strategy == "default"),
         tower_layers=len(tower.encoder.layers),
         visual=trunk.V,
+        above=size(trunk.layers[letters.K :]) + size(trunk.decoder.norm) + size(trunk.model.lm_head)
+        if settings.stage
+        else 0,
+        pruning_head=size(twig.pruning_head) if settings.stage else 0,
+        alone=settings.stage == 2,
     )
+
+
+def letters_of(settings: Settings, L: int) -> TwigConfig:
+    return TwigConfig(L, settings.K, settings.T, settings.F, settings.head_init if settings.stage else "")
+
+
+def staged(counts: Counts, settings: Settings) -> Base:
+    """What TwigVLM++'s stages are planned with."""
+    layer, letters = counts.layers // settings.T, letters_of(settings, counts.L)
+    return Base(layer, counts.head, counts.pruning_head, counts.D, counts.H, counts.V, counts.visual, letters)
 
 
 def fixed_memory(counts: Counts, stage: str, devices: int) -> dict[str, int]:
@@ -209,7 +234,10 @@ def make_plan(settings: Settings, devices: int | None = None, samples: int | Non
     most = max(answers, longest // 4)
 
     def per_sample(which: str) -> int:
-        return sample_memory(counts, settings.T, longest, most, which, settings.gradient_checkpointing)
+        own = stage_memory(staged(counts, settings), settings, longest, most) if settings.stage else 0
+        if settings.stage == 2:  # nothing else keeps anything for a backward pass
+            return own
+        return own + sample_memory(counts, settings.T, longest, most, which, settings.gradient_checkpointing)
 
     memory = {}
     for which in STAGES:
@@ -222,14 +250,17 @@ def make_plan(settings: Settings, devices: int | None = None, samples: int | Non
             "largest_batch": {str(gb): max(0, (gb * 10**9 - fixed) // per_sample(which)) for gb in CARDS},
         }
     work = flops(counts, settings.K, settings.T, tokens, answers, settings.gradient_checkpointing)
+    if settings.stage:
+        work["twig"] //= 3 + settings.gradient_checkpointing if settings.stage == 2 else 1  # forward alone
+        work |= stage_flops(staged(counts, settings), settings, tokens, answers)
     return {
         "base": settings.base or settings.random or "sprout",
         "K": settings.K, "T": settings.T, "L": counts.L,
-        "layers_loaded": layers_needed(TwigConfig(counts.L, settings.K, settings.T, settings.F), settings.init),
+        "layers_loaded": list(range(counts.L)) if settings.stage else layers_needed(letters_of(settings, counts.L), settings.init),
         "parameters": {
             "tower": counts.tower, "projector": counts.projector, "embeddings": counts.embeddings, "trunk": counts.trunk,
             "twig_layers": counts.layers, "norm": counts.norm, "head": counts.head,
-        },
+        } | ({"above": counts.above, "pruning_head": counts.pruning_head} if settings.stage else {}),
         "trainable_parameters": counts.trainable, "frozen_parameters": counts.frozen,
         "devices": devices, "device": kind, "zero": stage,
         "batch_size": settings.batch_size, "per_device_batch": rows, "accumulation": accumulation,
@@ -243,7 +274,8 @@ def make_plan(settings: Settings, devices: int | None = None, samples: int | Non
             "bytes": HALF * counts.D * tokens * samples, "saved_share_of_a_later_pass": (work["tower"] + work["trunk"]) / sum(work.values())
         },
         "flops_per_sample": work, "flops_total": sum(work.values()) * steps * settings.batch_size,
-        "checkpoint_bytes": 3 * SINGLE * counts.trainable + HALF * (stage != "none") * counts.trainable,
+        # In stage 2 the twig lies beside what learns, so that a checkpoint can be loaded.
+        "checkpoint_bytes": (3 * SINGLE + HALF * (stage != "none")) * counts.trainable + SINGLE * counts.alone * counts.twig,
     }  # fmt: skip
 
 
@@ -273,9 +305,14 @@ def print_plan(settings: Settings, devices: int | None, samples: int | None) -> 
 
 def _lines(plan: dict) -> list[str]:
     parts = plan["parameters"]
-    frozen = " + ".join(f"{name} {_millions(parts[name])}" for name in ("tower", "projector", "embeddings", "trunk"))
-    learnt = " + ".join(
-        f"{name.replace('_', ' ')} {_millions(parts[name])}" for name in ("twig_layers", "norm", "head")
+    below, twig = ["tower", "projector", "embeddings", "trunk"], ["twig_layers", "norm", "head"]
+    below += ["above"] if "above" in parts else []
+    learning = [*twig, "pruning_head"] if "above" in parts else twig
+    if plan["trainable_parameters"] == parts.get("pruning_head"):
+        below, learning = below + twig, ["pruning_head"]
+    frozen, learnt = (
+        " + ".join(f"{name.replace('_', ' ')} {_millions(parts[name])}" for name in names)
+        for names in (below, learning)
     )
     work = plan["flops_per_sample"]
     lines = [
