@@ -249,10 +249,7 @@ def make_plan(settings: Settings, devices: int | None = None, samples: int | Non
             "host_bytes": host_memory(counts, which, devices),
             "largest_batch": {str(gb): max(0, (gb * 10**9 - fixed) // per_sample(which)) for gb in CARDS},
         }
-    work = flops(counts, settings.K, settings.T, tokens, answers, settings.gradient_checkpointing)
-    if settings.stage:
-        work["twig"] //= 3 + settings.gradient_checkpointing if settings.stage == 2 else 1  # forward alone
-        work |= stage_flops(staged(counts, settings), settings, tokens, answers)
+    work = _work(counts, settings, tokens, answers)
     return {
         "base": settings.base or settings.random or "sprout",
         "K": settings.K, "T": settings.T, "L": counts.L,
@@ -277,6 +274,14 @@ def make_plan(settings: Settings, devices: int | None = None, samples: int | Non
         # In stage 2 the twig lies beside what learns, so that a checkpoint can be loaded.
         "checkpoint_bytes": (3 * SINGLE + HALF * (stage != "none")) * counts.trainable + SINGLE * counts.alone * counts.twig,
     }  # fmt: skip
+
+
+def _work(counts: Counts, settings: Settings, tokens: int, answers: int) -> dict[str, int]:
+    work = flops(counts, settings.K, settings.T, tokens, answers, settings.gradient_checkpointing)
+    if settings.stage:
+        work["twig"] //= 3 + settings.gradient_checkpointing if settings.stage == 2 else 1  # forward alone
+        work |= stage_flops(staged(counts, settings), settings, tokens, answers)
+    return work
 
 
 def _devices(kind: str) -> int:
