@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from .errors import InputError
 
@@ -54,6 +54,20 @@ def option(default: Any, text: str, *also: str, **more: Any) -> Any:
     """A field that is a flag: its help, other names of the flag, and `more` of `twigvlm.flags` and argparse."""
     value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**value, metadata={"help": text, **({"aliases": list(also)} if also else {}), **more})
+
+
+class TreeShape(NamedTuple):
+    """Of a draft that branches: E children a node, W nodes of a level have children, D levels, N nodes are verified."""
+
+    E: int
+    W: int
+    D: int
+    N: int
+
+    @property
+    def most(self) -> int:
+        """Nodes that are there to choose from."""
+        return self.E + (self.D - 1) * self.E * min(self.W, self.E ** (self.D - 1))
 
 
 def whole_or_auto(text: str) -> int | str:

@@ -73,6 +73,27 @@ class Chooser:
         token = noisy.argmax(-1)
         return token, logits.softmax(-1).gather(1, token[:, None])[:, 0]
 
+    def branch(
+        self,
+        logits: torch.Tensor,
+        voices: Sequence[Voice],
+        paths: torch.Tensor,
+        children: int,
+        vocabulary: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens [B, F, E], log of how far each is believed, fp32), best first: the E = `children` of F drafted nodes.
+
+        `logits` [B, F, twig's vocabulary] are the twig's at the nodes, `paths` [B, F, n] the tokens that lead to them.
+        A child is believed by its share among the logits with the noise of its place: what the base will compare.
+        """
+        if not self.simple:
+            logits = self._process(logits, voices, [[[path] for path in row] for row in paths])
+        if self.sampling:
+            noise = [v.noise(paths.shape[2], vocabulary)[: logits.shape[-1]] for v in voices]
+            logits = logits + torch.stack(noise).to(logits.device)[:, None]
+        believed, tokens = logits.log_softmax(-1).topk(children)
+        return tokens, believed
+
     def judge(self, logits: torch.Tensor, tree: DraftTree, voices: Sequence[Voice]) -> torch.Tensor:
         """[B, N+1]: what the base writes after the newest token and after each node; its `logits` [B, N+1, vocabulary].
 

@@ -7,13 +7,14 @@ token that is already written. Legend: B rows, N nodes, D levels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 
 @dataclass(frozen=True)
 class DraftTree:
-    """`score`: the drafter's probability of each token after its parent. Rows may use fewer than N nodes."""
+    """`score`: how far the drafter believes in each token after its parent. Rows may use fewer than N nodes."""
 
     token: torch.Tensor  # B N
     parent: torch.Tensor  # B N
@@ -36,6 +37,10 @@ class DraftTree:
 
     def ancestors(self) -> torch.Tensor:
         """[B, N+1, N+1] bool, root first: row i marks node i itself and all that it stands behind."""
+        return self._ancestors
+
+    @cached_property
+    def _ancestors(self) -> torch.Tensor:
         rows, width = self.token.shape
         seen = torch.eye(width + 1, dtype=torch.bool, device=self.token.device).expand(rows, -1, -1)
         up = torch.nn.functional.pad(self.parent + 1, (1, 0))[..., None].expand(-1, -1, width + 1)

@@ -146,12 +146,13 @@ class Decoder:
         nothing = DraftTree(empty, empty, empty.float(), torch.zeros_like(self.place), 0, True)
         return Draft(nothing, None, empty, empty)
 
-    def rooms(self) -> list[int]:
-        """Tokens that may be drafted in each row: a draft that could not be used is none."""
+    def rooms(self, longest: int | None = None) -> list[int]:
+        """Tokens that may be drafted in each row, one behind the other, `longest` at most: a draft that could not be used is none."""
         short = self.waits and max(len(r.tokens) for r in self.rows) < PATIENCE
         if not self.speculative or short:
             return [0] * len(self.rows)
-        longest = self.settings.draft_length if self.pace is None else self.pace.length()
+        if longest is None:
+            longest = self.settings.draft_length if self.pace is None else self.pace.length()
         return [min(longest, r.limit - len(r.tokens) - 1) for r in self.rows]
 
     def draft_chain(self) -> Draft:
@@ -165,7 +166,7 @@ class Decoder:
         going, sure = room > 0, min(rooms) > 0  # `sure`: every row is known to go on
         hidden, tokens, scores, alive, nodes = state.catch_up(), [], [], [], []
         for n in range(longest):
-            token, score = self.chooser.propose(self.twig.logits(hidden), self._voices(), tokens, self.trunk.vocabulary)
+            token, score = self.chooser.propose(self.twig.logits(hidden), self.voices(), tokens, self.trunk.vocabulary)
             nodes.append(self._enter(token[:, None], (self.place + 1 + n)[:, None], going[:, None], sure))
             tokens.append(token)
             scores.append(score)
@@ -213,7 +214,7 @@ class Decoder:
         """Ask the base's head, read the answer, and commit to it."""
         tree, caches = draft.tree, self.state.caches
         hidden = top.hidden[:, top.width - tree.width - 1 :] if root is None else top.tail(root, tree.width + 1)
-        choice = self.chooser.judge(self.trunk.logits(hidden), tree, self._voices())
+        choice = self.chooser.judge(self.trunk.logits(hidden), tree, self.voices())
         path = walk(tree, choice)
         accepted = (path >= 0).sum(1)
         last = _pick(path, accepted - 1)
@@ -300,7 +301,7 @@ class Decoder:
                 state.missed.append(nodes.take(torch.where(self.unread, self.last, -1)[:, None], full=all(unread)))
             state.missed.append(fresh)
 
-    def _voices(self) -> list[Voice]:
+    def voices(self) -> list[Voice]:
         return [row.voice for row in self.rows]
 
 

@@ -119,24 +119,37 @@ class State:
         V, L = self.trunk.V, self.trunk.L
         return [n * V / total / L if total else None for n, total in zip(spent, self.totals, strict=True)]
 
-    def climb(self, stream: Stream, segments: Sequence[Segment], tree: DraftTree | None = None) -> Stream:
-        """Through these segments, with the cuts that are due; `tree` are the nodes at the end of `stream`."""
+    def climb(
+        self,
+        stream: Stream,
+        segments: Sequence[Segment],
+        tree: DraftTree | None = None,
+        sight: torch.Tensor | None = None,
+    ) -> Stream:
+        """Through these segments, with the cuts that are due.
+
+        `tree` are the nodes at the end of `stream`; of a tree that is not whole yet, `sight` says who sees whom
+        (see `CacheGroup.begin`).
+        """
         for segment in segments:
             stream = self._placed(self.cut(stream, segment.first, tree), segment.cache)
             taps = self._listen("layer", stream, range(segment.first, segment.last))
             if segment.prompt is None:
                 self._note(segment, stream)
-            attention = self.trunk.attend(stream, segment.cache, _sight(stream, tree))
+            seen = _sight(stream, tree) if sight is None else sight
+            attention = self.trunk.attend(stream, segment.cache, seen)
             layers = self.trunk.layers[segment.first : segment.last]
             entered, stream = stream, self.trunk.run(layers, stream, attention, list(taps.values()))
             self._hear(taps, entered)
         return stream
 
-    def run_twig(self, stream: Stream, tree: DraftTree | None = None) -> Stream:
-        """Through the twig's layers, behind what its cache holds."""
+    def run_twig(
+        self, stream: Stream, tree: DraftTree | None = None, sight: torch.Tensor | None = None
+    ) -> Stream:
+        """Through the twig's layers, behind what its cache holds; `tree` and `sight` as for `climb`."""
         stream = self._placed(stream, self.above)
         taps = self._listen("twig", stream)
-        attention = self.trunk.attend(stream, self.above, _sight(stream, tree))
+        attention = self.trunk.attend(stream, self.above, _sight(stream, tree) if sight is None else sight)
         out = self.trunk.run(self.twig.layers, stream, attention, list(taps.values()))
         self._hear(taps, stream)
         return out
