@@ -16,6 +16,7 @@ WIPE_SHARE = 0.75  # F / L of LLaVA-1.5-7B, paper section 3.2
 FORMAT_VERSION = 1
 AUTO = "auto"
 HeadStart = Literal["released", "identity"]  # how a pruning head begins, and which gates it has: model.pruning_head
+MOST_NODES = 256  # of a draft; who sees whom is a table of its square
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,45 @@ class TreeShape(NamedTuple):
     D: int
     N: int
 
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
+
     @property
     def most(self) -> int:
-        """Nodes that are there to choose from."""
-        return self.E + (self.D - 1) * self.E * min(self.W, self.E ** (self.D - 1))
+        """Nodes that there are to choose from."""
+        total = level = self.E
+        for _ in range(self.D - 1):
+            level = min(level, self.W) * self.E
+            total += level
+        return total
+
+
+def tree_shape(given: str | Sequence[int]) -> TreeShape:
+    """ "E,W,D,N" (or with semicolons) or four numbers. Raises InputError for what is no tree that can be drafted."""
+    words = given.replace(";", ",").split(",") if isinstance(given, str) else given
+    numbers = [int(w) if isinstance(w, str) and w.strip().isdecimal() else w for w in words]
+    if len(numbers) != 4 or not all(_whole(n) and n >= 1 for n in numbers):
+        raise InputError(
+            f"tree is {given!r}; four whole numbers E,W,D,N are needed, each 1 or more (children of a node, nodes of a level that "
+            "have children, levels, nodes that are verified), such as 3,2,4,8, or 'auto'"
+        )
+    shape = TreeShape(*numbers)
+
+    def check(ok: bool, what: str) -> None:
+        if not ok:
+            raise InputError(f"tree is {shape}: {what}")
+
+    E, W, D, N = shape
+    check(N <= MOST_NODES, f"N is {N}; at most {MOST_NODES} nodes are verified at once")
+    for letter, value in (("E", E), ("W", W), ("D", D)):
+        check(
+            value <= N,
+            f"{letter} is {value}, but N={N} nodes cannot be so many; choose {letter} <= {N} or N >= {value}",
+        )
+    check(E > 1 or W == 1, f"W is {W}, but with E=1 a level has one node; choose W=1 (a chain) or E >= 2")
+    most = shape.most
+    check(most >= N, f"N is {N}, but E={E}, W={W}, D={D} give {most} nodes to choose from; choose N <= {most}")
+    return shape
 
 
 def whole_or_auto(text: str) -> int | str:
@@ -124,6 +160,10 @@ class GenerationSettings:
         5, "drafted tokens per step at most; auto: as many as pay on this machine", parse=whole_or_auto, metavar="N"
     )  # delta; 0, or no twig, is plain decoding
     draft_confidence: float = option(0.6, "drafting stops after a token less probable than this", metavar="X")  # theta
+    tree: str | Sequence[int] | None = option(
+        None, "drafts that branch instead of chains: E,W,D,N (children of a node, nodes of a level that have children, levels, nodes "
+        "verified), or auto: as wide and deep as pays on this machine", parse=str, metavar="E,W,D,N",
+    )  # fmt: skip
     max_new_tokens: int = option(512, "longest answer", metavar="N")
     do_sample: bool = False
     temperature: float = option(1.0, "sample at this temperature; 0 is greedy", metavar="X", unless=0.0)
@@ -141,6 +181,7 @@ class GenerationSettings:
         length = 0 if self.draft_length == AUTO else self.draft_length
         check(_whole(length) and length >= 0, "draft_length", "0 (plain decoding) or more, or 'auto', is needed")
         check(0 <= self.draft_confidence <= 1, "draft_confidence", "0 to 1 is needed")
+        self._check_tree()
         check(_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", "1 or more is needed")
         good = math.isfinite(self.temperature) and self.temperature > 0
         check(good, "temperature", "a number above 0 is needed (for greedy decoding do not sample)")
@@ -148,6 +189,28 @@ class GenerationSettings:
         check(all(s is None or _whole(s) for s in seeds), "seed", "a whole number, one a row, or None is needed")
         check(self.top_k is None or (_whole(self.top_k) and self.top_k >= 1), "top_k", "1 or more is needed")
         check(self.top_p is None or 0 < self.top_p <= 1, "top_p", "above 0 and at most 1 is needed")
+
+    def _check_tree(self) -> None:
+        """One way to write a tree; what it says of drafts is not said otherwise as well."""
+        if self.tree is None:
+            return
+        if self.tree != AUTO:
+            object.__setattr__(self, "tree", str(tree_shape(self.tree)))
+        usual = {f.name: f.default for f in fields(self)}
+        chains = self.shape is not None and self.shape.E == 1
+        for name, why in (
+            ("draft_length", "says how deep drafts are"),
+            ("draft_confidence", "weighs whole paths instead"),
+        ):
+            value = getattr(self, name)
+            off = name == "draft_length" and value == 0  # drafts nothing, whatever a draft would be
+            if value != usual[name] and not off and not (chains and name == "draft_confidence"):
+                raise InputError(f"tree is {self.tree}, which {why}, and {name} is {value!r}; leave one of them away")
+
+    @property
+    def shape(self) -> TreeShape | None:
+        """Of drafts that branch; None for chains, and where the machine chooses."""
+        return None if self.tree in (None, AUTO) else tree_shape(self.tree)
 
 
 def _whole(value: object) -> bool:

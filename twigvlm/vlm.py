@@ -6,14 +6,14 @@ import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from .config import AUTO, DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig, takes
-from .decoding import Decoder, Likelihood, Step, embed, score
+from .decoding import Decoder, Likelihood, Step, embed, score, tree
 from .decoding.choose import Chooser
 from .decoding.finite import NotFinite, trace
 from .decoding.pace import Pace, measure, now
@@ -64,6 +64,11 @@ class Stats:
     drafted: int
     accepted: int
     acceptance: float | None  # accepted / drafted; None without drafts
+    draft_shape: str  # none, chain or tree E,W,D,N, and why where it is not the one asked for
+    tokens_per_step: float  # tau: what a verification writes, its own token included
+    hit_rates: list[
+        float
+    ]  # by depth: how often a drafted token (or one of several) was right where those before it were
     visual_tokens: int  # in the prompts
     visual_kept: int  # by the first cut: between K and F, with the twig
     visual_asked: float | None  # R
@@ -177,12 +182,15 @@ class TwigVLM:
         one = callable(stopping_criteria) and not isinstance(stopping_criteria, list)
         rules = [stopping_criteria] if one else stopping_criteria
         chosen = (chooser or Chooser)(settings, logits_processor)
+        settings, drafts = self._drafts(settings, chosen)
         pace = self._pace(len(ids)) if settings.draft_length == AUTO and self.twig is not None else None
-        decoder = Decoder(self.trunk, self.twig, plan, settings, self._eos(eos_token_id), chosen, rules, pace=pace)
+        grow = partial(tree.grow, shape=settings.shape) if settings.shape else None
+        eos = self._eos(eos_token_id)
+        decoder = Decoder(self.trunk, self.twig, plan, settings, eos, chosen, rules, grow, pace)
         seeds = self._seeds(settings.seed, len(ids))
         draws = self._draws(plan, seeds, ids, pixel_values)
         with torch.inference_mode():
-            return self._run(decoder, ids, pixel_values, seeds, draws, streamer)
+            return self._run(decoder, ids, pixel_values, seeds, draws, streamer, drafts)
 
     def score(
         self,
@@ -257,7 +265,22 @@ class TwigVLM:
 
     # ------------------------------------------------------------------ the parts of generate
 
-    def _run(self, decoder: Decoder, ids, pixel_values, seeds, draws, streamer) -> Output:
+    def _drafts(self, settings: GenerationSettings, chooser: Chooser) -> tuple[GenerationSettings, str]:
+        """The settings with the drafts that can be, and their name."""
+        shape = settings.shape
+        if self.twig is None or settings.draft_length == 0:
+            return replace(settings, draft_length=0, tree=None), "none"
+        if shape is None:
+            return settings, "chain"
+        words = self.twig.lm_head.out_features
+        if words < shape.E:
+            raise InputError(f"tree is {shape}: E is {shape.E}, but the twig knows {words} words; choose E <= {words}")
+        if shape.E > 1 and tree.branches(chooser):
+            return settings, f"tree {shape}"
+        why = "" if shape.E == 1 else f": {type(chooser).__name__} chooses no second-best tokens (it has no `branch`)"
+        return replace(settings, draft_length=shape.D, tree=None), f"chain{why}"
+
+    def _run(self, decoder: Decoder, ids, pixel_values, seeds, draws, streamer, drafts: str) -> Output:
         rows: list[list[Step]] = [[] for _ in ids]
         start = self._now()
         prompts = embed(self.trunk, decoder.plan, ids, pixel_values, seeds, draws)
@@ -281,7 +304,7 @@ class TwigVLM:
         tokens = [[t for step in steps for t in step.tokens] for steps in rows]
         kept = decoder.state.kept
         kept = None if kept is None else [row[row >= 0] for row in kept.cpu()]
-        stats = self._stats(decoder, rows, kept, [len(row) for row in ids], first - start, end - first)
+        stats = self._stats(decoder, rows, kept, [len(row) for row in ids], first - start, end - first, drafts)
         return Output(tokens, kept, rows, stats)
 
     def _rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
@@ -371,7 +394,7 @@ class TwigVLM:
     def _now(self) -> float:
         return now(self.device)
 
-    def _stats(self, decoder: Decoder, rows, kept, lengths, prefill: float, decode: float) -> Stats:
+    def _stats(self, decoder: Decoder, rows, kept, lengths, prefill: float, decode: float, drafts: str) -> Stats:
         steps = [s for row in rows for s in row]
         new = sum(len(s.tokens) for s in steps)
         late = new - sum(len(row[0].tokens) for row in rows)
@@ -392,6 +415,9 @@ class TwigVLM:
             drafted=drafted,
             accepted=accepted,
             acceptance=accepted / drafted if drafted else None,
+            draft_shape=drafts,
+            tokens_per_step=new / len(steps),
+            hit_rates=hit_rates(steps),
             visual_tokens=visual,
             visual_kept=sum(map(len, kept)) if kept is not None else visual,
             visual_asked=decoder.settings.retained_tokens,
@@ -403,6 +429,13 @@ class TwigVLM:
             cache_bytes=state.bytes,
             cache_bytes_used=state.bytes_used,
         )
+
+
+def hit_rates(steps: Sequence[Step]) -> list[float]:
+    """By depth: of the drafts that were right so far and went on, the share that was right there too."""
+    deepest = max((s.offered for s in steps), default=0)
+    asked = [sum(s.offered > d for s in steps) for d in range(deepest)]
+    return [sum(s.accepted > d for s in steps) / n for d, n in enumerate(asked)]
 
 
 def _feed(streamer, step: Step) -> None:

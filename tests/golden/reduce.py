@@ -2,7 +2,7 @@
 
 Files are taken as they are; of some arrays only a part fits (`_part`), and random pictures are drawn again when
 the set is unpacked. The same whole set gives the same members, whatever the machine. What belongs to pruning
-methods lies in an archive of its own, beside their tests.
+methods, and to drafts that branch, lies in archives of their own, beside their tests.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import numpy as np
 
 ARCHIVE = Path(__file__).with_name("golden.tar.xz")
 PRUNING = ARCHIVE.parents[1] / "pruning" / ARCHIVE.name
-LIMIT, PRUNING_LIMIT = 3_000_000, 700_000  # bytes of all files in this folder, and of the other archive
+TREES = ARCHIVE.parents[1] / "decoding" / ARCHIVE.name
+LIMIT, PRUNING_LIMIT, TREES_LIMIT = 3_000_000, 700_000, 100_000  # bytes of all files in this folder, and of the others
 TAKEN = ("A/**/*", "images/*.png", "images/*.npz", "scorers/**/*", "training/*.json", "training/*.npz")
 METHODS = ("pruning/*.npz",)
+DRAFTS = ("plus/tree_*.npz", "plus/released_fault.json")
 STEPS = 4  # of an answer, of whose logits all are carried
 CHANNELS = 16  # of every patch's features
 # Weights are of four bytes, and that is where the coder looks for what repeats.
@@ -95,7 +97,7 @@ def pack(whole: Path, archive: Path = ARCHIVE, taken: Sequence[str] = TAKEN) -> 
     archive.write_bytes(lzma.compress(tar.getvalue(), filters=FILTERS))
 
 
-def unpack(folder: Path, archives: Sequence[Path] = (ARCHIVE, PRUNING)) -> Path:
+def unpack(folder: Path, archives: Sequence[Path] = (ARCHIVE, PRUNING, TREES)) -> Path:
     """Lay the carried set out in a folder, which then looks like the whole one."""
     for archive in archives:
         with tarfile.open(archive, "r:xz") as opened:
@@ -111,6 +113,6 @@ def unpack(folder: Path, archives: Sequence[Path] = (ARCHIVE, PRUNING)) -> Path:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "A" / "cases.json").is_file():
         raise SystemExit("usage: python tests/golden/reduce.py FOLDER, a whole golden set (with A/cases.json)")
-    for made, patterns in ((ARCHIVE, TAKEN), (PRUNING, METHODS)):
+    for made, patterns in ((ARCHIVE, TAKEN), (PRUNING, METHODS), (TREES, DRAFTS)):
         pack(Path(sys.argv[1]), made, patterns)
         print(f"{made}: {made.stat().st_size:,} bytes")

@@ -40,6 +40,10 @@ class Step:
     accepted: int
     tokens: list[int]
     probabilities: list[float] = field(default_factory=list)  # the twig's, of the drafted tokens
+    parents: list[int] = field(
+        default_factory=list
+    )  # the drafted token that each stands behind; -1 is what was written
+    offered: int = 0  # tokens one behind the other whose fate is known: those accepted, and one if another stood there
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Verdict:
     token: list[int]  # the base's own, behind the accepted ones
     drafted: list[list[int]]  # the tree's tokens in its order
     probabilities: list[list[float]]
+    parents: list[list[int]]
     path: list[list[int]]  # accepted nodes
     unread: list[bool]  # the last accepted node has not passed the twig
     entered: list[list[int]]  # prompt tokens in each cache, in the first round
@@ -256,7 +261,9 @@ class Decoder:
         for b, row in enumerate(self.rows):
             drafted, path = verdict.drafted[b], verdict.path[b]
             written = self._append(row, [*(drafted[node] for node in path), verdict.token[b]])
-            out.append((row.index, Step(drafted, len(path), written, verdict.probabilities[b])))
+            parents = verdict.parents[b]
+            offered = len(path) + ((path[-1] if path else -1) in parents)
+            out.append((row.index, Step(drafted, len(path), written, verdict.probabilities[b], parents, offered)))
             if self.pace is not None:
                 self.pace.learn(len(drafted), len(path))
         return out
@@ -314,16 +321,18 @@ def _read(tree: DraftTree, path: torch.Tensor, columns: Sequence[torch.Tensor]) 
     """The one read of a round: everything in one table of 32-bit words, numbers as they are."""
     head = torch.stack([*columns, tree.count], 1)
     words = torch.cat([head, path, tree.token], 1).to(torch.int32)
-    table = fetch(torch.cat([words, tree.score.float().view(torch.int32)], 1))
+    parents = [] if tree.chain else [tree.parent.to(torch.int32)]
+    table = fetch(torch.cat([words, tree.score.float().view(torch.int32), *parents], 1))
     n, D, N = head.shape[1], path.shape[1], tree.width
     accepted, token, unread, *entered, counts = table[:, :n].T.tolist()
-    found, drafted, scores = np.split(table[:, n:], [D, D + N], axis=1)
+    found, drafted, scores, parents = np.split(table[:, n:], [D, D + N, D + 2 * N], axis=1)
     scores = np.ascontiguousarray(scores).view(np.float32)
+    if tree.chain:
+        parents = np.broadcast_to(np.arange(-1, N - 1), drafted.shape)
     return Verdict(
         accepted,
         token,
-        [row[:k].tolist() for row, k in zip(drafted, counts, strict=True)],
-        [row[:k].tolist() for row, k in zip(scores, counts, strict=True)],
+        *([row[:k].tolist() for row, k in zip(part, counts, strict=True)] for part in (drafted, scores, parents)),
         [row[:k].tolist() for row, k in zip(found, accepted, strict=True)],
         [bool(u) for u in unread],
         entered,

@@ -143,9 +143,7 @@ class State:
             self._hear(taps, entered)
         return stream
 
-    def run_twig(
-        self, stream: Stream, tree: DraftTree | None = None, sight: torch.Tensor | None = None
-    ) -> Stream:
+    def run_twig(self, stream: Stream, tree: DraftTree | None = None, sight: torch.Tensor | None = None) -> Stream:
         """Through the twig's layers, behind what its cache holds; `tree` and `sight` as for `climb`."""
         stream = self._placed(stream, self.above)
         taps = self._listen("twig", stream)

@@ -34,6 +34,14 @@ def grow(decoder: Decoder, shape: TreeShape) -> Draft:
     return tree.prune(shape.N)
 
 
+def branches(chooser: object) -> bool:
+    """Whether a chooser gives second choices: not where somebody's own `propose` stands for ours, without a `branch`."""
+    for kind in type(chooser).__mro__:
+        if "branch" in vars(kind) or "propose" in vars(kind):
+            return "branch" in vars(kind)
+    return False
+
+
 class Growth:
     """Candidates, level by level, and which of them the twig has read. They are numbered from 1 over all levels; 0 is the root."""
 
@@ -105,7 +113,9 @@ class Growth:
         seat[:, 0] = -1
         tree = DraftTree(token, seat.gather(1, parent), believed.exp(), alive.sum(1), len(self.tokens))
         fed = torch.cat(self.fed, 1) if self.fed else kept[:, :0]
-        arrival = torch.full_like(seat, -1).scatter(1, fed, torch.arange(fed.shape[1], device=fed.device).expand_as(fed))
+        arrival = torch.full_like(seat, -1).scatter(
+            1, fed, torch.arange(fed.shape[1], device=fed.device).expand_as(fed)
+        )
         arrival[:, 0] = -1
         heard = arrival.gather(1, kept)
         low = self._complete(tree, depth, heard, arrival.gather(1, parent))

@@ -159,7 +159,7 @@ class Setting:
         usual = {**{f.name: f.default for f in fields(GenerationSettings)}, "wipe_layer": None}
         asked = {**vars(self.writing), "wipe_layer": self.model.wipe_layer}
         if not self.speculation:
-            asked = {k: v for k, v in asked.items() if not k.startswith("draft_")}
+            asked = {k: v for k, v in asked.items() if k != "tree" and not k.startswith("draft_")}
         if self.R is None:
             asked.pop("query")
         return {k: v for k, v in asked.items() if k not in OLDER and v != usual[k]}
