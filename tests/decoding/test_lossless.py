@@ -436,9 +436,18 @@ def chi_square_p(counts: torch.Tensor, expected: torch.Tensor) -> float:
     return float(torch.special.gammaincc(torch.tensor((len(wanted) - 1) / 2).double(), statistic.double() / 2))
 
 
+CHAIN, TREE = {"draft_length": 2, "draft_confidence": 0.0}, {"tree": (3, 2, 2, 6)}
+
+
 @pytest.mark.parametrize("pruned", [False, True], ids=["whole", "pruned"])
-@pytest.mark.parametrize("options", SAMPLING)
-def test_samples_follow_the_base(options, pruned):
+@pytest.mark.parametrize(
+    ("options", "drafts"),
+    [
+        *(pytest.param(*p.values, CHAIN, id=p.id) for p in SAMPLING),
+        pytest.param({"temperature": 1.8, "top_k": 5}, TREE, id="tree"),
+    ],
+)
+def test_samples_follow_the_base(options, drafts, pruned):
     """The first two words of 1,500 seeds against the base's exact joint distribution."""
     vlm = tiny(vocabulary=10, sharpness=1.0, noise=0.5, F=4)
     masked = tiny(vocabulary=10, sharpness=1.0, noise=0.5, F=4, attention="eager")
@@ -447,9 +456,9 @@ def test_samples_follow_the_base(options, pruned):
     arguments = batch([row] * many, [pictures] * many)
     out = vlm.generate(
         **arguments, **options, retained_tokens=2.0 if pruned else None, do_sample=True, seed=11,
-        max_new_tokens=3, eos_token_id=[], draft_length=2, draft_confidence=0.0,
+        max_new_tokens=3, eos_token_id=[], **drafts,
     )  # fmt: skip
-    assert 0.2 < out.stats.acceptance < 0.95, "drafts must be accepted and refused"
+    assert 0.1 < out.stats.acceptance < 0.95, "drafts must be accepted and refused"
     pairs = [tokens[0] * 10 + tokens[1] for tokens in out.tokens]
     counts = torch.tensor(pairs).bincount(minlength=100).double()
 

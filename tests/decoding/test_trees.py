@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, IMAGE, batch, legal_range_of, one, prompts, spec_of, stock, tiny, tiny_model
+from conftest import GOLDEN, IMAGE, batch, one, prompts, stock, tiny, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_lossless import SAMPLING, cases, chi_square_p, ending, same
 from transformers import LlavaForConditionalGeneration, LogitsProcessorList
 from transformers.generation import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
@@ -20,14 +21,13 @@ from twigvlm.config import GenerationSettings, TreeShape, TwigConfig
 from twigvlm.decoding import Decoder, embed, loop, tree
 from twigvlm.decoding.choose import Chooser, Voice
 from twigvlm.decoding.draft import DraftTree, walk
-from twigvlm.decoding.loop import Draft
-from twigvlm.errors import InputError
+from twigvlm.errors import InputError, RunError
 from twigvlm.families import trunk_of
 from twigvlm.loading.base import Loaded
 from twigvlm.loading.device import set_attention
 from twigvlm.model.stream import Stream
 from twigvlm.model.twig import grow as grow_twig
-from twigvlm.pruning import METHODS, Keep, Plan, Probe, Wipe
+from twigvlm.pruning import Keep, Plan, Probe, Wipe
 from twigvlm.vlm import TwigVLM
 
 NEW = 12
@@ -240,3 +240,383 @@ def test_ties_at_probability_one_keep_the_parent():
     right = ties["right"]
     assert draft.token[0].tolist() == right["token"] and draft.depth()[0].tolist() == right["depth"]
     assert (draft.parent[0] + 1).tolist() == right["parent"]
+
+
+# ---------------------------------------------------------------------- the answer does not know of it
+
+_shapes = st.sampled_from([*SHAPES[1:], (2, 1, 3, 6), (3, 3, 2, 3), (4, 2, 5, 9), (6, 4, 3, 24)])
+
+
+@settings(max_examples=40)
+@given(cases(), _shapes)
+def test_any_tree_gives_the_plain_answer(case, shape):
+    """Over models, prompts, budgets, methods and batches; a row draws the same tree alone and among others."""
+    vlm, (rows, pictures) = case.vlm, case.prompts()
+    settings = {"eos_token_id": ending(case, **case.pruned), "max_new_tokens": case.new, **case.pruned}
+    whole = batch(rows, pictures, case.left)
+    plain = vlm.generate(**whole, **settings, draft_length=0)
+    drafted = vlm.generate(**whole, **settings, tree=shape)
+    same(drafted, plain)
+    assert drafted.stats.draft_shape == f"tree {TreeShape(*shape)}"
+    for b, pair in enumerate(zip(rows, pictures, strict=True)):
+        alone = vlm.generate(**batch(*[[p] for p in pair]), **settings | {"seed": case.seed + b}, tree=shape)
+        assert alone.tokens[0] == plain.tokens[b]
+        assert [(s.drafted, s.parents, s.accepted, s.tokens) for s in alone.steps[0]] == [
+            (s.drafted, s.parents, s.accepted, s.tokens) for s in drafted.steps[b]
+        ]
+
+
+@settings(max_examples=12)
+@given(cases(), _shapes)
+def test_any_tree_gives_the_unmodified_bases_answer(case, shape):
+    vlm, (rows, pictures) = case.vlm, case.prompts()
+    eos = ending(case)
+    expected = [stock(vlm, *pair, eos=eos, max_new_tokens=case.new) for pair in zip(rows, pictures, strict=True)]
+    wish = {**batch(rows, pictures, case.left), "max_new_tokens": case.new, "eos_token_id": eos}
+    assert vlm.generate(**wish, tree=shape).tokens == expected
+
+
+class Watched:
+    """Answers, steps, and the committed part of every cache of the first row after each round."""
+
+    def __init__(self, vlm, plan, rows, pictures, grow=None, length=4, confidence=0.0):
+        options = GenerationSettings(draft_length=length, draft_confidence=confidence, max_new_tokens=NEW)
+        decoder = Decoder(vlm.trunk, vlm.twig, plan, options, grow=grow)
+        self.tokens, self.steps, self.caches = [[] for _ in rows], [], {}
+        pixels = torch.cat(pictures) if any(len(p) for p in pictures) else None
+        with torch.inference_mode():
+            for round_ in decoder.steps(embed(vlm.trunk, plan, rows, pixels)):
+                for b, step in round_:
+                    self.tokens[b] += step.tokens
+                    self.steps.append((b, step.drafted, step.parents, step.accepted, step.tokens, step.offered))
+                self.caches[len(self.tokens[0])] = [
+                    (c.keys[:, 0, :, : c.used[0]].clone(), c.values[:, 0, :, : c.used[0]].clone())
+                    for c in decoder.state.caches
+                ]
+
+
+def plans():
+    cuts = ((2, Keep(5, 16, Probe("twig", "text"))), (4, Keep(2, 16, Probe("peek", "last", 4))), (5, Wipe()))
+    return [Plan(), Plan(cuts), Plan(cuts, positions="compact")]
+
+
+@pytest.mark.parametrize("plan", plans(), ids=["whole", "cut", "compacted"])
+def test_a_tree_of_width_one_is_the_chain(plan):
+    """Token for token and cache for cache, in a batch of unequal rows."""
+    vlm = tiny(side=56, context=512, noise=0.1)
+    rows, pictures = prompts(vlm, LAYOUTS, seed=4)
+    line = Watched(vlm, plan, rows, pictures)
+    grown = Watched(vlm, plan, rows, pictures, partial(tree.grow, shape=TreeShape(1, 1, 4, 4)))
+    assert grown.tokens == line.tokens and grown.steps == line.steps
+    assert grown.caches.keys() == line.caches.keys() and len(line.caches) > 2
+    for written, caches in line.caches.items():
+        for (keys, values), (own_keys, own_values) in zip(caches, grown.caches[written], strict=True):
+            torch.testing.assert_close(own_keys, keys, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(own_values, values, atol=1e-5, rtol=1e-4)
+
+
+def test_one_child_a_node_stops_where_the_chain_stops():
+    vlm = tiny(noise=0.3)
+    wish = {**batch(*prompts(vlm, LAYOUTS, seed=2)), "max_new_tokens": NEW, "eos_token_id": []}
+    for confidence in (0.3, 0.6, 0.9):
+        line = vlm.generate(**wish, draft_length=5, draft_confidence=confidence)
+        grown = vlm.generate(**wish, tree=(1, 1, 5, 5), draft_confidence=confidence)
+        assert grown.steps == line.steps and grown.tokens == line.tokens
+        assert grown.stats.draft_shape == "chain"
+        assert len({len(s.drafted) for row in line.steps for s in row}) > 2, "it must stop at several places"
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 6), (10, 10, 4, 60)], ids=str)
+@pytest.mark.parametrize("plan", plans(), ids=["whole", "cut", "compacted"])
+def test_caches_are_those_of_plain_decoding(plan, shape):
+    """In every group, after every round, whatever way of the tree was taken."""
+    vlm, taken = tiny(side=56, context=512, noise=0.3, fade=0.5), set()
+    for seed in range(3):
+        rows, pictures = prompts(vlm, LAYOUTS[:1], seed=seed)
+        slow = Watched(vlm, plan, rows, pictures, partial(tree.grow, shape=TreeShape(1, 1, 1, 1)), 1)
+        fast = Watched(vlm, plan, rows, pictures, partial(tree.grow, shape=TreeShape(*shape)))
+        assert slow.tokens == fast.tokens
+        taken |= {accepted for _, _, _, accepted, _, _ in fast.steps}
+        last = slow.caches[NEW]
+        for caches in fast.caches.values():
+            for (keys, values), (all_keys, all_values) in zip(caches, last, strict=True):
+                n = min(keys.shape[2], all_keys.shape[2])
+                torch.testing.assert_close(keys[:, :, :n], all_keys[:, :, :n], atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(values[:, :, :n], all_values[:, :, :n], atol=2e-5, rtol=1e-4)
+    assert {0, 1} <= taken and max(taken) > 1
+
+
+def test_trees_find_what_chains_miss():
+    """Second children are accepted, and what is written per verification grows."""
+    vlm, second = tiny(side=56, noise=0.3, fade=0.5), 0
+    wish = {"max_new_tokens": 40, "eos_token_id": []}
+    for seed in range(4):
+        arguments = {**one(vlm, 3, IMAGE, 4, seed=seed), **wish}
+        line = vlm.generate(**arguments, draft_length=4, draft_confidence=0.0)
+        wide = vlm.generate(**arguments, tree=(4, 4, 4, 16))
+        assert wide.tokens == line.tokens
+        assert wide.stats.tokens_per_step >= line.stats.tokens_per_step
+        for step in wide.steps[0]:
+            path = _path(step)
+            second += any(step.parents.index(step.parents[node]) != node for node in path)
+    assert second > 3
+
+
+def _path(step) -> list[int]:
+    """The accepted nodes, from what a step says."""
+    here, path = -1, []
+    for token in step.tokens[: step.accepted]:
+        here = next(
+            i for i, (p, t) in enumerate(zip(step.parents, step.drafted, strict=True)) if (p, t) == (here, token)
+        )
+        path.append(here)
+    return path
+
+
+def test_the_figures_of_a_tree():
+    vlm = tiny(side=56, noise=0.3, fade=0.5)
+    out = vlm.generate(**one(vlm, 3, IMAGE, 4), max_new_tokens=30, eos_token_id=[], tree=(3, 2, 4, 8))
+    steps, s = out.steps[0], out.stats
+    assert s.tokens_per_step == 30 / len(steps) == 30 / s.steps
+    for depth, rate in enumerate(s.hit_rates):
+        asked = [step for step in steps if step.accepted >= depth and _goes_on(step, depth)]
+        assert rate == sum(step.accepted > depth for step in asked) / len(asked)
+    assert len(s.hit_rates) == max(step.offered for step in steps) > 1
+    assert vlm.generate(**one(vlm, 3, IMAGE, 4), draft_length=0).stats.hit_rates == []
+
+
+def _goes_on(step, depth: int) -> bool:
+    path = [-1, *_path(step)]
+    return len(path) > depth and path[depth] in step.parents
+
+
+# ---------------------------------------------------------------------- ends
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 6), (4, 3, 4, 20)], ids=str)
+def test_nothing_is_drafted_behind_an_end(shape):
+    """Neither behind an end token nor behind what may still be written; and an end anywhere ends the answer there."""
+    vlm, inside = tiny(side=56, noise=0.2, fade=0.5), 0
+    arguments = one(vlm, 3, IMAGE, 4, seed=1)
+    answer = vlm.generate(**arguments, max_new_tokens=NEW, eos_token_id=[], draft_length=0).tokens[0]
+    for place in range(NEW):
+        end = answer[place]
+        out = vlm.generate(**arguments, max_new_tokens=NEW, eos_token_id=end, tree=shape)
+        assert out.tokens[0] == answer[: answer.index(end)]
+        for step in out.steps[0]:
+            assert all(parent < 0 or step.drafted[parent] != end for parent in step.parents)
+        inside += out.steps[0][-1].accepted > len(out.steps[0][-1].tokens)
+    for limit in range(1, NEW):
+        out = vlm.generate(**arguments, max_new_tokens=limit, eos_token_id=[], tree=shape)
+        assert out.tokens[0] == answer[:limit]
+        left = limit
+        for step in out.steps[0]:
+            depth = {-1: 0}
+            for node, parent in enumerate(step.parents):
+                depth[node] = depth[parent] + 1
+            assert max(depth.values()) <= left - 1 and len(step.drafted) <= shape[3]
+            left -= len(step.tokens)
+    assert inside, "an end token must have been an accepted node"
+
+
+# ---------------------------------------------------------------------- processors, choosers, sampling
+
+
+def test_processors_are_asked_path_by_path():
+    vlm = tiny(fade=0.3, noise=0.1)
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4), (6,), (IMAGE, 2)])
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.7), NoRepeatNGramLogitsProcessor(2)])
+    wish = {**batch(rows, pictures), "logits_processor": processors, "max_new_tokens": NEW, "eos_token_id": []}
+    plain = vlm.generate(**wish, draft_length=0)
+    for shape in SHAPES[1:]:
+        out = vlm.generate(**wish, tree=shape)
+        assert out.tokens == plain.tokens and out.stats.draft_shape.startswith("tree")
+    forbid = LogitsProcessorList([NoRepeatNGramLogitsProcessor(1)])
+    out = vlm.generate(**wish | {"logits_processor": forbid}, tree=(3, 2, 4, 8))
+    for step in out.steps[0]:
+        for node, parent in enumerate(step.parents):
+            behind = []
+            while parent >= 0:
+                behind.append(step.drafted[parent])
+                parent = step.parents[parent]
+            assert step.drafted[node] not in behind, "a draft obeys them too"
+
+
+class Proposing(Chooser):
+    """Somebody's own, from before there were trees."""
+
+    def propose(self, logits, voices, drafted, vocabulary):
+        token, score = super().propose(logits, voices, drafted, vocabulary)
+        return token, torch.ones_like(score)
+
+
+class Branching(Proposing):
+    def branch(self, logits, voices, paths, children, vocabulary):
+        return super().branch(logits, voices, paths, children, vocabulary)
+
+
+def test_a_chooser_without_second_choices_drafts_chains():
+    vlm = tiny()
+    wish = {**one(vlm, 3, IMAGE, 4), "max_new_tokens": NEW, "eos_token_id": []}
+    plain = vlm.generate(**wish, draft_length=0)
+    out = vlm.generate(**wish, tree=(3, 2, 4, 8), chooser=Proposing)
+    assert out.tokens == plain.tokens and out.stats.draft_shape.startswith("chain: Proposing chooses no second")
+    assert max(len(s.drafted) for s in out.steps[0]) == 4
+    out = vlm.generate(**wish, tree=(3, 2, 4, 8), chooser=Branching)
+    assert out.tokens == plain.tokens and out.stats.draft_shape == "tree 3,2,4,8"
+
+
+@pytest.mark.parametrize("pruned", [{}, {"retained_tokens": 2.0}], ids=["whole", "pruned"])
+@pytest.mark.parametrize("options", SAMPLING)
+def test_a_seed_gives_the_same_answer_with_any_tree(options, pruned):
+    vlm = tiny(sharpness=1.0, F=4)
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4), (5,), (IMAGE, 3)])
+    settings = {**options, **pruned, "do_sample": True, "max_new_tokens": NEW, "eos_token_id": [], "seed": 4}
+    plain = vlm.generate(**batch(rows, pictures), draft_length=0, **settings)
+    for shape in SHAPES[1:]:
+        assert vlm.generate(**batch(rows, pictures), tree=shape, **settings).tokens == plain.tokens
+
+
+def test_one_draw_a_node_follows_the_base():
+    """Hand-written distributions over five words, a draft of two levels and three children a node: exact joint frequencies."""
+    generator = torch.Generator().manual_seed(3)
+    p = torch.randn(6, 5, generator=generator).softmax(-1)  # after the root (5) and after each word
+    q = (p.log() + torch.randn(6, 5, generator=generator)).log_softmax(-1)
+    chooser, many = Chooser(GenerationSettings(do_sample=True)), 6000
+    voice = Voice(torch.Generator().manual_seed(5), [1])
+    counts, second = torch.zeros(5, 5), 0
+    for _ in range(many):
+        decoder = Written(lambda depth, token, _up: q[token if depth else 5], 0, [2])
+        decoder.chooser, decoder.voices, decoder.trunk.vocabulary = chooser, lambda: [voice], 5
+        draft = tree.grow(decoder, TreeShape(3, 2, 2, 6)).tree
+        rows = torch.tensor([5, *draft.token[0].tolist()])
+        choice = chooser.judge(p[rows].log()[None], draft, [voice])
+        path = [i for i in walk(draft, choice)[0].tolist() if i >= 0]
+        words = [int(draft.token[0, i]) for i in path] + [int(choice[0, path[-1] + 1 if path else 0])]
+        second += any(int((draft.parent[0] == draft.parent[0, i]).nonzero()[0]) != i for i in path)
+        if len(words) == 1:
+            voice.write(words[0])
+            words.append(
+                int(chooser.judge(p[words[0]].log()[None, None], Decoder.no_draft(_Empty()).tree, [voice])[0, 0])
+            )
+            voice.write(words[1])
+        else:
+            for word in words:
+                voice.write(word)
+        counts[words[0], words[1]] += 1
+    assert chi_square_p(counts.flatten(), (p[5][:, None] * p[:5]).flatten() * many) > 1e-3
+    assert second > many / 20
+
+
+class _Empty:
+    """What `no_draft` asks of a decoder."""
+
+    place, rows = torch.zeros(1, dtype=torch.long), [None]
+
+
+# ---------------------------------------------------------------------- without a look at the device
+
+
+def test_a_round_with_a_tree_reads_the_device_once(monkeypatch):
+    """On the meta device there is nothing to read: only `fetch` may try, and only once a round."""
+    model = tiny_model(side=56)
+    with torch.device("meta"):
+        empty = LlavaForConditionalGeneration(model.config)
+    set_attention(empty.eval(), "sdpa")
+    trunk = trunk_of(empty)
+    vlm = TwigVLM(Loaded(empty, None, "meta", False), grow_twig(trunk, TwigConfig(6, 2, 2, 4)))
+    reads = []
+
+    def fake(tensor):
+        """Zeros, but: one draft accepted, behind it token 1; all nodes are children of the root."""
+        reads.append(tuple(tensor.shape))
+        assert tensor.device.type == "meta"
+        out = np.zeros(tensor.shape, dtype=np.int32)
+        head = 4 + (len(decoder.state.caches) if not decoder.rows[0].tokens else 0)
+        out[:, 3:head] = 1
+        nodes = max(tensor.shape[1] - head - 1, 0) // 3  # and 1 to 3 levels
+        out[:, 0], out[:, 1], out[:, 2], out[:, head - 1] = nodes > 0, 1, 0, nodes
+        out[:, tensor.shape[1] - nodes :] = -1  # parents
+        return out
+
+    monkeypatch.setattr(loop, "fetch", fake)
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4), (2, IMAGE, IMAGE, 5), (4,)])
+    plan = Plan(
+        ((2, Keep(5, 16, Probe("twig", "text"))), (4, Keep(2, 16, Probe("peek", "last", 4))), (5, Wipe())),
+        positions="compact",
+    )
+    decoder = Decoder(
+        trunk,
+        vlm.twig,
+        plan,
+        GenerationSettings(max_new_tokens=7),
+        eos=[2],
+        grow=partial(tree.grow, shape=TreeShape(3, 2, 3, 6)),
+    )
+    with torch.inference_mode():
+        rounds = list(decoder.steps(embed(trunk, plan, rows, torch.cat(pictures))))
+    assert decoder.rows == [] and len(rounds) == 4  # 2, 2, 2 and 1 tokens
+    assert len(reads) == 4 and all(len(shape) == 2 for shape in reads)
+
+
+# ---------------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("2,2", ["'2,2'", "E,W,D,N", "3,2,4,8"]),
+        ("a,b,c,d", ["a,b,c,d", "whole numbers"]),
+        ("2,2,3,6,1", ["four"]),
+        ("0,1,1,1", ["1 or more"]),
+        ("-2,2,3,6", ["1 or more"]),
+        ((2, 2, 3, 6.5), ["whole"]),
+        ((2, 2, True, 6), ["whole"]),
+        ("", ["four"]),
+        ("2,2,3,11", ["N is 11", "10 nodes", "N <= 10"]),
+        ("9,2,3,8", ["E is 9", "E <= 8", "N >= 9"]),
+        ("2,9,3,8", ["W is 9"]),
+        ("2,2,9,8", ["D is 9"]),
+        ("1,2,3,3", ["W is 2", "E=1", "W=1"]),
+        ("20,20,20,400", ["N is 400", "256"]),
+    ],
+)
+def test_bad_shapes_are_refused(given, words):
+    with pytest.raises(InputError) as error:
+        GenerationSettings(tree=given)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_tree_and_a_chain_are_one_too_many():
+    for other in ({"draft_length": 3}, {"draft_length": "auto"}, {"draft_confidence": 0.5}):
+        with pytest.raises(InputError, match=next(iter(other))):
+            GenerationSettings(tree="2,2,3,6", **other)
+    assert GenerationSettings(tree="2,2,3,6", draft_length=0).tree == "2,2,3,6"
+    assert GenerationSettings(tree="1,1,5,5", draft_confidence=0.5).shape == (1, 1, 5, 5)
+
+
+def test_a_shape_may_be_written_in_three_ways():
+    assert {
+        GenerationSettings(tree=t).tree for t in ("2,2,3,6", "2;2;3;6", " 2, 2,3,6", (2, 2, 3, 6), [2, 2, 3, 6])
+    } == {"2,2,3,6"}
+
+
+def test_more_children_than_words():
+    with pytest.raises(InputError, match="knows 64 words"):
+        tiny().generate(**one(tiny(), 3, IMAGE, 4), tree=(65, 1, 1, 65))
+
+
+def test_no_twig_and_no_drafts():
+    bare = tiny(twig=False)
+    out = bare.generate(**one(bare, 3, IMAGE, 4), tree=(2, 2, 3, 6), max_new_tokens=4)
+    assert out.stats.draft_shape == "none" and out.stats.drafted == 0
+    out = tiny().generate(**one(tiny(), 3, IMAGE, 4), tree=(2, 2, 3, 6), draft_length=0, max_new_tokens=4)
+    assert out.stats.draft_shape == "none" and out.stats.drafted == 0
+
+
+def test_words_that_are_no_numbers_are_noticed(monkeypatch):
+    vlm = tiny()
+    logits = vlm.twig.logits
+    monkeypatch.setattr(vlm.twig, "logits", lambda hidden: logits(hidden) * float("nan"))
+    with pytest.raises(RunError):
+        vlm.generate(**one(vlm, 3, IMAGE, 4), tree=(2, 2, 3, 6))
