@@ -90,7 +90,10 @@ def questions(args: argparse.Namespace) -> Iterator[str]:
 
 def figures(stats) -> str:
     """One line for people."""
-    drafts = f"drafts {stats.accepted}/{stats.drafted} accepted" if stats.drafted else "no drafts"
+    drafts = "no drafts"
+    if stats.drafted:
+        hits = "/".join(f"{100 * rate:.0f}" for rate in stats.hit_rates)
+        drafts = f"drafts {stats.accepted}/{stats.drafted} accepted, {stats.tokens_per_step:.1f} tokens a step, right by depth {hits} %"
     return (
         f"[{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, first token after {stats.prefill_seconds:.2f} s, "
         f"{drafts}, visual tokens kept {stats.visual_kept} of {stats.visual_tokens}]"

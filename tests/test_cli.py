@@ -23,7 +23,7 @@ import cli_demo
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = re.compile(
     r"\[(\d+) tokens, [\d.]+ tokens/s, first token after [\d.]+ s, "
-    r"(?:drafts (\d+)/(\d+) accepted|no drafts), visual tokens kept (\d+) of (\d+)\]"
+    r"(?:drafts (\d+)/(\d+) accepted, [\d.]+ tokens a step, right by depth [\d/]+ %|no drafts), visual tokens kept (\d+) of (\d+)\]"
 )
 DESCRIBE = ("--question", "Describe the image in detail.")
 GREEN = "\033[32m"

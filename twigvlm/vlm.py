@@ -6,17 +6,19 @@ import itertools
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from .config import AUTO, DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig, takes
-from .decoding import Decoder, Likelihood, Step, embed, score, tree
+from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig, takes
+from .decoding import Decoder, Likelihood, Step, embed, score
 from .decoding.choose import Chooser
+from .decoding.drafting import Drafting, hit_rates
 from .decoding.finite import NotFinite, trace
-from .decoding.pace import Pace, measure, now
+from .decoding.pace import now
+from .decoding.streamer import feed
 from .errors import InputError
 from .families import trunk_of
 from .loading.base import Loaded, load_base
@@ -100,7 +102,7 @@ class TwigVLM:
         self.base_name = loaded.name
         self._loaded, self._fallback = loaded, fallback
         self._calls = 0
-        self._paces: dict[int, Pace] = {}  # by batch size
+        self._drafting = Drafting(self.trunk, twig)
         twig_config = twig.config if twig else None
         letters = (twig_config.K, twig_config.T, twig_config.F) if twig_config else (None, None, None)
         self.config = ModelConfig(self.trunk.L, self.trunk.V, *letters)
@@ -162,7 +164,8 @@ class TwigVLM:
         `retained_tokens` is R, the average of visual tokens per base layer (None prunes nothing; with several
         images, r per image, shared between them by score); `pruning` a name in twigvlm.pruning.METHODS;
         `query` "last" or "text" (paper Eq. 3); `draft_length` 0, or no twig, is plain decoding, "auto" drafts as
-        many tokens as pay on this machine (measured at the first call); `seed` repeats an answer: sampling and
+        many tokens as pay on this machine (measured at the first call); `tree` (E, W, D, N) drafts trees instead of chains
+        (`decoding.tree`), "auto" as wide and deep ones as pay; `seed` repeats an answer: sampling and
         random pruning draw from it, row b from seed + b, or from the b-th of a list; random pruning draws from the
         row's pictures too, and without a seed from the number of this call; and draft_confidence,
         max_new_tokens, do_sample, temperature, top_k, top_p. `eos_token_id` None means the generation
@@ -182,15 +185,13 @@ class TwigVLM:
         one = callable(stopping_criteria) and not isinstance(stopping_criteria, list)
         rules = [stopping_criteria] if one else stopping_criteria
         chosen = (chooser or Chooser)(settings, logits_processor)
-        settings, drafts = self._drafts(settings, chosen)
-        pace = self._pace(len(ids)) if settings.draft_length == AUTO and self.twig is not None else None
-        grow = partial(tree.grow, shape=settings.shape) if settings.shape else None
+        drafts = self._drafting.choose(settings, chosen, len(ids))
         eos = self._eos(eos_token_id)
-        decoder = Decoder(self.trunk, self.twig, plan, settings, eos, chosen, rules, grow, pace)
+        decoder = Decoder(self.trunk, self.twig, plan, drafts.settings, eos, chosen, rules, drafts.grow, drafts.pace)
         seeds = self._seeds(settings.seed, len(ids))
         draws = self._draws(plan, seeds, ids, pixel_values)
         with torch.inference_mode():
-            return self._run(decoder, ids, pixel_values, seeds, draws, streamer, drafts)
+            return self._run(decoder, ids, pixel_values, seeds, draws, streamer, drafts.name)
 
     def score(
         self,
@@ -265,21 +266,6 @@ class TwigVLM:
 
     # ------------------------------------------------------------------ the parts of generate
 
-    def _drafts(self, settings: GenerationSettings, chooser: Chooser) -> tuple[GenerationSettings, str]:
-        """The settings with the drafts that can be, and their name."""
-        shape = settings.shape
-        if self.twig is None or settings.draft_length == 0:
-            return replace(settings, draft_length=0, tree=None), "none"
-        if shape is None:
-            return settings, "chain"
-        words = self.twig.lm_head.out_features
-        if words < shape.E:
-            raise InputError(f"tree is {shape}: E is {shape.E}, but the twig knows {words} words; choose E <= {words}")
-        if shape.E > 1 and tree.branches(chooser):
-            return settings, f"tree {shape}"
-        why = "" if shape.E == 1 else f": {type(chooser).__name__} chooses no second-best tokens (it has no `branch`)"
-        return replace(settings, draft_length=shape.D, tree=None), f"chain{why}"
-
     def _run(self, decoder: Decoder, ids, pixel_values, seeds, draws, streamer, drafts: str) -> Output:
         rows: list[list[Step]] = [[] for _ in ids]
         start = self._now()
@@ -293,7 +279,7 @@ class TwigVLM:
                 for row, step in round_:
                     rows[row].append(step)
                     if streamer is not None:
-                        _feed(streamer, step)
+                        feed(streamer, step)
         except NotFinite as fault:
             histories = [[*ids[b], *(t for step in steps for t in step.tokens)] for b, steps in enumerate(rows)]
             raise trace(self.trunk, self.twig, histories, pixel_values) from fault
@@ -338,13 +324,6 @@ class TwigVLM:
             raise InputError(
                 f"row {bare[0]} of input_ids holds image tokens only; pruned, it needs a text token to go on from"
             )
-
-    def _pace(self, rows: int) -> Pace:
-        """How long drafts pay for so many rows; measured once."""
-        size = 1 << (rows - 1).bit_length()
-        if size not in self._paces:
-            self._paces[size] = Pace(measure(self.trunk, self.twig, size))
-        return self._paces[size]
 
     def _seeds(self, seed: int | Sequence[int] | None, rows: int) -> list[int]:
         """One seed a row; none if nobody asked for any."""
@@ -429,22 +408,6 @@ class TwigVLM:
             cache_bytes=state.bytes,
             cache_bytes_used=state.bytes_used,
         )
-
-
-def hit_rates(steps: Sequence[Step]) -> list[float]:
-    """By depth: of the drafts that were right so far and went on, the share that was right there too."""
-    deepest = max((s.offered for s in steps), default=0)
-    asked = [sum(s.offered > d for s in steps) for d in range(deepest)]
-    return [sum(s.accepted > d for s in steps) / n for d, n in enumerate(asked)]
-
-
-def _feed(streamer, step: Step) -> None:
-    """Ours takes whole steps (it knows which tokens were drafted), Hugging Face's take tokens."""
-    if hasattr(streamer, "put_step"):
-        streamer.put_step(step)
-        return
-    for token in step.tokens:
-        streamer.put(torch.tensor([token]))
 
 
 def load(

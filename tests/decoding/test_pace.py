@@ -56,12 +56,12 @@ def test_never_much_slower_than_plain(machine, acceptance):
 @pytest.fixture
 def free(monkeypatch):
     """A machine on which every draft pays."""
-    monkeypatch.setattr("twigvlm.vlm.measure", lambda *_: Costs(1e-6, (1.0,) * (LONGEST + 1)))
+    monkeypatch.setattr("twigvlm.decoding.drafting.measure", lambda *_: Costs(1e-6, (1.0,) * (LONGEST + 1)))
 
 
 def test_the_answers_stay_whenever_the_twig_reads(free, monkeypatch):
     vlm = tiny(noise=0.1)
-    vlm._paces.clear()
+    vlm._drafting.paces.clear()
     rows, pictures = prompts(vlm, [(3, IMAGE, 4), (9,), (2, IMAGE, 1, IMAGE, 3)], seed=3)
     wish = {**batch(rows, pictures), "max_new_tokens": 20, "eos_token_id": [5, 9]}
     plain = vlm.generate(**wish, draft_length=0)
@@ -70,12 +70,12 @@ def test_the_answers_stay_whenever_the_twig_reads(free, monkeypatch):
         found = vlm.generate(**wish, draft_length="auto")
         assert found.tokens == plain.tokens, patience
         assert (found.stats.drafted > 0) == (patience < 20)
-    vlm._paces.clear()
+    vlm._drafting.paces.clear()
 
 
 def test_a_short_answer_needs_no_twig(free, monkeypatch):
     vlm, read = tiny(noise=0.1), []
-    vlm._paces.clear()
+    vlm._drafting.paces.clear()
     layer = vlm.twig.layers[0]
     handle = layer.register_forward_pre_hook(lambda _module, args: read.append(args[0].shape[1]))
     try:
@@ -90,4 +90,4 @@ def test_a_short_answer_needs_no_twig(free, monkeypatch):
         assert read[0] == len(rows[0]) and pruned.tokens, "pruning asks the twig anyway"
     finally:
         handle.remove()
-        vlm._paces.clear()
+        vlm._drafting.paces.clear()

@@ -20,7 +20,7 @@ from transformers.generation import NoRepeatNGramLogitsProcessor, RepetitionPena
 from twigvlm.config import GenerationSettings, TreeShape, TwigConfig
 from twigvlm.decoding import Decoder, embed, loop, tree
 from twigvlm.decoding.choose import Chooser, Voice
-from twigvlm.decoding.draft import DraftTree, walk
+from twigvlm.decoding.draft import DraftTree, chain, walk
 from twigvlm.errors import InputError, RunError
 from twigvlm.families import trunk_of
 from twigvlm.loading.base import Loaded
@@ -75,6 +75,7 @@ class Written:
         return torch.stack([self.logits(0, self.root, None) for _ in self.levels])
 
     def climb(self, stream, _segments, sight):
+        sight = self.seen(stream, sight)
         assert sight.shape == (stream.rows, stream.width, sum(s.width for s in self.entered) + stream.width)
         for b in range(stream.rows):
             for i in range(stream.width):
@@ -83,10 +84,17 @@ class Written:
         self.entered.append(stream)
         return stream
 
+    def seen(self, stream, sight):
+        """What a mask of None means: all before it."""
+        before = sum(s.width for s in self.entered if s is not stream)
+        whole = torch.ones(stream.width, before + stream.width, dtype=torch.bool).tril(before)
+        return whole.expand(stream.rows, -1, -1) if sight is None else sight
+
     def depth(self, b, place):
         return place - self.place[b]
 
     def run_twig(self, stream, sight):
+        sight = self.seen(stream, sight)
         self.sights.append(sight)
         token = torch.cat([s.hidden[..., 0].long() for s in self.entered], 1)
         place = torch.cat([s.place for s in self.entered], 1)
@@ -288,7 +296,7 @@ class Watched:
             for round_ in decoder.steps(embed(vlm.trunk, plan, rows, pixels)):
                 for b, step in round_:
                     self.tokens[b] += step.tokens
-                    self.steps.append((b, step.drafted, step.parents, step.accepted, step.tokens, step.offered))
+                    self.steps.append((b, step.drafted, step.parents, step.accepted, step.tokens, step.path))
                 self.caches[len(self.tokens[0])] = [
                     (c.keys[:, 0, :, : c.used[0]].clone(), c.values[:, 0, :, : c.used[0]].clone())
                     for c in decoder.state.caches
@@ -378,6 +386,7 @@ def test_the_figures_of_a_tree():
     out = vlm.generate(**one(vlm, 3, IMAGE, 4), max_new_tokens=30, eos_token_id=[], tree=(3, 2, 4, 8))
     steps, s = out.steps[0], out.stats
     assert s.tokens_per_step == 30 / len(steps) == 30 / s.steps
+    assert [step.path for step in steps] == [_path(step) for step in steps]
     for depth, rate in enumerate(s.hit_rates):
         asked = [step for step in steps if step.accepted >= depth and _goes_on(step, depth)]
         assert rate == sum(step.accepted > depth for step in asked) / len(asked)
@@ -478,40 +487,31 @@ def test_a_seed_gives_the_same_answer_with_any_tree(options, pruned):
 
 
 def test_one_draw_a_node_follows_the_base():
-    """Hand-written distributions over five words, a draft of two levels and three children a node: exact joint frequencies."""
+    """Hand-written distributions over five words, drafts of two levels and three children a node: the joint frequencies of two words."""
     generator = torch.Generator().manual_seed(3)
     p = torch.randn(6, 5, generator=generator).softmax(-1)  # after the root (5) and after each word
     q = (p.log() + torch.randn(6, 5, generator=generator)).log_softmax(-1)
-    chooser, many = Chooser(GenerationSettings(do_sample=True)), 6000
-    voice = Voice(torch.Generator().manual_seed(5), [1])
-    counts, second = torch.zeros(5, 5), 0
-    for _ in range(many):
-        decoder = Written(lambda depth, token, _up: q[token if depth else 5], 0, [2])
-        decoder.chooser, decoder.voices, decoder.trunk.vocabulary = chooser, lambda: [voice], 5
-        draft = tree.grow(decoder, TreeShape(3, 2, 2, 6)).tree
-        rows = torch.tensor([5, *draft.token[0].tolist()])
-        choice = chooser.judge(p[rows].log()[None], draft, [voice])
-        path = [i for i in walk(draft, choice)[0].tolist() if i >= 0]
-        words = [int(draft.token[0, i]) for i in path] + [int(choice[0, path[-1] + 1 if path else 0])]
-        second += any(int((draft.parent[0] == draft.parent[0, i]).nonzero()[0]) != i for i in path)
-        if len(words) == 1:
+    chooser, many = Chooser(GenerationSettings(do_sample=True)), 1500
+    voices = [Voice(torch.Generator().manual_seed(seed), [1]) for seed in range(many)]
+    decoder = Written(lambda depth, token, _up: q[token if depth else 5], 0, [2] * many)
+    decoder.chooser, decoder.voices, decoder.trunk.vocabulary = chooser, lambda: voices, 5
+    draft = tree.grow(decoder, TreeShape(3, 2, 2, 6)).tree
+    rows = torch.cat([torch.full((many, 1), 5), draft.token], 1)
+    choice = chooser.judge(p[rows].log(), draft, voices)
+    path, counts, second = walk(draft, choice), torch.zeros(5, 5), 0
+    for b, voice in enumerate(voices):
+        nodes = [i for i in path[b].tolist() if i >= 0]
+        words = [int(draft.token[b, i]) for i in nodes] + [int(choice[b, nodes[-1] + 1 if nodes else 0])]
+        second += any(int((draft.parent[b] == draft.parent[b, i]).nonzero()[0]) != i for i in nodes)
+        if len(words) == 1:  # the next round, without a draft
             voice.write(words[0])
+            empty = torch.zeros(1, 0, dtype=torch.long)
             words.append(
-                int(chooser.judge(p[words[0]].log()[None, None], Decoder.no_draft(_Empty()).tree, [voice])[0, 0])
+                int(chooser.judge(p[words[0]].log()[None, None], chain(empty, empty, empty[:, 0:].sum(1)), [voice]))
             )
-            voice.write(words[1])
-        else:
-            for word in words:
-                voice.write(word)
         counts[words[0], words[1]] += 1
     assert chi_square_p(counts.flatten(), (p[5][:, None] * p[:5]).flatten() * many) > 1e-3
     assert second > many / 20
-
-
-class _Empty:
-    """What `no_draft` asks of a decoder."""
-
-    place, rows = torch.zeros(1, dtype=torch.long), [None]
 
 
 # ---------------------------------------------------------------------- without a look at the device

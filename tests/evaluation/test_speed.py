@@ -11,7 +11,8 @@ import torch
 from conftest import IMAGE, one, tiny
 
 from twigvlm.config import GenerationSettings
-from twigvlm.decoding.draft import chain, walk
+from twigvlm.decoding.choose import Chooser
+from twigvlm.decoding.draft import DraftTree, chain, walk
 from twigvlm.evaluation import speed
 from twigvlm.loading.random import random_config
 
@@ -62,6 +63,27 @@ def test_drafts_as_long_as_they_pay(capsys):
     assert rows["SSD auto"]["tokens"] == 6
 
 
+def test_trees_stand_beside_the_chain(capsys):
+    facts, text = run(
+        capsys, "--random", "64x8", "--tokens", "12", "-R", "200", "--tree", "2,2,3,6", "--trees", "3;2;2;4", "2,2,3,6", "auto",
+        "--assume-acceptance", "0.9",
+    )  # fmt: skip
+    rows = {row["method"].partition(" (")[0]: row for row in facts["rows"]}
+    assert {"SSD", "SSD + TTP", "SSD tree 2,2,3,6", "SSD tree 3,2,2,4 + TTP", "SSD tree auto"} <= rows.keys() and len(
+        rows
+    ) == 11
+    for name, row in rows.items():
+        assert ("x chain" in row) == ("tree" in name)
+        if "auto" in name:
+            assert row["tokens/step"] >= 1  # and whether any draft pays is the machine's business
+        elif "SSD" in name:
+            assert row["tokens/step"] >= 1 and row["hits by depth"][0] > 0.5
+        else:
+            assert row["tokens/step"] is None and row["hits by depth"] == []
+    assert rows["SSD tree 2,2,3,6"]["tokens/step"] <= 4 < rows["SSD"]["tokens/step"]
+    assert "SSD tree 3,2,2,4 (simulated: acceptance 0.9 by coin): right at each depth" in text
+
+
 def test_short_answers(capsys):
     facts, _ = run(capsys, "--short", "--draft-length", "2", "--tokens", "6")
     assert facts["short"] and facts["draft_length"] == 2
@@ -72,9 +94,7 @@ def test_short_answers(capsys):
 def test_every_run_has_its_own_luck(monkeypatch):
     """One coin for all runs would make a figure of its first few tosses."""
     seeds = []
-    monkeypatch.setattr(
-        speed, "CoinChooser", lambda settings, coin, seed: seeds.append(seed) or speed.Chooser(settings)
-    )
+    monkeypatch.setattr(speed, "CoinChooser", lambda settings, coin, seed: seeds.append(seed) or Chooser(settings))
     vlm = tiny()
     options = {"retained_tokens": 2, "draft_length": 5, "max_new_tokens": 2}
     bench = speed.Bench(vlm, options, [one(vlm, 3, IMAGE, 2)] * 2, True, 0.5)
@@ -89,6 +109,21 @@ def test_the_coin_accepts_as_often_as_it_is_told(probability):
     draft = chain(torch.tensor([[3]]), torch.ones(1, 1), torch.tensor([1]))
     accepted = sum(int(walk(draft, chooser.judge(logits, draft, []))[0, 0]) == 0 for _ in range(2000))
     assert accepted / 2000 == pytest.approx(probability, abs=0.04)
+
+
+def test_the_coin_is_thrown_for_each_child_of_a_tree():
+    """In their order, until one is right; else the base says something that is none of them."""
+    chooser = speed.CoinChooser(GenerationSettings(), 0.6, seed=1)
+    tree = DraftTree(
+        torch.tensor([[3, 4, 1, 2]]), torch.tensor([[-1, -1, 0, 1]]), torch.ones(1, 4), torch.tensor([4]), 2
+    )
+    counts = torch.zeros(3)
+    for _ in range(2000):
+        path = walk(tree, chooser.judge(torch.zeros(1, 5, 9), tree, []))[0].tolist()
+        counts[path[0]] += 1  # -1 is the last
+    assert (counts / 2000).tolist() == pytest.approx([0.6, 0.4 * 0.6, 0.4 * 0.4], abs=0.04)
+    token, believed = chooser.branch(torch.randn(1, 2, 9), [], torch.zeros(1, 2, 0, dtype=torch.long), 3, 9)
+    assert token.shape == (1, 2, 3) and believed[0, 1].exp().tolist() == pytest.approx([0.6, 0.24, 0.096])
 
 
 def test_named_shapes_are_llavas():
@@ -106,6 +141,8 @@ def test_named_shapes_are_llavas():
         (["--random", "64x4"], ["K + T", "L = 4"]),
         (["--draft-length", "-1"], ["draft_length", "-1", "auto"]),
         (["--random", "64x8", "--short"], ["--short"]),
+        (["--random", "64x8", "--tree", "2,2"], ["tree", "E,W,D,N"]),
+        (["--random", "64x8", "--trees", "auto", "2,2,3,60"], ["N is 60", "10 nodes"]),
     ],
 )
 def test_bad_flags_are_refused(flags, words, capsys):

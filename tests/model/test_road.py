@@ -806,15 +806,15 @@ def test_a_pace_learns_and_tries_again():
 @pytest.mark.parametrize("pruned", [{}, {"retained_tokens": 8}, {"retained_tokens": 8, "pruning": "pdrop"}], ids=str)
 def test_an_answer_does_not_depend_on_the_pace(draft, rows, pruned, monkeypatch):
     vlm = tiny(side=56)
-    monkeypatch.setattr("twigvlm.vlm.measure", lambda *_: costs(draft, rows))
-    monkeypatch.setattr(vlm, "_paces", {})
+    monkeypatch.setattr("twigvlm.decoding.drafting.measure", lambda *_: costs(draft, rows))
+    monkeypatch.setattr(vlm._drafting, "paces", {})
     given = batch(*prompts(vlm, [*LAYOUTS, (4,)], seed=2))
     options = {**given, **pruned, "max_new_tokens": 20, "eos_token_id": []}
     plain = vlm.generate(**options, draft_length=0)
     auto = vlm.generate(**options, draft_length="auto")
     assert auto.tokens == plain.tokens
     assert (auto.stats.drafted > 0) == (draft < 1)
-    assert list(vlm._paces) == [4]
+    assert list(vlm._drafting.paces) == [(4, Pace)]
 
 
 def test_the_parts_of_a_round_are_measured():

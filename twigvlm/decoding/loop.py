@@ -43,7 +43,12 @@ class Step:
     parents: list[int] = field(
         default_factory=list
     )  # the drafted token that each stands behind; -1 is what was written
-    offered: int = 0  # tokens one behind the other whose fate is known: those accepted, and one if another stood there
+    path: list[int] = field(default_factory=list)  # the drafted tokens that were accepted
+
+    @property
+    def offered(self) -> int:
+        """Drafted tokens in a row whose fate is known: those accepted, and one more if any stood behind them."""
+        return len(self.path) + ((self.path[-1] if self.path else -1) in self.parents)
 
 
 @dataclass
@@ -261,11 +266,10 @@ class Decoder:
         for b, row in enumerate(self.rows):
             drafted, path = verdict.drafted[b], verdict.path[b]
             written = self._append(row, [*(drafted[node] for node in path), verdict.token[b]])
-            parents = verdict.parents[b]
-            offered = len(path) + ((path[-1] if path else -1) in parents)
-            out.append((row.index, Step(drafted, len(path), written, verdict.probabilities[b], parents, offered)))
-            if self.pace is not None:
-                self.pace.learn(len(drafted), len(path))
+            step = Step(drafted, len(path), written, verdict.probabilities[b], verdict.parents[b], path)
+            out.append((row.index, step))
+        if self.pace is not None:
+            self.pace.note([step for _, step in out])
         return out
 
     def _append(self, row: Row, tokens: list[int]) -> list[int]:

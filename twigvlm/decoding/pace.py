@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,8 +21,14 @@ from ..model.stream import Stream
 from ..model.trunk import Trunk
 from ..model.twig import Twig
 
+if TYPE_CHECKING:
+    from .loop import Step
+
 LONGEST = 8  # tokens of a draft
 MEASURED = (1, 2, 4, 6, LONGEST + 1)  # tokens of a verification; those between are interpolated
+WIDE = (17, 33, 65)  # of drafts that branch
+BESIDE = 3  # tokens beside the first in a measured draft step
+DEAR = 0.25  # of a step for one more token: what stands ninth or later in a draft is hardly ever as likely
 CONTEXT = 64  # tokens in the caches meanwhile: what is measured are the weights
 PRIOR, WEIGHT = 0.8, 4.0  # acceptance before anything was drafted, and how many drafted tokens that counts
 MEMORY = 200.0  # drafted tokens that are remembered
@@ -32,10 +39,11 @@ LEAST_GAIN = 1.02  # a draft must promise as much: the costs are not known bette
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds for a batch of one size: to draft a token, and to verify 1, 2, … LONGEST + 1 tokens."""
+    """Seconds for a batch of one size: to draft a token, and to verify 1, 2, … LONGEST + 1 tokens (or more)."""
 
     draft: float
     verify: tuple[float, ...]
+    beside: float = 0.0  # for every further token that is drafted in the same step
 
     def rate(self, length: int, acceptance: float) -> float:
         """Tokens a second of rounds that draft `length` tokens."""
@@ -64,6 +72,11 @@ class Pace:
         self.idle = 0 if best else self.idle + 1
         return best or int(self.idle % RETRY == 0)
 
+    def note(self, steps: Sequence[Step]) -> None:
+        """What a round of all rows has shown."""
+        for step in steps:
+            self.learn(len(step.drafted), step.accepted)
+
     def learn(self, drafted: int, accepted: int) -> None:
         """A draft of so many tokens, of which the base took so many: the first refused one is the last that says anything."""
         fade = max(0.0, 1 - drafted / MEMORY)
@@ -78,6 +91,29 @@ def measure(trunk: Trunk, twig: Twig, rows: int, repeats: int = 3) -> Costs:
     verify = {n: median(clock.verifying(n), trunk.device, repeats, 1) for n in MEASURED}
     between = [_between(verify, n) for n in range(1, LONGEST + 2)]
     return Costs(median(clock.drafting(), trunk.device, repeats, 1), tuple(between))
+
+
+@torch.inference_mode()
+def measure_wide(trunk: Trunk, twig: Twig, rows: int, repeats: int = 5) -> Costs:
+    """The same for drafts that branch, up to the first block whose tokens cost more than they could bring.
+
+    The shortest times of all: it is their small differences that count here, and others at work only add to them. For
+    the same reason no block is taken to cost less than a smaller one.
+    """
+    clock = Parts(trunk, twig, rows, CONTEXT)
+
+    def least(work: Callable[[], None]) -> float:
+        return min(times(work, trunk.device, repeats, 1))
+
+    verify: dict[int, float] = {}
+    for n in (*MEASURED, *WIDE):
+        before = max(verify, default=n)
+        verify[n] = max(least(clock.verifying(n)), verify.get(before, 0.0))
+        if n > LONGEST + 1 and (verify[n] - verify[before]) / (n - before) > DEAR * verify[1]:
+            break
+    draft = least(clock.drafting())
+    beside = max(least(clock.drafting(BESIDE + 1)) - draft, 0.0) / BESIDE
+    return Costs(draft, tuple(_between(verify, n) for n in range(1, max(verify) + 1)), beside)
 
 
 class Parts:
@@ -100,9 +136,9 @@ class Parts:
             self._run(name, prompt)
             self.caches[name].commit(context)
 
-    def drafting(self) -> Callable[[], None]:
-        """One token through the layers below the twig, the twig and its head."""
-        token = self._text(1, self.context)
+    def drafting(self, tokens: int = 1) -> Callable[[], None]:
+        """One token (or so many at once) through the layers below the twig, the twig and its head."""
+        token = self._text(tokens, self.context)
 
         def draft() -> None:
             self.twig.logits(self._run("twig", self._run("low", token)).hidden).argmax(-1).tolist()
@@ -131,12 +167,17 @@ class Parts:
 
 def median(work: Callable[[], None], device: torch.device, repeats: int, warm: int) -> float:
     """Seconds."""
-    times = []
+    return statistics.median(times(work, device, repeats, warm))
+
+
+def times(work: Callable[[], None], device: torch.device, repeats: int, warm: int) -> list[float]:
+    """Seconds of each run after the first ones."""
+    found = []
     for _ in range(warm + repeats):
         start = now(device)
         work()
-        times.append(now(device) - start)
-    return statistics.median(times[warm:])
+        found.append(now(device) - start)
+    return found[warm:]
 
 
 def now(device: torch.device) -> float:

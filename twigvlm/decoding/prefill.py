@@ -132,12 +132,14 @@ class State:
         (see `CacheGroup.begin`).
         """
         for segment in segments:
-            stream = self._placed(self.cut(stream, segment.first, tree), segment.cache)
+            before, stream = stream, self.cut(stream, segment.first, tree)
+            if tree is not None and (sight is None or stream is not before):
+                sight = _sight(stream, tree)
+            stream = self._placed(stream, segment.cache)
             taps = self._listen("layer", stream, range(segment.first, segment.last))
             if segment.prompt is None:
                 self._note(segment, stream)
-            seen = _sight(stream, tree) if sight is None else sight
-            attention = self.trunk.attend(stream, segment.cache, seen)
+            attention = self.trunk.attend(stream, segment.cache, sight)
             layers = self.trunk.layers[segment.first : segment.last]
             entered, stream = stream, self.trunk.run(layers, stream, attention, list(taps.values()))
             self._hear(taps, entered)

@@ -62,3 +62,12 @@ class DraftStreamer:
 
     def _decode(self, tokens: list[int]) -> str:
         return decode(self.tokenizer, tokens) if tokens else ""
+
+
+def feed(streamer, step: Step) -> None:
+    """Ours takes whole steps (it knows which tokens were drafted), Hugging Face's take tokens."""
+    if hasattr(streamer, "put_step"):
+        streamer.put_step(step)
+        return
+    for token in step.tokens:
+        streamer.put(torch.tensor([token]))

@@ -3,19 +3,24 @@
 A level: the twig gives E children to each node that was fed to it, and of all of them the W with the best paths are
 fed next. After D levels the N best paths of all levels are verified. A path is worth the product of what the twig
 believes of its tokens; a child is never worth more than its parent and stands behind it, so that the N best hold
-the parents of all. No node is looked at one by one, and the device is not read.
+the parents of all. No node is looked at one by one. A given shape reads nothing of the device; where the machine chooses
+(`worth`), the paths of each level are read.
 
 Legend: B rows, W nodes of a level, E children each, F nodes fed so far, C candidates, N nodes kept.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 
 from ..config import TreeShape
 from ..model.stream import Stream, fit, front, join_raw
 from .draft import DraftTree
-from .loop import Decoder, Draft
+from .loop import Decoder, Draft, fetch
+from .worth import CHILDREN
 
 NEVER = float("-inf")  # the path of a node that is not there
 
@@ -32,6 +37,29 @@ def grow(decoder: Decoder, shape: TreeShape) -> Draft:
         if level + 1 < max(rooms):
             hidden = tree.feed(shape.W)
     return tree.prune(shape.N)
+
+
+def grow_as_it_pays(decoder: Decoder) -> Draft:
+    """A tree whose widths, depth and size the decoder's pace, a `Worth`, chooses while it grows."""
+    worth, rooms = decoder.pace, decoder.rooms()
+    deepest = max(rooms)
+    if deepest <= 0:
+        return decoder.no_draft()
+    tree, chances = Growth(decoder, rooms), []
+    children = min(CHILDREN, decoder.twig.lm_head.out_features)
+    hidden = decoder.state.catch_up()[:, None]
+    for level in range(deepest):
+        tree.branch(hidden, children)
+        read = fetch(torch.stack([tree.paths[-1], tree.fertile]).float())
+        # A path that is no number is kept, so that it is noticed when the round is read.
+        found, fertile = worth.chances(level, np.nan_to_num(np.exp(read), nan=1.0))
+        chances.append(found)
+        width = worth.widen(level, fertile) if level + 1 < deepest else 0
+        if not width:
+            break
+        hidden = tree.feed(width)
+    count = worth.keep(chances)
+    return tree.prune(count) if count else decoder.no_draft()
 
 
 def branches(chooser: object) -> bool:
@@ -68,7 +96,10 @@ class Growth:
         self.line = self.words.bool()
 
     def branch(self, hidden: torch.Tensor, children: int) -> None:
-        """One more level: children of the nodes whose states [B, W, D] left the twig."""
+        """One more level: children of the nodes whose states [B, W, D] left the twig.
+
+        `fertile` are the paths that may go on: nothing follows an end token, nor a node that fills its row's room.
+        """
         d = self.decoder
         logits = d.twig.logits(hidden)
         token, believed = d.chooser.branch(logits, d.voices(), self.words, children, d.trunk.vocabulary)
@@ -76,27 +107,29 @@ class Growth:
         self.believed.append(believed.flatten(1))
         self.paths.append((self.here[..., None] + believed).flatten(1))
         self.parents.append(self.number.repeat_interleave(children, 1))
+        last = self.room <= len(self.tokens)
+        if len(self.ends):
+            last = last | torch.isin(self.tokens[-1], self.ends)
+        self.fertile = self.paths[-1].masked_fill(last, NEVER)
 
     def feed(self, width: int) -> torch.Tensor:
-        """The best nodes of the last level, `width` at most, through layers 0..K-1 and the twig: their states [B, W, D].
-
-        Nothing may follow an end token, nor a node that fills its row's room.
-        """
+        """The best nodes of the last level, `width` at most, through layers 0..K-1 and the twig: their states [B, W, D]."""
         depth, tokens = len(self.tokens), self.tokens[-1]
         children = tokens.shape[1] // self.here.shape[1]
-        last = self.room <= depth
-        if len(self.ends):
-            last = last | torch.isin(tokens, self.ends)
-        self.here, pick = _best(self.paths[-1].masked_fill(last, NEVER), width)
+        self.here, pick = _best(self.fertile, width)
         there, slot, token = self.here > NEVER, pick // children, tokens.gather(1, pick)
         before = sum(level.shape[1] for level in self.tokens[:-1])
         self.number = torch.where(there, before + pick + 1, 0)
         self.words = torch.cat([_lines(self.words, slot), token[..., None]], 2)
         self.line = _and_itself(_lines(self.line, slot))
-        stream = self._enter(token, torch.where(there, depth, -1), self.line)
         self.fed.append(self.number)
         self.lines.append(self.line)
-        return self.decoder.state.run_twig(stream, sight=self.line).hidden
+        straight = self.line.shape[2] == len(
+            self.fed
+        )  # one node a level: each sees all before it, which needs no table
+        sight = None if straight else self.line
+        stream = self._enter(token, torch.where(there, depth, -1), sight)
+        return self.decoder.state.run_twig(stream, sight=sight).hidden
 
     def prune(self, count: int) -> Draft:
         """The `count` best paths; ties go to the shallower node, so that nobody's parent is missing."""
@@ -120,6 +153,8 @@ class Growth:
         heard = arrival.gather(1, kept)
         low = self._complete(tree, depth, heard, arrival.gather(1, parent))
         nodes = join_raw(self.streams).take(torch.where(tree.used(), low, -1), full)
+        if _straight(tree, low):
+            tree = replace(tree, chain=True)
         return Draft(tree, nodes, low, heard)
 
     def _complete(
@@ -142,13 +177,21 @@ class Growth:
         self._enter(token, torch.where(pick < 0, -1, deep), sight)
         return torch.where(missing, fed + missing.long().cumsum(1) - 1, heard)
 
-    def _enter(self, token: torch.Tensor, depth: torch.Tensor, sight: torch.Tensor) -> Stream:
+    def _enter(self, token: torch.Tensor, depth: torch.Tensor, sight: torch.Tensor | None) -> Stream:
         """Nodes through layers 0..K-1; -1 instead of a depth is no node."""
         d = self.decoder
         stream = d.trunk.tokens(token, torch.where(depth < 0, -1, self.root[:, None] + depth))
         stream = d.state.climb(stream, d.state.low, sight=sight)
         self.streams.append(stream)
         return stream
+
+
+def _straight(tree: DraftTree, low: torch.Tensor) -> bool:
+    """Whether this is a chain, which is verified with less ado; asked where looking costs nothing."""
+    if low.device.type != "cpu":
+        return False
+    steps = torch.arange(tree.width)
+    return bool((((tree.parent == steps - 1) & (low == steps)) | ~tree.used()).all())
 
 
 def _best(paths: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

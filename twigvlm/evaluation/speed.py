@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +24,7 @@ from tqdm import tqdm
 import twigvlm
 
 from .. import flags
-from ..config import AUTO, DEFAULT_K, DEFAULT_T, TwigConfig
-from ..decoding.choose import Chooser
+from ..config import AUTO, DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
 from ..decoding.pace import Parts, median, now
 from ..errors import InputError
 from ..families import trunk_of
@@ -41,31 +39,13 @@ from ..program import print_json, run_program
 from ..record import provenance, table
 from ..threads import Clock
 from ..vlm import TwigVLM
+from .coin import CoinChooser
 
 DESCRIPTION_TOKENS = 160
+DRAFT_LENGTH = GenerationSettings.draft_length  # any that is not 0: a tree says its own
 MIN_TOKENS = 64  # of a description, as it would be written without a limit
 LOADED = 0.25  # cores that may be wanted beyond those there are
 QUESTION, SHORT = "Describe the image in detail.", "How many objects are there?"
-
-
-class CoinChooser(Chooser):
-    """Lets a seeded coin decide acceptance, for models whose drafts are never right. Figures are simulated."""
-
-    def __init__(self, settings, probability: float, seed: int = 0):
-        super().__init__(settings)
-        self.probability, self.coin = probability, random.Random(seed)
-
-    def propose(self, logits, voices, drafted, vocabulary):
-        token, score = super().propose(logits, voices, drafted, vocabulary)
-        return token, torch.ones_like(score)  # random weights know no confidence: always the whole draft
-
-    def judge(self, logits, tree, voices):
-        """Of a chain: at each node the drafted token, or, where the coin falls so, the one after it."""
-        choice = logits.argmax(-1)
-        heads = [[self.coin.random() < self.probability for _ in range(tree.width)] for _ in range(len(choice))]
-        right = torch.tensor(heads, dtype=torch.bool, device=choice.device).reshape(tree.token.shape)
-        drafted = torch.where(right, tree.token, (tree.token + 1) % logits.shape[-1])
-        return torch.cat([drafted, choice[:, -1:]], 1)
 
 
 @dataclass(frozen=True)
@@ -77,25 +57,45 @@ class Timing:
     tokens: int
     late: int  # tokens after the first step
     acceptance: float | None = None
+    per_step: float | None = None  # tokens a verification
+    hit_rates: tuple[float, ...] = ()
 
 
 class Bench:
-    """The prompts and the methods that are timed on them; `options` are those of `generate`."""
+    """The prompts and the methods that are timed on them; `options` are those of `generate`.
 
-    def __init__(self, vlm: TwigVLM, options: dict, prompts: list[dict], endless: bool, coin: float | None):
-        self.vlm, self.options, self.prompts, self.endless, self.coin = vlm, options, prompts, endless, coin
+    `trees` are drafts that branch, timed beside the chain.
+    """
+
+    def __init__(
+        self,
+        vlm: TwigVLM,
+        options: dict,
+        prompts: list[dict],
+        endless: bool,
+        coin: float | None,
+        trees: Sequence[str] = (),
+    ):
+        self.vlm, self.prompts, self.endless, self.coin, self.trees = vlm, prompts, endless, coin, trees
+        self.options = options | {"tree": None}
         self.R, self.length, self.tokens = (options[n] for n in ("retained_tokens", "draft_length", "max_new_tokens"))
         self.turn = 0  # of prompts x repeats: each has its own luck, the same for all methods
 
     def methods(self) -> dict[str, Callable[[dict], Timing]]:
         """Name → how to time it."""
         ssd = "SSD auto" if self.length == AUTO else "SSD"
+        wide = {
+            f"SSD tree {tree}{name}": lambda p, R=R, tree=tree: self.ours(p, R, DRAFT_LENGTH, tree)
+            for tree in self.trees
+            for name, R in (("", None), (" + TTP", self.R))
+        }
         return {
             "stock generate": self.stock,
             "plain": lambda p: self.ours(p, None, 0),
             "plain + TTP": lambda p: self.ours(p, self.R, 0),
             ssd: lambda p: self.ours(p, None, self.length),
             f"{ssd} + TTP": lambda p: self.ours(p, self.R, self.length),
+            **wide,
         }
 
     def stock(self, prompt: dict) -> Timing:
@@ -116,18 +116,22 @@ class Bench:
             tokens -= 1
         return Timing(clock.first - start, total, tokens, tokens - 1)
 
-    def ours(self, prompt: dict, R: float | None, draft_length: int | str) -> Timing:
+    def ours(self, prompt: dict, R: float | None, draft_length: int | str, tree: str | None = None) -> Timing:
         """One of our own settings."""
         chooser = None
         if self.coin is not None and draft_length:
             chooser = lambda settings, _processors: CoinChooser(settings, self.coin, self.turn)  # noqa: E731
         end = {"eos_token_id": []} if self.endless else {}
         out = self.vlm.generate(
-            **prompt, **self.options | {"retained_tokens": R, "draft_length": draft_length}, chooser=chooser, **end
+            **prompt,
+            **self.options | {"retained_tokens": R, "draft_length": draft_length, "tree": tree},
+            chooser=chooser,
+            **end,
         )
         s = out.stats
         late = s.new_tokens - len(out.steps[0][0].tokens)
-        return Timing(s.prefill_seconds, s.prefill_seconds + s.decode_seconds, s.new_tokens, late, s.acceptance)
+        drafts = (s.acceptance, s.tokens_per_step, tuple(s.hit_rates)) if draft_length else ()
+        return Timing(s.prefill_seconds, s.prefill_seconds + s.decode_seconds, s.new_tokens, late, *drafts)
 
     def run(self, repeats: int) -> list[dict]:
         """Medians per method over prompts x repeats, methods interleaved so that drift hits all alike."""
@@ -143,11 +147,10 @@ class Bench:
         rows = [_summary(name, timings[name]) for name in methods]
         for row in rows:
             for other in list(methods)[:3]:
-                ratios = [
-                    (a.tokens / a.total) / (b.tokens / b.total)
-                    for a, b in zip(timings[row["method"]], timings[other], strict=True)
-                ]
-                row[f"x {other}"] = statistics.median(ratios)
+                row[f"x {other}"] = _times_as_fast(timings[row["method"]], timings[other])
+            if row["method"].startswith("SSD tree"):
+                chain = list(methods)[4 if "TTP" in row["method"] else 3]
+                row["x chain"] = _times_as_fast(timings[row["method"]], timings[chain])
             prefills = zip(timings[row["method"]], timings["stock generate"], strict=True)
             row["prefill x stock"] = statistics.median(a.prefill / b.prefill for a, b in prefills)
             if self.coin is not None and "SSD" in row["method"]:
@@ -170,10 +173,16 @@ class _FirstToken:
         pass
 
 
+def _times_as_fast(ours: Sequence[Timing], theirs: Sequence[Timing]) -> float:
+    """Median over pairs of runs, tokens a second, prefill included."""
+    return statistics.median((a.tokens / a.total) / (b.tokens / b.total) for a, b in zip(ours, theirs, strict=True))
+
+
 def _summary(name: str, timings: list[Timing]) -> dict:
     median = statistics.median
     late = [t for t in timings if t.late > 0 and t.total > t.prefill]
     accepted = [t.acceptance for t in timings if t.acceptance is not None]
+    steps = [t.per_step for t in timings if t.per_step is not None]
     return {
         "method": name,
         "tokens": median(t.tokens for t in timings),
@@ -181,7 +190,15 @@ def _summary(name: str, timings: list[Timing]) -> dict:
         "tokens/s": median(t.tokens / t.total for t in timings),
         "decode tokens/s": median(t.late / (t.total - t.prefill) for t in late) if late else None,
         "accepted %": 100 * statistics.mean(accepted) if accepted else None,
+        "tokens/step": statistics.mean(steps) if steps else None,
+        "hits by depth": _by_depth([t.hit_rates for t in timings]),
     }
+
+
+def _by_depth(rates: Sequence[Sequence[float]]) -> list[float]:
+    """Means over the runs that came so deep."""
+    deepest = max(map(len, rates), default=0)
+    return [round(statistics.mean(r[d] for r in rates if len(r) > d), 3) for d in range(deepest)]
 
 
 def _questions(vlm: TwigVLM, count: int, short: bool) -> list[dict]:
@@ -271,13 +288,20 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.out is not None and (args.out.is_dir() or not os.access(_existing(args.out.parent), os.W_OK)):
         raise InputError(f"--out {args.out}: no file can be written there; name a file in a folder that may be written")
     wish = Wish(**vars(flags.model_settings(args)), shape=args.random)
+    trees_of(args)
     check(wish, options_of(args, wish.has_twig))
+
+
+def trees_of(args: argparse.Namespace) -> list[str]:
+    """Drafts that branch, as they are to be timed. Raises InputError for what is none."""
+    asked = [*([args.tree] if args.tree else []), *(args.trees or [])]
+    return list(dict.fromkeys(str(GenerationSettings(tree=tree).tree) for tree in asked))
 
 
 def options_of(args: argparse.Namespace, has_twig: bool = True) -> dict:
     """Of `generate`."""
     tokens = args.tokens or (MIN_TOKENS if args.random is not None else DESCRIPTION_TOKENS)
-    return flags.generation(args, has_twig) | {"max_new_tokens": tokens}
+    return flags.generation(args, has_twig) | {"max_new_tokens": tokens, "tree": None}
 
 
 def _existing(folder: Path) -> Path:
@@ -294,7 +318,7 @@ def measure(args: argparse.Namespace) -> dict:
     before = Clock.now()
     endless = args.random is not None
     prompts = _random_prompts(vlm, args.prompts) if endless else _questions(vlm, args.prompts, args.short)
-    bench = Bench(vlm, options_of(args), prompts, endless, args.assume_acceptance)
+    bench = Bench(vlm, options_of(args), prompts, endless, args.assume_acceptance, trees_of(args))
     rows = bench.run(args.repeats)
     taken = Clock.now().cores_taken(before)
     speed, needed = bandwidth(vlm.device), weight_bytes(vlm.trunk)
@@ -325,6 +349,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="runs per picture (default %(default)s)")
     parser.add_argument(
         "--assume-acceptance", type=float, metavar="P", help="a seeded coin accepts drafts; figures are simulated"
+    )
+    parser.add_argument(
+        "--trees",
+        nargs="+",
+        metavar="E,W,D,N",
+        help="time these drafts that branch as well, beside the chain (or auto)",
     )
     parser.add_argument("--short", action="store_true", help="ask for a number instead of a description")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
@@ -369,7 +399,11 @@ def show(facts: dict) -> None:
     print(
         f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, transformers {facts['transformers']}\n"
     )
-    print(table(facts["rows"], digits=2))
+    print(table([{k: v for k, v in row.items() if k != "hits by depth"} for row in facts["rows"]], digits=2))
+    for row in facts["rows"]:
+        if row.get("hits by depth"):
+            hits = " ".join(f"{100 * rate:.0f}" for rate in row["hits by depth"])
+            print(f"{row['method']}: right at each depth, of those right before, {hits} %")
     b = facts["bandwidth"]
     share = f"{100 * b['plain_share_of_limit']:.0f} %" if b["plain_share_of_limit"] else "-"
     print(
