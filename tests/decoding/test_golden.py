@@ -29,6 +29,12 @@ def _read(name: str, golden: Path = GOLDEN) -> list[dict]:
     return found if isinstance(found, list) else found["cases"]
 
 
+def _thinned(found: list) -> list:
+    """Every fourth case is asked each time, the others with the slow tests."""
+    slow = [[pytest.mark.slow] * (i % 4 > 0) for i in range(len(found))]
+    return [pytest.param(*p.values, id=p.id, marks=marks) for p, marks in zip(found, slow, strict=True)]
+
+
 CASES = [pytest.param(c, r, id=r["arrays"]) for c in _read("cases.json") for r in c["runs"]]
 EDGES = [pytest.param(c, r, id=f"{c['name']}-{r['strategy']}") for c in _read("edge_cases.json") for r in c["runs"]]
 PROMPTS = [pytest.param(c, id=c["id"]) for c in _read("cases.json") if "prompt" in c]
@@ -132,7 +138,7 @@ def check_answer(out, run: dict, facts: dict, pruning: bool) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("case", "run"), CASES)
+@pytest.mark.parametrize(("case", "run"), _thinned(CASES))
 def test_case(case, run, layout, record):
     vlm = load(layout, "twig", run["K"], run["F"])
     seen = record(vlm.trunk)
@@ -156,7 +162,7 @@ def test_case(case, run, layout, record):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("case", "run"), EDGES)
+@pytest.mark.parametrize(("case", "run"), _thinned(EDGES))
 def test_edge_case(case, run, layout):
     vlm = load(layout, case["twig"], case["K"], case["F"])
     assert case["T"] == vlm.config.T
