@@ -235,6 +235,7 @@ def test_the_carried_set_is_small():
     assert sum(f.stat().st_size for f in files) < reduce.LIMIT
     assert reduce.PRUNING.stat().st_size < reduce.PRUNING_LIMIT
     assert reduce.TREES.stat().st_size < reduce.TREES_LIMIT
+    assert reduce.STAGES.stat().st_size < reduce.STAGES_LIMIT
 
 
 def test_the_carried_set_is_the_reduced_whole_one(carried):
@@ -242,7 +243,8 @@ def test_the_carried_set_is_the_reduced_whole_one(carried):
     names = {f"images/{name}" for name in reduce.random_pixels()}
     for name in names:
         assert content_of(carried / name, name) == content_of(GOLDEN / name, name), name
-    for name, content in reduce.members(GOLDEN, (*reduce.TAKEN, *reduce.METHODS, *reduce.DRAFTS)):
+    patterns = (*reduce.TAKEN, *reduce.METHODS, *reduce.DRAFTS, *reduce.LEARNING)
+    for name, content in reduce.members(GOLDEN, patterns):
         assert content_of(carried / name, name) == content_of(io.BytesIO(content), name), name
         names.add(name)
     assert names == {f.relative_to(carried).as_posix() for f in carried.rglob("*") if f.is_file()}

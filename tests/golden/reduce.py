@@ -2,7 +2,7 @@
 
 Files are taken as they are; of some arrays only a part fits (`_part`), and random pictures are drawn again when
 the set is unpacked. The same whole set gives the same members, whatever the machine. What belongs to pruning
-methods, and to drafts that branch, lies in archives of their own, beside their tests.
+methods, to drafts that branch, and to the stages of TwigVLM++ lies in archives of their own, beside their tests.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ import numpy as np
 ARCHIVE = Path(__file__).with_name("golden.tar.xz")
 PRUNING = ARCHIVE.parents[1] / "pruning" / ARCHIVE.name
 TREES = ARCHIVE.parents[1] / "decoding" / ARCHIVE.name
+STAGES = ARCHIVE.parents[1] / "training" / ARCHIVE.name
 LIMIT, PRUNING_LIMIT, TREES_LIMIT = 3_000_000, 700_000, 100_000  # bytes of all files in this folder, and of the others
+STAGES_LIMIT = 400_000
 TAKEN = ("A/**/*", "images/*.png", "images/*.npz", "scorers/**/*", "training/*.json", "training/*.npz")
 METHODS = ("pruning/*.npz",)
 DRAFTS = ("plus/tree_*.npz", "plus/released_fault.json")
+LEARNING = ("plus/pruning_head.npz", "plus/stage?.npz", "plus/budget.json")
 STEPS = 4  # of an answer, of whose logits all are carried
 CHANNELS = 16  # of every patch's features
 # Weights are of four bytes, and that is where the coder looks for what repeats.
@@ -97,7 +100,7 @@ def pack(whole: Path, archive: Path = ARCHIVE, taken: Sequence[str] = TAKEN) -> 
     archive.write_bytes(lzma.compress(tar.getvalue(), filters=FILTERS))
 
 
-def unpack(folder: Path, archives: Sequence[Path] = (ARCHIVE, PRUNING, TREES)) -> Path:
+def unpack(folder: Path, archives: Sequence[Path] = (ARCHIVE, PRUNING, TREES, STAGES)) -> Path:
     """Lay the carried set out in a folder, which then looks like the whole one."""
     for archive in archives:
         with tarfile.open(archive, "r:xz") as opened:
@@ -113,6 +116,6 @@ def unpack(folder: Path, archives: Sequence[Path] = (ARCHIVE, PRUNING, TREES)) -
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "A" / "cases.json").is_file():
         raise SystemExit("usage: python tests/golden/reduce.py FOLDER, a whole golden set (with A/cases.json)")
-    for made, patterns in ((ARCHIVE, TAKEN), (PRUNING, METHODS), (TREES, DRAFTS)):
+    for made, patterns in ((ARCHIVE, TAKEN), (PRUNING, METHODS), (TREES, DRAFTS), (STAGES, LEARNING)):
         pack(Path(sys.argv[1]), made, patterns)
         print(f"{made}: {made.stat().st_size:,} bytes")
