@@ -513,3 +513,18 @@ def test_what_cannot_start_is_refused(world, run, first, tmp_path):
     ):
         code, said = run("refused", "--stage", "2", "--K", "2", *(() if "--T" in flags else ("--T", "2")), *flags)
         assert code == 2 and match in said and "Traceback" not in said, said
+
+
+def test_stage_2_finds_what_stage_1_left(tmp_path, monkeypatch):
+    from twigvlm.training.data.loading import with_start
+    from twigvlm.training.settings import Settings
+
+    monkeypatch.chdir(tmp_path)
+    settings = Settings(stage=2, base="some/llava", K=1)
+    assert with_start(settings).init == "base"
+    place = tmp_path / "runs/twig-llava-K1-T3-stage1"
+    place.mkdir(parents=True)
+    (place / "model.safetensors").touch()
+    assert with_start(settings).init == "runs/twig-llava-K1-T3-stage1"
+    assert with_start(Settings(stage=1, base="some/llava", K=1)).init == "base"
+    assert with_start(Settings(stage=2, base="some/llava", K=1, init="other")).init == "other"
