@@ -473,3 +473,14 @@ def test_what_a_run_writes_is_documented(run, tmp_path):
             more[name] = found.keys() - more.get(name, set())
     for name, keys in more.items():
         assert keys == documented("Of TwigVLM++'s stages", f"field of `{name}")
+
+
+def test_every_choice_has_a_flag():
+    from typing import get_args
+
+    from twigvlm.training.plus import distil, losses, policy, sets
+    from twigvlm.training.settings import BASELINES, PREDICTIONS, REWARDS, TEACHERS
+
+    assert tuple(LOSSES) == PREDICTIONS == get_args(losses.Prediction)
+    assert get_args(distil.Teacher) == TEACHERS and get_args(sets.Baseline) == BASELINES
+    assert get_args(policy.Reward) == REWARDS
