@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twigvlm.prompt.template import encode
-from twigvlm.sprout import ablate, publish, report
+from twigvlm.sprout import ablate, plus, publish, report
 from twigvlm.sprout.recipe import looking, packing
 from twigvlm.sprout.recipe.base import CORE_PLACES, base_config, build, deepen, shorten
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
@@ -377,6 +377,48 @@ def test_ablations(tmp_path, capsys, monkeypatch):
     assert made == {place: place.stat().st_mtime_ns for place in made}, "trained again"
     assert report.main([*flags, "--ablate", "colours"]) == 2
     assert "colours" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd):
+    """Each twig is trained once, by the users' command, from the one before it; each figure is measured once."""
+    small = ("--batch-size", "1", "--per-device-batch", "1")
+    recipes = [plus.Recipe("twig", small), plus.Recipe("stage 1", ("--stage", "1", *small))]
+    recipes += [plus.Recipe("stage 2", ("--stage", "2", "--groups", "2", "--budget", "64", *small), "stage 1")]
+    recipes += [plus.Recipe("stage 1, other", ("--stage", "1", *small), options=True)]
+    monkeypatch.setattr(plus, "RECIPES", tuple(recipes))
+    monkeypatch.setattr(plus, "TIMED", 1)
+    flags = ["--plus", "--steps", "3", "--scenes", "2", "--budgets", "64", "--device", "cpu"]
+    flags += ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+    assert report.main(flags) == 0
+    result = json.loads((tmp_path / "plus.json").read_text())
+    assert [(row["twig"], row["R"]) for row in result["rows"]] == [
+        (name, R) for name in ("twig", "stage 1", "stage 2") for R in (None, 64)
+    ]
+    assert [row["RelAcc"] for row in result["rows"][::2]] == [100.0] * 3, "another base"
+    for row in result["rows"]:
+        assert (
+            row["RelAcc, 95 %"][0] <= row["RelAcc"] <= row["RelAcc, 95 %"][1] and row["tau"] >= 1 and row["speed"] > 0
+        )
+    last = {row["twig"]: row["training s"] for row in result["rows"]}
+    assert last["stage 2"] > last["stage 1"]
+    assert (tmp_path / "plus.png").stat().st_size > 10_000
+    made = {place: place.stat().st_mtime_ns for place in (tmp_path / "work").glob("*/*.safetensors")}
+    assert len(made) == 3
+    monkeypatch.setattr(plus, "short_answers", lambda *_: pytest.fail("measured again"))
+    capfd.readouterr()
+    assert report.main(flags) == 0
+    assert made == {place: place.stat().st_mtime_ns for place in made}, "trained again"
+    assert report.main([*flags, "--ablate"]) == 2
+    assert "ask for one of them" in capfd.readouterr().err
+
+
+def test_the_same_answers_are_all_of_them():
+    """RelAcc of a base beside itself, and of half of what it knows."""
+    base = [[True, True], [True, False], [True, True]]
+    assert plus.relative(base, base) == (100.0, 100.0, 100.0)
+    half, low, high = plus.relative([[True, False], [False, False], [True, True]], base)
+    assert half == pytest.approx(60) and low < half < high
 
 
 def test_reports_go_under_runs_unless_said_otherwise(tmp_path, monkeypatch):

@@ -190,6 +190,20 @@ def print_ablations(args: argparse.Namespace, start: float) -> None:
     print(f"R={result['R']}, {result['questions']} questions; {args.out}/ablations.json, .png")
 
 
+def print_plus(args: argparse.Namespace, start: float) -> None:
+    """Train and measure TwigVLM++'s stages; write plus.json and .png."""
+    from . import plus
+
+    check_flags(args)
+    one = plus.Study(args.work, args.base, args.steps, args.device)
+    result = plus.study(one, quiz(args.scenes), budgets(args.budgets), args.plus == "options")
+    result = provenance() | {"seconds": round(time.monotonic() - start)} | result
+    write_json(result, args.out / "plus.json")
+    plus.plot(result["rows"], args.out / "plus.png")
+    print(plus.shown(result))
+    print(f"{result['questions']} questions, {result['descriptions']} descriptions; {args.out}/plus.json, .png")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="base folder (default: the embedded one)")
@@ -215,13 +229,20 @@ def main(argv: list[str] | None = None) -> int:
         help="the paper's ablations instead (initialisation, T, K, F, parts, signal); trains the twigs that they need",
     )
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/ablate"), help="folder of the ablations' twigs (default %(default)s)"
+        "--plus", nargs="?", const="paper", choices=("paper", "options"),
+        help="TwigVLM++'s stages instead: trains a plain twig, stage 1 and stage 2 with dynamic and static budgets; "
+        "'options' adds what goes beyond the paper",
+    )  # fmt: skip
+    parser.add_argument(
+        "--work", type=Path, help="folder of the twigs that are trained (default runs/ablate, runs/plus)"
     )
     parser.add_argument(
-        "--steps", type=int, default=240, help="of each ablated twig (default %(default)s, as the published one)"
+        "--steps", type=int, default=240, help="of each such twig (default %(default)s, as the published one)"
     )
     args = flags.parse(parser, argv)
-    return run_program(lambda: (print_ablations if args.ablate else print_report)(args, time.monotonic()))
+    args.work = args.work or Path("runs/plus" if args.plus else "runs/ablate")
+    what = print_plus if args.plus else print_ablations if args.ablate else print_report
+    return run_program(lambda: what(args, time.monotonic()))
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -229,10 +250,12 @@ def check_flags(args: argparse.Namespace) -> None:
     for name, value in (("--scenes", args.scenes), ("--steps", args.steps)):
         if value < 1:
             raise InputError(f"{name} is {value}; 1 or more is needed")
+    if args.ablate and args.plus:
+        raise InputError("--ablate and --plus are two reports; ask for one of them")
     if args.ablate:
         check_sections(args.ablate)
     wish = Wish(args.base, args.twig, device=args.device)
-    if not wish.has_twig and not args.ablate and "twig" in methods(args.methods):
+    if not wish.has_twig and not (args.ablate or args.plus) and "twig" in methods(args.methods):
         raise InputError(
             f"--base {args.base} comes without a twig; give --twig, the folder of its twig, or other --methods"
         )

@@ -1,0 +1,238 @@
+"""TwigVLM++ on the embedded model (arXiv 2503.14075v3, table 5): `python -m twigvlm.sprout.report --plus`.
+
+Every twig is trained by the users' own command, for the same number of steps, in a folder of its own: a stopped study
+goes on where it was, and a figure that was measured is not measured again. Accuracy is short answers under pruning
+against the unpruned base, with bootstrap intervals over scenes; acceptance, tokens a verification and speed are those of
+descriptions with drafts, the speed against plain decoding of the same picture right before it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import twigvlm
+
+from ..errors import RunError
+from ..files import write_json
+from ..prompt.template import decode
+from ..record import ROOT, table
+from ..training.run.checkpoints import RUN
+from ..world.draw import draw
+from ..world.questions import Question, describe
+from ..world.scenes import Scene
+from .measure import interval
+from .report import SENTENCE, batch
+
+RESAMPLES = 1000
+LONGEST = 160  # tokens of a description
+TIMED = 9  # descriptions whose speed is measured
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A twig of the study: what its training is told besides, and the twig that it starts from."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    start: str | None = None
+    options: bool = False  # beyond the paper's table
+
+    @property
+    def folder(self) -> str:
+        return "".join(c if c.isalnum() or c in "-=." else "-" for c in self.name)
+
+
+STAGE_2 = ("--stage", "2")
+RECIPES = (
+    Recipe("twig"),
+    Recipe("stage 1", ("--stage", "1")),
+    Recipe("stage 2, dynamic", STAGE_2, "stage 1"),
+    Recipe("stage 2, static R=192", (*STAGE_2, "--budget", "192"), "stage 1"),
+    Recipe("stage 2, static R=128", (*STAGE_2, "--budget", "128"), "stage 1"),
+    Recipe("stage 2, static R=64", (*STAGE_2, "--budget", "64"), "stage 1"),
+    Recipe("stage 1, identity", ("--stage", "1", "--head-init", "identity"), options=True),
+    Recipe("stage 1, hybrid loss", ("--stage", "1", "--prediction-loss", "hybrid"), options=True),
+    Recipe("stage 1, pruned teacher", ("--stage", "1", "--teacher", "pruned"), options=True),
+    Recipe("stage 2, leave-one-out", (*STAGE_2, "--baseline", "leave-one-out"), "stage 1", options=True),
+    Recipe("stage 2, fidelity", (*STAGE_2, "--reward", "fidelity"), "stage 1", options=True),
+    Recipe("stage 2, first turn", (*STAGE_2, "--reward-turns", "first"), "stage 1", options=True),
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained and measured with; `work` keeps twigs and figures."""
+
+    work: Path
+    base: Path | None  # None: the embedded one
+    steps: int
+    device: str | None = None
+
+    def train(self, recipe: Recipe) -> Path:
+        """The folder of a twig, trained at the first call. Raises RunError where its training fails."""
+        folder = self.work / recipe.folder
+        if not finished(folder):
+            start = ["--init", str(self.train(by_name(recipe.start)))] if recipe.start else []
+            flags = [*recipe.flags, *start, "--out", str(folder), "--max-steps", str(self.steps), "--held-out", "0"]
+            flags += ["--agreement", "labels"]  # no answers of the base are made for it
+            flags += ["--base", str(self.base)] if self.base else []
+            flags += ["--device", self.device] if self.device else []
+            command = [sys.executable, "-m", "twigvlm.training.launch", *flags]
+            if (code := subprocess.run(command, cwd=ROOT, check=False).returncode) or not finished(folder):
+                raise RunError(
+                    f"the training of {recipe.name} ended with exit code {code}, see above; the same command goes on"
+                )
+        return folder
+
+
+def by_name(name: str) -> Recipe:
+    return next(recipe for recipe in RECIPES if recipe.name == name)
+
+
+def finished(folder: Path) -> bool:
+    file = folder / RUN
+    return file.is_file() and "finished" in json.loads(file.read_text(encoding="utf-8"))
+
+
+def seconds(study: Study, recipe: Recipe) -> float | None:
+    """Of training: its own and that of what it starts from. None for so few steps that they were not timed."""
+    facts = json.loads((study.work / recipe.folder / RUN).read_text(encoding="utf-8"))["finished"]
+    before = seconds(study, by_name(recipe.start)) if recipe.start else 0.0
+    step = facts["clock"].get("step_seconds")
+    return None if step is None or before is None else round(before + step * facts["last"]["step"], 1)
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def short_answers(vlm: twigvlm.TwigVLM, asked: Sequence[tuple[Scene, list[Question]]], R: float | None) -> list:
+    """Of each scene, whether each short answer is exactly right."""
+    right = []
+    for scene, questions in tqdm(asked, desc="short answers", leave=False):
+        inputs = batch(vlm, scene, [q.text for q in questions])
+        out = vlm.generate(**inputs, retained_tokens=R, draft_length=0, max_new_tokens=8)
+        told = [decode(vlm.tokenizer, tokens).strip() for tokens in out.tokens]
+        right.append([text == q.answer for text, q in zip(told, questions, strict=True)])
+    return right
+
+
+def descriptions(vlm: twigvlm.TwigVLM, scenes: Sequence[Scene], R: float | None) -> dict:
+    """`right`: of each scene whether every object is; and what drafts gave."""
+    right, drafted, accepted, written, steps = [], 0, 0, 0, 0
+    for scene in tqdm(scenes, desc="descriptions", leave=False):
+        inputs = vlm.prepare(draw(scene), "Describe the image in detail.")
+        out = vlm.generate(**inputs, retained_tokens=R, max_new_tokens=LONGEST)
+        text = decode(vlm.tokenizer, out.tokens[0])
+        right.append([sorted(SENTENCE.findall(text)) == sorted(SENTENCE.findall(describe(scene)))])
+        drafted, accepted = drafted + out.stats.drafted, accepted + out.stats.accepted
+        written, steps = written + out.stats.new_tokens, steps + len(out.steps[0])
+    return {"right": right, "acceptance": 100 * accepted / drafted if drafted else None, "tau": written / steps}
+
+
+def speed(vlm: twigvlm.TwigVLM, scenes: Iterable[Scene], R: float | None) -> float:
+    """Percent of plain decoding without pruning, tokens per second with the prefill; the median over descriptions."""
+    ratios = []
+    for scene in scenes:
+        inputs = vlm.prepare(draw(scene), "Describe the image in detail.")
+        plain = vlm.generate(**inputs, draft_length=0, max_new_tokens=LONGEST)
+        out = vlm.generate(**inputs, retained_tokens=R, max_new_tokens=LONGEST)
+        ratios.append(100 * out.stats.tokens_per_second / plain.stats.tokens_per_second)
+    return statistics.median(ratios)
+
+
+def relative(ours: Sequence[Sequence[bool]], base: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
+    """RelAcc, percent, and its 95 % interval: scenes are drawn together, of both."""
+    pairs = torch.tensor([[sum(a), sum(b)] for a, b in zip(ours, base, strict=True)], dtype=torch.float64)
+    draws = torch.randint(len(pairs), (RESAMPLES, len(pairs)), generator=torch.Generator().manual_seed(0))
+    sums = pairs[draws].sum(1)
+    ratios = 100 * sums[:, 0] / sums[:, 1].clamp(min=1)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975]).double()).tolist()
+    return 100 * pairs[:, 0].sum().item() / max(1.0, pairs[:, 1].sum().item()), low, high
+
+
+def kept(file: Path, settings: dict, measure) -> dict:
+    """The figures of `file` where they were made under the same settings; else `measure` makes them."""
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["settings"] == settings:
+            return found["figures"]
+    figures = measure()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json({"settings": settings, "figures": figures}, file)
+    return figures
+
+
+def study(one: Study, asked: Sequence[tuple[Scene, list[Question]]], budgets: Sequence[float], options: bool) -> dict:
+    """All figures; a row a twig and budget, the unpruned base first. With `options` also what goes beyond the paper."""
+    scenes = [scene for scene, _ in asked[: max(1, len(asked) // 2)]]
+    recipes = [recipe for recipe in RECIPES if options or not recipe.options]
+    told = {"scenes": len(asked), "steps": one.steps, "base": str(one.base)}
+
+    def figures(recipe: Recipe, R: float | None) -> dict:
+        def measure() -> dict:
+            vlm = twigvlm.load(one.base, one.train(recipe), device=one.device)
+            found = descriptions(vlm, scenes, R)
+            return {"short": short_answers(vlm, asked, R), **found, "speed": speed(vlm, scenes[:TIMED], R)}
+
+        name = f"{recipe.folder}-{'whole' if R is None else f'R{R:g}'}.json"
+        return kept(one.work / "figures" / name, told | {"flags": list(recipe.flags)}, measure)
+
+    rows, base = [], figures(RECIPES[0], None)
+    for recipe in tqdm(recipes, desc="twigs"):
+        for R in (None, *budgets):
+            found = figures(recipe, R)
+            rows.append(row(recipe.name, R, found, base, scenes) | {"training s": seconds(one, recipe)})
+    questions = sum(len(questions) for _, questions in asked)
+    return {"settings": {k: str(v) for k, v in asdict(one).items()}, "questions": questions, "descriptions": len(scenes),
+            "rows": rows}  # fmt: skip
+
+
+def row(name: str, R: float | None, found: dict, base: dict, scenes: Sequence[Scene]) -> dict:
+    rel, low, high = relative(found["short"], base["short"])
+    right = [r for one in found["right"] for r in one]
+    ends = interval(found["right"], [scene.seed for scene in scenes])
+    return {
+        "twig": name, "R": R, "RelAcc": rel, "RelAcc, 95 %": [low, high],
+        "descriptions": 100 * sum(right) / len(right), "descriptions, 95 %": list(ends),
+        "acceptance": found["acceptance"], "tau": found["tau"], "speed": found["speed"],
+    }  # fmt: skip
+
+
+def shown(result: dict) -> str:
+    """The table as people read it."""
+
+    def cell(value):
+        return " to ".join(f"{v:.1f}" for v in value) if isinstance(value, list) else value
+
+    rows = [{k: "all" if k == "R" and v is None else cell(v) for k, v in row.items()} for row in result["rows"]]
+    return table(rows)
+
+
+def plot(rows: Sequence[dict], path: Path) -> None:
+    """RelAcc and right descriptions against R, a line a twig."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, what in zip(panels, ("RelAcc", "descriptions"), strict=True):
+        for name in dict.fromkeys(row["twig"] for row in rows):
+            mine = [row for row in rows if row["twig"] == name and row["R"] is not None]
+            values = [row[what] for row in mine]
+            ends = [[abs(v - row[f"{what}, 95 %"][i]) for v, row in zip(values, mine, strict=True)] for i in (0, 1)]
+            axes.errorbar([row["R"] for row in mine], values, ends, marker="o", capsize=2, label=name)
+        axes.set(xlabel="R, average visual tokens per layer", ylabel=f"{what} (%)")
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
