@@ -681,15 +681,18 @@ def test_a_cache_keeps_what_is_committed_and_nothing_else(calls):
 
 
 def test_a_cache_of_one_prefix_for_many_continuations():
-    cache = CacheGroup([0], 2)
-    cache.begin(3)
-    cache.update(torch.arange(6.0).view(2, 1, 3, 1), torch.zeros(2, 1, 3, 1), 0)
-    cache.commit(torch.tensor([3, 2]))
-    cache.repeat(3)
-    assert cache.used.tolist() == [3, 3, 3, 2, 2, 2]
+    prefix, cache = CacheGroup([0], 2), CacheGroup([0], 6)
+    prefix.begin(3)
+    prefix.update(torch.arange(6.0).view(2, 1, 3, 1), torch.zeros(2, 1, 3, 1), 0)
+    prefix.commit(torch.tensor([3, 2]))
+    cache.begin_behind(prefix, torch.tensor([0, 0, 0, 1, 1, 1]))
+    assert cache.used.tolist() == [3, 3, 3, 2, 2, 2] and cache.known == [3, 3, 3, 2, 2, 2]
     cache.begin(1)
     keys, _ = cache.update(torch.full((6, 1, 1, 1), 9.0), torch.zeros(6, 1, 1, 1), 0)
     assert keys[4, 0, :3, 0].tolist() == [3, 4, 9] and keys[1, 0, :, 0].tolist() == [0, 1, 2, 9]
+    assert prefix.used.tolist() == [3, 2] and not (prefix.keys == 9).any()  # it may be gone on from again
+    cache.forget()
+    assert cache.allocated_bytes() == 0
 
 
 def test_the_cache_follows_the_answer_and_not_the_limit():

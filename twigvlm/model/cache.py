@@ -124,18 +124,11 @@ class CacheGroup:
         self.known = self.used.tolist() if self.used.device.type == "cpu" else None
         self.reach = max(self.known) if self.known is not None else self.reach
 
-    def repeat(self, times: int) -> None:
-        """Every row `times` times, one behind the other: many continuations of one prefix."""
-        if self.keys is not None:
-            self.keys, self.values = (t[:, : self.rows].repeat_interleave(times, 1) for t in (self.keys, self.values))
-        self.used, self.shift = self.used.repeat_interleave(times), self.shift.repeat_interleave(times)
-        self.known = None if self.known is None else [n for n in self.known for _ in range(times)]
-        self.rows *= times
-
     def begin_behind(self, other: CacheGroup, rows: torch.Tensor) -> None:
-        """Start, still empty, with what `other` has committed: row i continues its row rows[i]."""
+        """Start, still empty, with what `other` has committed: row i continues its row rows[i]. Many may continue one."""
         known = None if other.known is None else [other.known[i] for i in rows.tolist()]
-        self.used, self.known, self.reach = other.used.index_select(0, rows), known, other.reach
+        self.used, self.shift = (t.index_select(0, rows) for t in (other.used, other.shift))
+        self.known, self.reach = known, other.reach
         self.keys, self.values = (t.index_select(1, rows) for t in (other.keys, other.values))
 
     def forget(self) -> None:
