@@ -35,7 +35,7 @@ HELD_OUT, HELD_OUT_SHARE = 64, 100  # samples, if there are at least 100 times a
 # Measured on sprout (docs/LOG.md): the base is small enough for large steps.
 EMBEDDED_PRESET = {"batch_size": 16, "lr": 5e-4, "per_device_batch": 8}
 STAGE_2 = {"max_steps": 500, "groups": 32}  # arXiv 2503.14075v3
-EMBEDDED_STAGE_2 = {"groups": 8, "max_steps": 200}
+EMBEDDED_STAGE_2 = {"groups": 8, "max_steps": 100}
 # Settings of TwigVLM++'s stages → the stages that read them.
 BELONGS = {
     "head_init": (1,), "prediction_weight": (1,), "prediction_loss": (1,), "temperature": (1,), "teacher": (1,),
