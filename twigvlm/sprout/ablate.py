@@ -26,8 +26,8 @@ from ..record import ROOT
 from ..world.draw import draw
 from ..world.questions import Question
 from ..world.scenes import Scene
+from .quiz import Setting, descriptions, quiz, short_answers
 from .recipe.stage import StageConfig
-from .report import Setting, descriptions, quiz, short_answers
 from .train import train_twig
 
 PEAK_LR = 5e-4

@@ -30,7 +30,7 @@ from ..world.draw import draw
 from ..world.questions import Question, describe
 from ..world.scenes import Scene
 from .measure import interval
-from .report import SENTENCE, batch
+from .quiz import SENTENCE, batch
 
 RESAMPLES = 1000
 LONGEST = 160  # tokens of a description
