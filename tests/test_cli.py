@@ -103,10 +103,12 @@ def test_drafted_words_are_green_on_a_terminal(described):
     assert drafted <= described["accepted"]
 
 
+@pytest.mark.slow
 def test_no_color_is_honoured():
     assert "\033[" not in on_a_terminal("--stream", "--question", "How many objects are there?", NO_COLOR="1")
 
 
+@pytest.mark.slow
 def test_a_conversation_ends_with_an_empty_line():
     shown = on_a_terminal("--stream", keys="How many objects are there?\nIs there a word in the image?\n\n")
     assert len(FIGURES.findall(shown)) == 2
@@ -118,6 +120,7 @@ def test_questions_by_pipe_are_answered_in_turn_with_their_history():
     assert second["prompt_tokens"] > first["prompt_tokens"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_bytes_that_are_no_text_do_not_end_a_conversation(locale):
     """Nor does a mark for pictures that is typed later on."""
@@ -140,11 +143,13 @@ def test_without_speculation_the_text_is_the_same(described):
     assert out["text"] == described["text"] and out["drafted"] == 0
 
 
+@pytest.mark.slow
 def test_utf8_survives_an_ascii_locale():
     out = call("--json", "--question", "Où est le 🙂 ?", "--max-new-tokens", "4", LC_ALL="C", PYTHONIOENCODING="ascii")
     assert out.returncode == 0 and json.loads(out.stdout)["question"] == "Où est le 🙂 ?"
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} {ROOT / 'cli_demo.py'} --question 'Describe the image in detail.' | head -c 3"
     out = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, cwd=ROOT)

@@ -30,6 +30,7 @@ def said(code: str, **env: str) -> dict:
     return own
 
 
+@pytest.mark.slow
 def test_it_is_said_before_torch_is_loaded():
     found = said("import sys, twigvlm; assert 'torch' not in sys.modules")
     assert found == {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": SPINS} or found["OMP_WAIT_POLICY"] == "passive"

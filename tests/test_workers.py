@@ -154,6 +154,7 @@ def test_a_collator_that_fails():
             list(workers.batches(workers.loader(Numbers("KeyError"), collate, count, 2, batch_size=2)))
 
 
+@pytest.mark.slow
 def test_signals_do_not_stop_workers_and_the_end_of_the_program_does():
     """Also an end that nobody foresaw, with the loader still in somebody's hands."""
     code = (

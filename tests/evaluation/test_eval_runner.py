@@ -546,7 +546,7 @@ def test_there_is_a_script_for_every_benchmark_and_all_are_a_few_lines():
         assert len(text.splitlines()) < 10 and "set -euo pipefail" in text
 
 
-@pytest.mark.parametrize("name", ["gqa", "all"])
+@pytest.mark.parametrize("name", ["gqa", pytest.param("all", marks=pytest.mark.slow)])
 def test_an_unknown_option_of_a_script(name, tmp_path):
     done = script(name, "--sideways", cwd=tmp_path)
     assert done.returncode == 2 and "usage:" in done.stderr and not done.stdout

@@ -84,6 +84,7 @@ def test_trees_stand_beside_the_chain(capsys):
     assert "SSD tree 3,2,2,4 (simulated: acceptance 0.9 by coin): right at each depth" in text
 
 
+@pytest.mark.slow
 def test_short_answers(capsys):
     facts, _ = run(capsys, "--short", "--draft-length", "2", "--tokens", "6")
     assert facts["short"] and facts["draft_length"] == 2

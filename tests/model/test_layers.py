@@ -80,6 +80,7 @@ def test_installed_layers_are_called_without_a_warning(remembered):
             vlm.trunk.run(vlm.trunk.layers, stream, None)
 
 
+@pytest.mark.slow
 def test_an_answer_comes_without_a_warning():
     """In a process of its own: what is said on import or while loading counts too."""
     question = ("--question", "Is there a circle?")

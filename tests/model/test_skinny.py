@@ -15,6 +15,7 @@ from torch import nn
 from twigvlm.model import skinny
 from twigvlm.pruning import METHODS
 
+FEW = {"twig", "sparsevlm", "visionzip"}  # methods of the fast tests: one that cuts, one that merges, one in the tower
 needs_op = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
     reason="this torch has no oneDNN",
@@ -67,7 +68,9 @@ def test_the_product_is_the_layers(rows, inside, outside, bias, turned):
 
 
 @needs_op
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize(
+    "method", [m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in sorted(METHODS)]
+)
 @pytest.mark.parametrize("draft_length", [0, 4])
 def test_the_answers_stay(method, draft_length, used, monkeypatch):
     vlm = tiny(side=56, noise=0.1)

@@ -1034,6 +1034,7 @@ def test_a_deepspeed_file_of_ones_own(world, tmp_path, config, expected):
         assert "zero.json" in told and next(iter(config)) in told and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_without_fcntl_everything_is_imported():
     """As on Windows."""
     code = (
