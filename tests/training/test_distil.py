@@ -388,6 +388,7 @@ def test_a_run_leaves_a_twig_with_a_head_and_goes_on_bit_for_bit(world, run, tmp
     assert equal(twig_of(folder), twig_of(tmp_path / "broken"))
 
 
+@pytest.mark.slow
 def test_it_starts_from_a_plain_twig_and_from_one_with_a_head(world, run, tmp_path):
     plain = ("--K", "2", "--T", "2", "--F", "5", "--held-out", "0", "--max-steps", "2")
     assert run("plain", *plain)[0] == 0
@@ -447,6 +448,7 @@ def test_a_loss_that_is_no_number_stops(world, run, tmp_path, monkeypatch):
     assert code == 1 and "not finite at step 3" in said and "--lr" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_adapters_go_with_a_whole_head(world, run, tmp_path):
     pytest.importorskip("peft")
     code, said = run("lora", *FLAGS, "--lora-rank", "2")
