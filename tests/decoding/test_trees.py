@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -17,11 +17,14 @@ from test_lossless import SAMPLING, cases, chi_square_p, ending, same
 from transformers import LlavaForConditionalGeneration, LogitsProcessorList
 from transformers.generation import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
+from twigvlm import flags
 from twigvlm.config import GenerationSettings, TreeShape, TwigConfig
 from twigvlm.decoding import Decoder, embed, loop, tree
 from twigvlm.decoding.choose import Chooser, Voice
 from twigvlm.decoding.draft import DraftTree, chain, walk
 from twigvlm.errors import InputError, RunError
+from twigvlm.evaluation.asking.setting import Setting
+from twigvlm.evaluation.lmms.options import Options
 from twigvlm.families import trunk_of
 from twigvlm.loading.base import Loaded
 from twigvlm.loading.device import set_attention
@@ -620,3 +623,22 @@ def test_words_that_are_no_numbers_are_noticed(monkeypatch):
     monkeypatch.setattr(vlm.twig, "logits", lambda hidden: logits(hidden) * float("nan"))
     with pytest.raises(RunError):
         vlm.generate(**one(vlm, 3, IMAGE, 4), tree=(2, 2, 3, 6))
+
+
+def test_answers_of_trees_have_a_folder_of_their_own():
+    writing = GenerationSettings(retained_tokens=64.0, max_new_tokens=128, seed=0, tree="2;2;3;6")
+    line, wide = Setting(), Setting(writing=writing)
+    assert wide.name == f"{line.name}-tree-2,2,3,6"
+    asked = [s.identity("gqa", "test", []) for s in (line, wide)]
+    assert asked[1] == asked[0] | {"tree": "2,2,3,6"} == json.loads(json.dumps(asked[1]))
+    assert (
+        Setting(writing=replace(writing, draft_length=0)).name
+        == Setting(writing=replace(line.writing, draft_length=0)).name
+    )
+
+
+def test_a_tree_is_said_by_flags_and_model_args():
+    parser = flags.parser("x", None, flags.writing())
+    assert flags.generation(flags.parse(parser, ["--tree", "2,2,3,6", "-R", "64"]))["tree"] == "2,2,3,6"
+    assert Options.read({"tree": "2;2;3;6"}).writing == {"tree": "2;2;3;6"}
+    assert Options.read({"tree": "auto"}).writing == {"tree": "auto"}

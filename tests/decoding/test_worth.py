@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from conftest import IMAGE, batch, one, prompts, tiny
 from test_trees import LAYOUTS, Proposing
 
 from twigvlm.decoding import loop, tree
-from twigvlm.decoding.pace import Costs, measure_wide
+from twigvlm.decoding.pace import Costs, measure_wide, times
 from twigvlm.decoding.worth import DEEPEST, Worth
 from twigvlm.errors import RunError
 
@@ -170,3 +172,14 @@ def test_the_parts_of_a_tree_are_measured():
     assert len(found.verify) in (17, 33, 65)
     with torch.inference_mode():
         assert Worth(found, rows=2).length() in (0, 1, DEEPEST)
+
+
+def test_large_models_are_not_measured_for_minutes():
+    runs = []
+
+    def work():
+        runs.append(time.sleep(0.02))
+
+    assert len(times(work, torch.device("cpu"), 5, 1)) == 5 and len(runs) == 6
+    assert len(times(work, torch.device("cpu"), 5, 1, enough=0.03)) == 2
+    assert len(times(work, torch.device("cpu"), 5, 1, enough=0.0)) == 1

@@ -8,6 +8,7 @@ drafted, and nothing where none pays. The answer does not depend on it (beyond t
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ MEASURED = (1, 2, 4, 6, LONGEST + 1)  # tokens of a verification; those between 
 WIDE = (17, 33, 65)  # of drafts that branch
 BESIDE = 3  # tokens beside the first in a measured draft step
 DEAR = 0.25  # of a step for one more token: what stands ninth or later in a draft is hardly ever as likely
+ENOUGH = 0.5  # seconds in which a part is measured again: long times vary less
 CONTEXT = 64  # tokens in the caches meanwhile: what is measured are the weights
 PRIOR, WEIGHT = 0.8, 4.0  # acceptance before anything was drafted, and how many drafted tokens that counts
 MEMORY = 200.0  # drafted tokens that are remembered
@@ -103,7 +105,7 @@ def measure_wide(trunk: Trunk, twig: Twig, rows: int, repeats: int = 5) -> Costs
     clock = Parts(trunk, twig, rows, CONTEXT)
 
     def least(work: Callable[[], None]) -> float:
-        return min(times(work, trunk.device, repeats, 1))
+        return min(times(work, trunk.device, repeats, 1, ENOUGH))
 
     verify: dict[int, float] = {}
     for n in (*MEASURED, *WIDE):
@@ -170,10 +172,12 @@ def median(work: Callable[[], None], device: torch.device, repeats: int, warm: i
     return statistics.median(times(work, device, repeats, warm))
 
 
-def times(work: Callable[[], None], device: torch.device, repeats: int, warm: int) -> list[float]:
-    """Seconds of each run after the first ones."""
-    found = []
-    for _ in range(warm + repeats):
+def times(
+    work: Callable[[], None], device: torch.device, repeats: int, warm: int, enough: float = math.inf
+) -> list[float]:
+    """Seconds of each run after the first ones; no further run where those took `enough` seconds."""
+    found: list[float] = []
+    while len(found) < warm + repeats and (len(found) <= warm or sum(found[warm:]) < enough):
         start = now(device)
         work()
         found.append(now(device) - start)
