@@ -55,8 +55,21 @@ def test_a_level_is_drafted_if_it_pays_for_its_step():
     cheap = told(Costs(0.1, tuple(1 + 0.01 * n for n in range(34)), 0.005))
     assert cheap.widen(0, table(0.45, 0.0)) == 0 and cheap.widen(0, table(0.45, 0.44)) == 2, "together they pay"
     edge = next(p for p in np.linspace(1, 0, 200) if not worth.widen(0, table(p)))
-    gain = edge * worth.hit(1) * worth.token() - worth.row
+    gain = edge * worth.hit(1) * worth.token() - worth.row()
     assert gain == pytest.approx(ROWS.draft, rel=0.1)
+
+
+def test_what_is_verified_with_the_prompt_pays_for_its_share_of_a_large_block():
+    """There a node costs what a token of the prompt costs, and not the little that one more costs among few."""
+    worth, chances = (
+        told(Costs(0.01, tuple(1 + 0.01 * n for n in range(33)), 1e-4)),
+        [table(0.9, 0.08, 0.02, 0.001)] * 3,
+    )
+    alone, share = worth.keep(chances), (1 + 0.32) / 33
+    worth.fused = True
+    assert worth.row() == pytest.approx(share)
+    likely = sorted([0.9, 0.08, 0.02, 0.001] * 3, reverse=True)
+    assert worth.keep(chances) == sum(chance * worth.token() > share for chance in likely) < alone
 
 
 def test_rows_decide_together():

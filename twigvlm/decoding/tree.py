@@ -45,6 +45,7 @@ def grow_as_it_pays(decoder: Decoder) -> Draft:
     deepest = max(rooms)
     if deepest <= 0:
         return decoder.no_draft()
+    worth.fused = decoder.state.awaiting.width > 1
     tree, chances = Growth(decoder, rooms), []
     children = min(CHILDREN, decoder.twig.lm_head.out_features)
     hidden = decoder.state.catch_up()[:, None]

@@ -43,12 +43,12 @@ class Worth(Pace):
     seconds: float = 0.0  # of the last rounds, by the measured costs
     tokens: float = 0.0  # that they wrote
     spent: float = 0.0  # of the round in work
+    fused: bool = False  # this round's draft is verified with the prompt, where a row costs its share of a large block
 
-    @property
     def row(self) -> float:
         """Seconds for one more node in a verification that has some."""
-        some, many = self.costs.verify[1], self.costs.verify[-1]
-        return max(many - some, 0.0) / (len(self.costs.verify) - 2)
+        some, many, n = self.costs.verify[1], self.costs.verify[-1], len(self.costs.verify)
+        return many / n if self.fused else max(many - some, 0.0) / (n - 2)
 
     def length(self) -> int:
         """Levels at most."""
@@ -78,7 +78,7 @@ class Worth(Pace):
         A child costs its row of the verification, each node beside the first its place in the draft step.
         """
         chances = np.sort(fertile, 1)[:, ::-1].sum(0)
-        gains = chances[:WIDEST] * self.hit(level + 1) * self.token() - self.row
+        gains = chances[:WIDEST] * self.hit(level + 1) * self.token() - self.row()
         width = 1 + int((gains[1:] > self.costs.beside).sum())
         step = self.costs.draft + (width - 1) * self.costs.beside
         if gains[:width].sum() <= step:
@@ -89,9 +89,11 @@ class Worth(Pace):
     def keep(self, chances: Sequence[np.ndarray]) -> int:
         """How many nodes of a row are to be verified; 0: none pays."""
         likely = np.sort(np.concatenate(chances, 1), 1)[:, ::-1].sum(0)[: len(self.costs.verify) - 1]
-        saved = np.concatenate([[0.0], likely.cumsum() * self.token()]) - self.costs.verify[: len(likely) + 1]
-        count = int(saved.argmax())
-        self.spent += self.costs.verify[count] - self.costs.verify[0]
+        costs = np.array(self.costs.verify[: len(likely) + 1])
+        if self.fused:
+            costs = costs[0] + self.row() * np.arange(len(costs))
+        count = int((np.concatenate([[0.0], likely.cumsum() * self.token()]) - costs).argmax())
+        self.spent += costs[count] - costs[0]
         return count
 
     def note(self, steps: Sequence[Step]) -> None:
