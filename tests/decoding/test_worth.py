@@ -96,6 +96,17 @@ def test_a_token_takes_what_the_last_rounds_took():
     assert worth.token() == pytest.approx(one_round / 7, rel=0.05)
 
 
+def test_one_word_answers_make_no_token_dear():
+    """A draft that is verified with the prompt, and an answer that ends there, say nothing of what a token takes."""
+    worth, fresh = Worth(ROWS), Worth(ROWS)
+    worth.fused = True
+    for _ in range(50):
+        worth.length()
+        worth.keep([table(0.9, 0.05)] * 2)
+        worth.note([loop.Step([5, 2], 2, [5], [0.9, 0.9], [-1, 0], [0, 1])])
+    assert worth.token() == fresh.token() and worth.hit(0) > fresh.hit(0)
+
+
 def test_drafts_that_never_come_right_end():
     """All but one token once in a while."""
     worth = told(DEAR, accepted=0)
@@ -138,6 +149,23 @@ def test_what_pays_as_a_chain_is_verified_as_one(monkeypatch):
     assert chains
     for line in chains:
         assert line.parent.tolist() == [list(range(-1, line.width - 1))]
+
+
+def test_no_end_token_is_verified(monkeypatch):
+    """The node before it says so already, and nothing comes behind it."""
+    vlm, met = tiny(side=56, noise=0.1, fade=0.5), 0
+    monkeypatch.setattr("twigvlm.decoding.drafting.measure_wide", lambda *_: FREE)
+    for seed in range(4):
+        monkeypatch.setattr(vlm._drafting, "paces", {})
+        wish = {**one(vlm, 3, IMAGE, 4, seed=seed), "max_new_tokens": 20}
+        answer = vlm.generate(**wish, eos_token_id=[], draft_length=0).tokens[0]
+        out = vlm.generate(**wish, eos_token_id=answer[9], tree="auto")
+        assert out.tokens[0] == answer[: answer.index(answer[9])]
+        assert not any(answer[9] in step.drafted for step in out.steps[0])
+        met += any(
+            answer[9] in s.drafted for s in vlm.generate(**wish, eos_token_id=answer[9], tree=(4, 2, 4, 16)).steps[0]
+        )
+    assert met, "the twig must think of it"
 
 
 def test_a_chooser_without_second_choices(monkeypatch):

@@ -73,7 +73,7 @@ def test_trees_stand_beside_the_chain(capsys):
         rows
     ) == 11
     for name, row in rows.items():
-        assert ("x chain" in row) == ("tree" in name)
+        assert (row["x chain"] is not None) == ("tree" in name)
         if "auto" in name:
             assert row["tokens/step"] >= 1  # and whether any draft pays is the machine's business
         elif "SSD" in name:

@@ -46,7 +46,7 @@ def grow_as_it_pays(decoder: Decoder) -> Draft:
     if deepest <= 0:
         return decoder.no_draft()
     worth.fused = decoder.state.awaiting.width > 1
-    tree, chances = Growth(decoder, rooms), []
+    tree, chances = Growth(decoder, rooms, ends=False), []
     children = min(CHILDREN, decoder.twig.lm_head.out_features)
     hidden = decoder.state.catch_up()[:, None]
     for level in range(deepest):
@@ -74,8 +74,9 @@ def branches(chooser: object) -> bool:
 class Growth:
     """Candidates, level by level, and which of them the twig has read. They are numbered from 1 over all levels; 0 is the root."""
 
-    def __init__(self, decoder: Decoder, rooms: list[int]):
-        self.decoder, self.root = decoder, decoder.place
+    def __init__(self, decoder: Decoder, rooms: list[int], ends: bool = True):
+        """Without `ends` no end token is a candidate: what a node buys is the token behind it, and there is none."""
+        self.decoder, self.root, self.with_ends = decoder, decoder.place, ends
         rows, device = len(rooms), self.root.device
         self.room = torch.tensor(rooms, device=device)[:, None]
         self.ends = torch.tensor(sorted(decoder.eos), device=device)
@@ -110,7 +111,10 @@ class Growth:
         self.parents.append(self.number.repeat_interleave(children, 1))
         last = self.room <= len(self.tokens)
         if len(self.ends):
-            last = last | torch.isin(self.tokens[-1], self.ends)
+            ended = torch.isin(self.tokens[-1], self.ends)
+            last = last | ended
+            if not self.with_ends:
+                self.paths[-1] = self.paths[-1].masked_fill(ended, NEVER)
         self.fertile = self.paths[-1].masked_fill(last, NEVER)
 
     def feed(self, width: int) -> torch.Tensor:

@@ -101,8 +101,9 @@ class Worth(Pace):
         fade = 1 - 1 / ROUNDS
         for counts in (self.asked, self.right, self.believed):
             counts *= fade
-        self.seconds = fade * self.seconds + self.spent
-        self.tokens = fade * self.tokens + sum(len(s.tokens) for s in steps)
+        if not self.fused:  # the prompt's seconds are not a token's
+            self.seconds = fade * self.seconds + self.spent
+            self.tokens = fade * self.tokens + sum(s.accepted + 1 for s in steps)
         for s in steps:
             self.learn(s.offered, s.accepted)
             parents, beliefs = np.array(s.parents), np.array(s.probabilities)

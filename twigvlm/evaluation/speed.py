@@ -148,9 +148,9 @@ class Bench:
         for row in rows:
             for other in list(methods)[:3]:
                 row[f"x {other}"] = _times_as_fast(timings[row["method"]], timings[other])
-            if row["method"].startswith("SSD tree"):
-                chain = list(methods)[4 if "TTP" in row["method"] else 3]
-                row["x chain"] = _times_as_fast(timings[row["method"]], timings[chain])
+            wide = row["method"].startswith("SSD tree")
+            chain = list(methods)[4 if "TTP" in row["method"] else 3] if wide else ""
+            row["x chain"] = _times_as_fast(timings[row["method"]], timings[chain]) if wide else None
             prefills = zip(timings[row["method"]], timings["stock generate"], strict=True)
             row["prefill x stock"] = statistics.median(a.prefill / b.prefill for a, b in prefills)
             if self.coin is not None and "SSD" in row["method"]:
