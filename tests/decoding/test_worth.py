@@ -107,6 +107,16 @@ def test_one_word_answers_make_no_token_dear():
     assert worth.token() == fresh.token() and worth.hit(0) > fresh.hit(0)
 
 
+def test_with_the_prompt_a_draft_need_not_pay_for_the_first_row():
+    """A jump between one token and two is none where there is a prompt."""
+    jump = Costs(0.3, (1.0, *(2.0 + 0.01 * n for n in range(32))), 0.01)
+    worth = Worth(jump, accepted=1.0, tried=4.0)
+    assert worth.length() <= 1
+    worth.fused = True
+    assert worth.length() == DEEPEST
+    assert not Worth(Costs(2.0, jump.verify), fused=True).length()
+
+
 def test_drafts_that_never_come_right_end():
     """All but one token once in a while."""
     worth = told(DEAR, accepted=0)

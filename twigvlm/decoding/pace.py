@@ -96,7 +96,7 @@ def measure(trunk: Trunk, twig: Twig, rows: int, repeats: int = 3) -> Costs:
 
 
 @torch.inference_mode()
-def measure_wide(trunk: Trunk, twig: Twig, rows: int, repeats: int = 5) -> Costs:
+def measure_wide(trunk: Trunk, twig: Twig, rows: int, repeats: int = 9) -> Costs:
     """The same for drafts that branch, up to the first block whose tokens cost more than they could bring.
 
     The shortest times of all: it is their small differences that count here, and others at work only add to them. For

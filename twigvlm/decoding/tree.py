@@ -41,11 +41,12 @@ def grow(decoder: Decoder, shape: TreeShape) -> Draft:
 
 def grow_as_it_pays(decoder: Decoder) -> Draft:
     """A tree whose widths, depth and size the decoder's pace, a `Worth`, chooses while it grows."""
-    worth, rooms = decoder.pace, decoder.rooms()
+    worth = decoder.pace
+    worth.fused = decoder.state.awaiting.width > 1
+    rooms = decoder.rooms()
     deepest = max(rooms)
     if deepest <= 0:
         return decoder.no_draft()
-    worth.fused = decoder.state.awaiting.width > 1
     tree, chances = Growth(decoder, rooms, ends=False), []
     children = min(CHILDREN, decoder.twig.lm_head.out_features)
     hidden = decoder.state.catch_up()[:, None]

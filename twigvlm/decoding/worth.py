@@ -52,9 +52,10 @@ class Worth(Pace):
 
     def length(self) -> int:
         """Levels at most."""
-        found = super().length()
+        pays = self.hit(0) * self.token() > self.costs.draft + self.row()
+        found = DEEPEST * pays if self.fused else super().length()
         self.spent = self.costs.verify[0] + (self.costs.draft if found else 0.0)
-        return DEEPEST if found and not self.idle else found
+        return DEEPEST if found and not self.fused and not self.idle else found
 
     def token(self) -> float:
         """Seconds that a token takes nowadays."""
