@@ -243,6 +243,7 @@ The projector of the base, tuned while {pruning} leaves {retained_tokens:g} visu
 import twigvlm
 
 vlm = twigvlm.load({load})
-print(vlm.answer("picture.jpg", "What is this?", retained_tokens={retained_tokens:g}, pruning="{pruning}*:projector=THIS FOLDER"))
+pruned = {{"retained_tokens": {retained_tokens:g}, "pruning": "{pruning}*:projector=THIS FOLDER"}}
+print(vlm.answer("picture.jpg", "What is this?", **pruned))
 ```
 """
