@@ -22,7 +22,7 @@ from twigvlm.evaluation.asking.setting import Setting
 from twigvlm.model.twig import signature
 from twigvlm.pruning import Shape, calibrated, find_method, plan_for
 
-ADAPTIVE = ["mustdrop", "occamtoken", "sparsevlm:version=1.0", "twig-adaptive"]
+ADAPTIVE = ["mustdrop", "occamtoken", "sparsevlm:version=1.0"]
 
 
 @pytest.fixture(autouse=True)
