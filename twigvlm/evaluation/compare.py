@@ -4,7 +4,7 @@ Without a model: the embedded one on its own data. Plain decoding, so that the m
 they prune alone; the unpruned base and the twig are asked with drafts besides. A method that draws is
 asked with several seeds. One process opens the base once and the base with its twig once; answers lie
 where `evaluation.run` puts them, so that a comparison that was stopped goes on where it was, and what
-is answered already is not asked again. --report gets the figures (JSON), the table (markdown) and two plots.
+is answered already is not asked again. --report gets the figures (JSON), the table (markdown) and three plots.
 
 A budget that a method cannot reach and a model that lacks what a method needs are listed with the
 reason. A method that goes wrong stops no other; the exit status is 1 then. Else as `evaluation.run`.
