@@ -411,6 +411,8 @@ def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd):
     assert made == {place: place.stat().st_mtime_ns for place in made}, "trained again"
     assert report.main([*flags, "--ablate"]) == 2
     assert "ask for one of them" in capfd.readouterr().err
+    assert report.main([*flags, "--base", "elsewhere"]) == 2
+    assert "leave --base and --twig out" in capfd.readouterr().err
 
 
 def test_the_same_answers_are_all_of_them():

@@ -9,7 +9,6 @@ description, prefill included, against plain decoding of the same picture right 
 from __future__ import annotations
 
 import shutil
-import statistics
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,10 +22,9 @@ from ..families import trunk_of
 from ..loading.base import load_base
 from ..model.twig import CONFIG, Init, grow, save_twig
 from ..record import ROOT
-from ..world.draw import draw
 from ..world.questions import Question
 from ..world.scenes import Scene
-from .quiz import Setting, descriptions, quiz, short_answers
+from .quiz import Setting, descriptions, percent, quiz, relative_speed, short_answers
 from .recipe.stage import StageConfig
 from .train import train_twig
 
@@ -178,23 +176,15 @@ def measure(ablation: Ablation, variant: Variant, asked: list[tuple[Scene, list[
     """Accuracy of short answers, and of descriptions with their acceptance and relative speed (percent)."""
     vlm = ablation.open(variant)
     setting = Setting("twig", BUDGET if variant.pruned else None, 5 if variant.speculative else 0)
-    right = [r for answers in short_answers(vlm, asked, setting).values() for r in answers]
+    right = [answer for answers in short_answers(vlm, asked, setting) for answer in answers]
     scenes = [scene for scene, _ in asked[: max(1, len(asked) // 2)]]
     told = descriptions(vlm, scenes, setting)
     return {
-        "accuracy": 100 * sum(right) / len(right),
-        "objects": told["objects"],
-        "acceptance": told["acceptance"],
-        "speed": 100 * statistics.median(relative_speed(vlm, scene, setting) for scene in scenes[:TIMED]),
+        "accuracy": percent(right),
+        "objects": percent(told.objects),
+        "acceptance": told.acceptance,
+        "speed": relative_speed(vlm, scenes[:TIMED], setting),
     }
-
-
-def relative_speed(vlm: twigvlm.TwigVLM, scene: Scene, setting: Setting) -> float:
-    """Tokens per second of a description under `setting` / of plain decoding without pruning."""
-    inputs = vlm.prepare(draw(scene), "Describe the image in detail.")
-    plain = vlm.generate(**inputs, draft_length=0, max_new_tokens=160)
-    out = vlm.generate(**inputs, retained_tokens=setting.R, draft_length=setting.draft_length, max_new_tokens=160)
-    return out.stats.tokens_per_second / plain.stats.tokens_per_second
 
 
 def remarks(rows: list[dict]) -> list[str]:

@@ -9,10 +9,9 @@ descriptions with drafts, the speed against plain decoding of the same picture r
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,17 +22,14 @@ import twigvlm
 
 from ..errors import RunError
 from ..files import write_json
-from ..prompt.template import decode
 from ..record import ROOT, table
 from ..training.run.checkpoints import RUN
-from ..world.draw import draw
-from ..world.questions import Question, describe
+from ..world.questions import Question
 from ..world.scenes import Scene
 from .measure import interval
-from .quiz import SENTENCE, batch
+from .quiz import Setting, descriptions, percent, relative_speed, short_answers
 
 RESAMPLES = 1000
-LONGEST = 160  # tokens of a description
 TIMED = 9  # descriptions whose speed is measured
 
 
@@ -70,10 +66,9 @@ RECIPES = (
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained and measured with; `work` keeps twigs and figures."""
+    """What is trained on the embedded base, and measured; `work` keeps twigs and figures."""
 
     work: Path
-    base: Path | None  # None: the embedded one
     steps: int
     device: str | None = None
 
@@ -84,7 +79,6 @@ class Study:
             start = ["--init", str(self.train(by_name(recipe.start)))] if recipe.start else []
             flags = [*recipe.flags, *start, "--out", str(folder), "--max-steps", str(self.steps), "--held-out", "0"]
             flags += ["--agreement", "labels"]  # no answers of the base are made for it
-            flags += ["--base", str(self.base)] if self.base else []
             flags += ["--device", self.device] if self.device else []
             command = [sys.executable, "-m", "twigvlm.training.launch", *flags]
             if (code := subprocess.run(command, cwd=ROOT, check=False).returncode) or not finished(folder):
@@ -114,41 +108,6 @@ def seconds(study: Study, recipe: Recipe) -> float | None:
 # ---------------------------------------------------------------------- measuring
 
 
-def short_answers(vlm: twigvlm.TwigVLM, asked: Sequence[tuple[Scene, list[Question]]], R: float | None) -> list:
-    """Of each scene, whether each short answer is exactly right."""
-    right = []
-    for scene, questions in tqdm(asked, desc="short answers", leave=False):
-        inputs = batch(vlm, scene, [q.text for q in questions])
-        out = vlm.generate(**inputs, retained_tokens=R, draft_length=0, max_new_tokens=8)
-        told = [decode(vlm.tokenizer, tokens).strip() for tokens in out.tokens]
-        right.append([text == q.answer for text, q in zip(told, questions, strict=True)])
-    return right
-
-
-def descriptions(vlm: twigvlm.TwigVLM, scenes: Sequence[Scene], R: float | None) -> dict:
-    """`right`: of each scene whether every object is; and what drafts gave."""
-    right, drafted, accepted, written, steps = [], 0, 0, 0, 0
-    for scene in tqdm(scenes, desc="descriptions", leave=False):
-        inputs = vlm.prepare(draw(scene), "Describe the image in detail.")
-        out = vlm.generate(**inputs, retained_tokens=R, max_new_tokens=LONGEST)
-        text = decode(vlm.tokenizer, out.tokens[0])
-        right.append([sorted(SENTENCE.findall(text)) == sorted(SENTENCE.findall(describe(scene)))])
-        drafted, accepted = drafted + out.stats.drafted, accepted + out.stats.accepted
-        written, steps = written + out.stats.new_tokens, steps + len(out.steps[0])
-    return {"right": right, "acceptance": 100 * accepted / drafted if drafted else None, "tau": written / steps}
-
-
-def speed(vlm: twigvlm.TwigVLM, scenes: Iterable[Scene], R: float | None) -> float:
-    """Percent of plain decoding without pruning, tokens per second with the prefill; the median over descriptions."""
-    ratios = []
-    for scene in scenes:
-        inputs = vlm.prepare(draw(scene), "Describe the image in detail.")
-        plain = vlm.generate(**inputs, draft_length=0, max_new_tokens=LONGEST)
-        out = vlm.generate(**inputs, retained_tokens=R, max_new_tokens=LONGEST)
-        ratios.append(100 * out.stats.tokens_per_second / plain.stats.tokens_per_second)
-    return statistics.median(ratios)
-
-
 def relative(ours: Sequence[Sequence[bool]], base: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
     """RelAcc, percent, and its 95 % interval: scenes are drawn together, of both."""
     pairs = torch.tensor([[sum(a), sum(b)] for a, b in zip(ours, base, strict=True)], dtype=torch.float64)
@@ -175,13 +134,14 @@ def study(one: Study, asked: Sequence[tuple[Scene, list[Question]]], budgets: Se
     """All figures; a row a twig and budget, the unpruned base first. With `options` also what goes beyond the paper."""
     scenes = [scene for scene, _ in asked[: max(1, len(asked) // 2)]]
     recipes = [recipe for recipe in RECIPES if options or not recipe.options]
-    told = {"scenes": len(asked), "steps": one.steps, "base": str(one.base)}
+    told = {"scenes": len(asked), "steps": one.steps}
 
     def figures(recipe: Recipe, R: float | None) -> dict:
         def measure() -> dict:
-            vlm = twigvlm.load(one.base, one.train(recipe), device=one.device)
-            found = descriptions(vlm, scenes, R)
-            return {"short": short_answers(vlm, asked, R), **found, "speed": speed(vlm, scenes[:TIMED], R)}
+            vlm = twigvlm.load(None, one.train(recipe), device=one.device)
+            setting = Setting(R=R)
+            found = {"short": short_answers(vlm, asked, setting), **asdict(descriptions(vlm, scenes, setting))}
+            return found | {"speed": relative_speed(vlm, scenes[:TIMED], setting)}
 
         name = f"{recipe.folder}-{'whole' if R is None else f'R{R:g}'}.json"
         return kept(one.work / "figures" / name, told | {"flags": list(recipe.flags)}, measure)
@@ -198,11 +158,11 @@ def study(one: Study, asked: Sequence[tuple[Scene, list[Question]]], budgets: Se
 
 def row(name: str, R: float | None, found: dict, base: dict, scenes: Sequence[Scene]) -> dict:
     rel, low, high = relative(found["short"], base["short"])
-    right = [r for one in found["right"] for r in one]
-    ends = interval(found["right"], [scene.seed for scene in scenes])
+    right = found["objects"]
+    ends = interval([[one] for one in right], [scene.seed for scene in scenes])
     return {
         "twig": name, "R": R, "RelAcc": rel, "RelAcc, 95 %": [low, high],
-        "descriptions": 100 * sum(right) / len(right), "descriptions, 95 %": list(ends),
+        "descriptions": percent(right), "descriptions, 95 %": list(ends),
         "acceptance": found["acceptance"], "tau": found["tau"], "speed": found["speed"],
     }  # fmt: skip
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,10 @@ class Setting:
         return "base" if self.R is None else f"{self.pruning} R={self.R}"
 
 
+PLAIN = Setting(draft_length=0)
+LONGEST = 160  # tokens of a description
+
+
 def quiz(scenes: int, split: str = "test") -> list[tuple[Scene, list[Question]]]:
     """One question of each kind about each scene (where it has one)."""
     out = []
@@ -58,10 +63,10 @@ def batch(vlm: twigvlm.TwigVLM, scene: Scene, texts: list[str]) -> dict[str, tor
 
 
 def short_answers(
-    vlm: twigvlm.TwigVLM, asked: list[tuple[Scene, list[Question]]], setting: Setting
-) -> dict[str, list[bool]]:
-    """Kind → whether each answer is exactly right."""
-    right: dict[str, list[bool]] = defaultdict(list)
+    vlm: twigvlm.TwigVLM, asked: Sequence[tuple[Scene, list[Question]]], setting: Setting
+) -> list[list[bool]]:
+    """Of each scene, whether the answer to each of its questions is exactly right."""
+    right = []
     for scene, questions in tqdm(asked, desc=setting.name, leave=False):
         inputs = batch(vlm, scene, [q.text for q in questions])
         out = vlm.generate(
@@ -72,31 +77,52 @@ def short_answers(
             max_new_tokens=8,
             seed=scene.seed,
         )
-        for question, tokens in zip(questions, out.tokens, strict=True):
-            right[question.kind].append(decode(vlm.tokenizer, tokens).strip() == question.answer)
+        told = [decode(vlm.tokenizer, tokens).strip() for tokens in out.tokens]
+        right.append([text == q.answer for text, q in zip(told, questions, strict=True)])
     return right
 
 
-def descriptions(vlm: twigvlm.TwigVLM, scenes: list[Scene], setting: Setting) -> dict[str, float]:
-    """Shares of scenes with every object (place, colour, shape) right, of exact texts, and the drafts' acceptance."""
-    objects = exact = drafted = accepted = 0.0
+@dataclass(frozen=True)
+class Told:
+    """Of each description, whether every object (place, colour, shape) is right and whether the text is; and what drafts gave."""
+
+    objects: list[bool]
+    exact: list[bool]
+    acceptance: float | None  # percent
+    tau: float  # tokens a verification
+
+
+def descriptions(vlm: twigvlm.TwigVLM, scenes: Sequence[Scene], setting: Setting) -> Told:
+    objects, exact, drafted, accepted, written, steps = [], [], 0, 0, 0, 0
     for scene in tqdm(scenes, desc=f"describe, {setting.name}", leave=False):
-        inputs = vlm.prepare(draw(scene), "Describe the image in detail.")
-        out = vlm.generate(
-            **inputs,
-            retained_tokens=setting.R,
-            pruning=setting.pruning,
-            draft_length=setting.draft_length,
-            max_new_tokens=160,
-        )
-        text = decode(vlm.tokenizer, out.tokens[0]).strip()
-        truth = describe(scene)
-        objects += sorted(SENTENCE.findall(text)) == sorted(SENTENCE.findall(truth))
-        exact += text == truth
+        out = _described(vlm, scene, setting)
+        text, truth = decode(vlm.tokenizer, out.tokens[0]).strip(), describe(scene)
+        objects.append(sorted(SENTENCE.findall(text)) == sorted(SENTENCE.findall(truth)))
+        exact.append(text == truth)
         drafted, accepted = drafted + out.stats.drafted, accepted + out.stats.accepted
-    count = len(scenes)
-    return {
-        "objects": 100 * objects / count,
-        "exact": 100 * exact / count,
-        "acceptance": 100 * accepted / drafted if drafted else None,
-    }
+        written, steps = written + out.stats.new_tokens, steps + len(out.steps[0])
+    return Told(objects, exact, 100 * accepted / drafted if drafted else None, written / steps)
+
+
+def relative_speed(vlm: twigvlm.TwigVLM, scenes: Sequence[Scene], setting: Setting) -> float:
+    """Percent: tokens per second of a description under `setting`, prefill included, of plain decoding without pruning right before it; the median."""
+    ratios = []
+    for scene in scenes:
+        plain, out = _described(vlm, scene, PLAIN), _described(vlm, scene, setting)
+        ratios.append(100 * out.stats.tokens_per_second / plain.stats.tokens_per_second)
+    return statistics.median(ratios)
+
+
+def _described(vlm: twigvlm.TwigVLM, scene: Scene, setting: Setting):
+    return vlm.generate(
+        **vlm.prepare(draw(scene), "Describe the image in detail."),
+        retained_tokens=setting.R,
+        pruning=setting.pruning,
+        draft_length=setting.draft_length,
+        max_new_tokens=LONGEST,
+    )
+
+
+def percent(right: Iterable[bool]) -> float:
+    right = list(right)
+    return 100 * sum(right) / len(right)

@@ -23,7 +23,7 @@ from ..program import run_program
 from ..record import provenance, table
 from ..world.questions import KINDS
 from . import ablate, plus
-from .quiz import Setting, descriptions, quiz, short_answers
+from .quiz import Setting, descriptions, percent, quiz, short_answers
 
 BUDGETS = (192, 128, 64)
 METHODS = ("twig", "layer-attention", "random")
@@ -36,14 +36,16 @@ def report(vlm: twigvlm.TwigVLM, scenes: int, budgets: tuple[float, ...], method
     rows, base = [], None
     for setting in [Setting(), *(Setting(m, R) for R in budgets for m in methods)]:
         right = short_answers(vlm, asked, setting)
-        every = [r for answers in right.values() for r in answers]
-        accuracy = 100 * sum(every) / len(every)
+        every = [answer for answers in right for answer in answers]
+        kinds = [question.kind for _, questions in asked for question in questions]
+        accuracy = percent(every)
         base = accuracy if base is None else base
         row = {"setting": setting.name, "all": accuracy, "RelAcc": 100 * accuracy / base if base else None}
-        row |= {kind: 100 * sum(right[kind]) / len(right[kind]) for kind in KINDS}
+        row |= {kind: percent(r for r, k in zip(every, kinds, strict=True) if k == kind) for kind in KINDS}
         if setting.R is None or setting.pruning == "twig":
             told = descriptions(vlm, described, setting)
-            row |= {f"description, {k}": told[k] for k in ("objects", "exact")} | {"acceptance": told["acceptance"]}
+            row |= {"description, objects": percent(told.objects), "description, exact": percent(told.exact)}
+            row["acceptance"] = told.acceptance
         rows.append(
             {"pruning": setting.pruning, "R": setting.R, "questions": len(every), "descriptions": len(described)} | row
         )
@@ -98,7 +100,7 @@ def print_ablations(args: argparse.Namespace, start: float) -> None:
 def print_plus(args: argparse.Namespace, start: float) -> None:
     """Train and measure TwigVLM++'s stages; write plus.json and .png."""
     check_flags(args)
-    one = plus.Study(args.work, args.base, args.steps, args.device)
+    one = plus.Study(args.work, args.steps, args.device)
     result = plus.study(one, quiz(args.scenes), budgets(args.budgets), args.plus == "options")
     result = provenance() | {"seconds": round(time.monotonic() - start)} | result
     write_json(result, args.out / "plus.json")
@@ -155,6 +157,8 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{name} is {value}; 1 or more is needed")
     if args.ablate and args.plus:
         raise InputError("--ablate and --plus are two reports; ask for one of them")
+    if args.plus and (args.base or args.twig):
+        raise InputError("--plus trains its own twigs on the embedded base; leave --base and --twig out")
     if args.ablate:
         check_sections(args.ablate)
     wish = Wish(args.base, args.twig, device=args.device)
