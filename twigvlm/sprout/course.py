@@ -1,17 +1,18 @@
-"""The next base's recipe as far as it goes, one resumable command: `python -m twigvlm.sprout.course`.
+"""The embedded base's recipe, one resumable command: `python -m twigvlm.sprout.course`.
 
-Text and symbols first: a decoder of four layers learns to talk about scenes in words, then its depth
-doubles to 8, 16 and 32 layers, each trained on. Then many symbols, the projector (the tower is the
-published base's), and pictures, at last with all their tokens; `<out>/base` is the result. Every stage writes `<out>/<stage>.jsonl`
+The tower learns to name what each patch shows. A decoder of four layers learns to talk about scenes in words, then
+its depth doubles to 8, 16 and 32 layers, each trained on; then many symbols, the projector between tower and decoder,
+and pictures, at last with all their tokens; `<out>/base` is the result. Every stage writes `<out>/<stage>.jsonl`
 (metrics), `<stage>-saved/checkpoint-*` (every two minutes) and `<stage>-done.pt`; a run that is killed
-goes on where it was, to the same bits on a CPU.
+goes on where it was, to the same bits on a CPU. The tower's stages need nothing of the decoder's: `--stages` lets
+both run at the same time.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,6 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from .. import flags
 from ..errors import InputError
-from ..loading.describe import EMBEDDED_BASE
 from ..program import run_program
 from ..training.muon import for_decoder
 from .recipe.align import Aligner
@@ -30,37 +30,59 @@ from .recipe.language import Talk, double, start, tie
 from .recipe.lessons import Lesson, lesson_batch, window_batch
 from .recipe.stage import StageConfig, fit, save_weights
 from .recipe.tokenizer import IMAGE_TOKEN, build_tokenizer
-from .recipe.tower import SIDE
+from .recipe.tower import SIDE, PatchReader, tower_batch
 
-HIDDEN = 128
+HIDDEN = 160
 THETA = 500_000.0  # content must be found hundreds of patches away: most of a head's turning is slow
 
 
 @dataclass(frozen=True)
 class Stage:
-    """So many steps at this depth; `lr` is Muon's peak, `final_lr` the share of it that is left at the end."""
+    """So many steps at this depth; `lr` is the peak, `final_lr` the share of it that is left at the end.
+
+    It begins with what stage `after` left, with fresh weights where there is none.
+    """
 
     name: str
     layers: int
     steps: int
     lr: float
     lesson: Lesson
+    after: str = ""
     final_lr: float = 0.1
 
 
+ROWS = 64  # conversations a batch: twice as many take a GPU no longer, but the processes that write them
+
 STAGES = (
+    Stage("tower", 4, 3000, 1.5e-3, Lesson(0, "labels", ROWS)),
+    Stage("tower-whole", 4, 600, 5e-4, Lesson(0, "labels", 32, window=SIDE), "tower", 0.02),
     # Descriptions and drills are learnt first (dense answers), short answers need what they taught.
-    Stage("words-4", 4, 500, 0.02, Lesson(0, helped=400, described=0.5, drilled=0.5, worded=0.2), final_lr=0.2),
-    Stage("short-4", 4, 600, 0.006, Lesson(7, drilled=0.3), final_lr=0.5),
-    Stage("words-8", 8, 1000, 0.005, Lesson(1, drilled=0.3)),
-    Stage("words-16", 16, 300, 0.006, Lesson(2, asked_weight=0.05)),
-    Stage("words-32", 32, 300, 0.004, Lesson(3, asked_weight=0.05)),
-    Stage("patches", 32, 300, 0.003, Lesson(4, "patches", shares=(1 / 9, 1 / 9, 1 / 4), asked_weight=0.05)),
-    Stage("align", 32, 400, 1e-3, Lesson(0, "windows")),
+    Stage(
+        "words-4", 4, 1500, 0.02, Lesson(0, "cells", ROWS, helped=500, described=0.5, drilled=0.5, worded=0.2), "", 0.2
+    ),
+    Stage("short-4", 4, 2000, 0.006, Lesson(7, "cells", ROWS, drilled=0.3), "words-4", 0.5),
+    Stage("words-8", 8, 3000, 0.005, Lesson(1, "cells", ROWS, drilled=0.3), "short-4", 0.3),
+    Stage("words-16", 16, 3000, 0.005, Lesson(2, "cells", ROWS, asked_weight=0.05), "words-8", 0.3),
+    Stage("words-32", 32, 3000, 0.004, Lesson(3, "cells", ROWS, asked_weight=0.05), "words-16", 0.2),
+    Stage(
+        "patches",
+        32,
+        2000,
+        0.003,
+        Lesson(4, "patches", ROWS, shares=(1 / 9, 1 / 9, 1 / 4, 0.0), asked_weight=0.05),
+        "words-32",
+    ),
+    Stage("align", 32, 1500, 1e-3, Lesson(0, "windows", 32), "patches"),
     # One long conversation a picture instead of several short ones: its tokens are computed once.
-    Stage("pictures", 32, 1200, 0.003, Lesson(5, "pictures", 8, 1, (1 / 4, 1 / 4, 1 / 9), 0.05, length=320)),
-    Stage("whole", 32, 400, 0.001, Lesson(6, "pictures", 4, 1, (1.0, 0.0), 0.0, length=480)),
+    Stage(
+        "pictures", 32, 4000, 0.003, Lesson(5, "pictures", 32, 1, (1 / 4, 1 / 4, 1 / 9, 0.0), 0.05, length=320), "align"
+    ),
+    Stage("whole", 32, 2500, 0.001, Lesson(6, "pictures", 16, 1, (1.0, 0.0), 0.0, length=480), "pictures", 0.02),
 )
+HEADS = "labels.pt"  # what reads the tower's features while it learns
+TOWER = "tower-whole"  # whose tower `align` puts in front of the decoder
+NAMES = tuple(stage.name for stage in STAGES)
 
 
 def config(layers: int, hidden: int, tokenizer) -> LlavaConfig:
@@ -86,6 +108,7 @@ class Course:
     workers: int = 1
     save_seconds: float = 120.0
     steps: dict[str, int] = field(default_factory=dict)
+    compiled: bool = False  # the decoder's layers
 
     def __post_init__(self) -> None:
         self.tokenizer = build_tokenizer()
@@ -93,23 +116,23 @@ class Course:
     def done(self, stage: str) -> Path:
         return self.out / f"{stage}-done.pt"
 
-    def before(self, number: int) -> LlavaForConditionalGeneration:
-        """The model that stage `number` begins with."""
-        stage, shape = STAGES[number], config(STAGES[number].layers, self.hidden, self.tokenizer)
-        if number == 0:
+    def before(self, stage: Stage) -> LlavaForConditionalGeneration:
+        """The model that `stage` begins with."""
+        shape = config(stage.layers, self.hidden, self.tokenizer)
+        if not stage.after:
             return start(shape)
-        previous = STAGES[number - 1]
-        if not self.done(previous.name).exists():
-            raise InputError(
-                f"{self.done(previous.name)}: stage {previous.name} has not finished; run it first: "
-                f"--stages {previous.name},{stage.name}"
-            )
-        model = self.load(self.done(previous.name))
-        model = double(model, shape) if stage.layers > previous.layers else model
+        model = self._left_by(stage.after, stage)
+        model = double(model, shape) if stage.layers > shape_of(model.state_dict())[0] else model
         if stage.lesson.kind == "windows":
-            published = LlavaForConditionalGeneration.from_pretrained(EMBEDDED_BASE, dtype=torch.float32)
-            model.model.vision_tower = published.model.vision_tower
+            model.model.vision_tower = self._left_by(TOWER, stage).model.vision_tower
         return model
+
+    def _left_by(self, name: str, wanted: Stage) -> LlavaForConditionalGeneration:
+        if not self.done(name).exists():
+            raise InputError(
+                f"{self.done(name)}: stage {name} has not finished; run it first: --stages {name},{wanted.name}"
+            )
+        return self.load(self.done(name))
 
     def load(self, file: Path) -> LlavaForConditionalGeneration:
         """The model in a finished stage's file; of a checkpoint, what learns in its stage."""
@@ -126,9 +149,9 @@ class Course:
     def run(self, wanted: tuple[str, ...]) -> None:
         """These stages in their order, those that are done left out."""
         self.out.mkdir(parents=True, exist_ok=True)
-        for number, stage in enumerate(STAGES):
+        for stage in STAGES:
             if stage.name in wanted and not self.done(stage.name).exists():
-                model = self.before(number).to(self.device)
+                model = self.before(stage).to(self.device)
                 self.train(model, stage)
                 weights = {k: v.to("cpu") for k, v in model.state_dict().items() if k != "lm_head.weight"}
                 save_weights(weights, self.done(stage.name))
@@ -141,31 +164,57 @@ class Course:
         save_base(model, self.tokenizer, self.out / "base")
 
     def train(self, model: LlavaForConditionalGeneration, stage: Stage) -> None:
-        """The decoder learns, from pictures on the projector too; `align` teaches the projector alone. The tower stays."""
+        """The tower alone, the projector alone (`align`), or the decoder, and on pictures the projector too."""
         loop = StageConfig(
             stage.name, self.steps.get(stage.name, stage.steps), stage.lr, final_lr=stage.final_lr,
             workers=self.workers, save_seconds=self.save_seconds,
         )  # fmt: skip
         model.requires_grad_(False)
-        if stage.lesson.kind == "windows":
-            aligner = Aligner(model)
-            aligner.reader.requires_grad_(False)
-            aligner.projector.requires_grad_(True)
-            fit(loop, aligner, partial(window_batch, images=16, window=SIDE // 2, tokenizer=self.tokenizer),
-                aligner.loss, self.out)  # fmt: skip
-            return
+        learn = {"labels": self._see, "windows": self._align}.get(stage.lesson.kind, self._talk)
+        learn(model, stage.lesson, loop)
+
+    def _see(self, model: LlavaForConditionalGeneration, lesson: Lesson, loop: StageConfig) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of the heads
+            reader = PatchReader(model.model.vision_tower.requires_grad_(True)).to(self.device)
+        reader.heads.load_state_dict(self._heads(reader))
+        batches = partial(tower_batch, images=lesson.scenes, window=lesson.window)
+        fit(replace(loop, weight_decay=0.01), reader, batches, reader.loss, self.out)
+        save_weights({k: v.to("cpu") for k, v in reader.heads.state_dict().items()}, self.out / HEADS)
+
+    def _heads(self, reader: PatchReader) -> dict[str, torch.Tensor]:
+        """Those of the labels that a tower's stage left, which no model holds; else fresh ones."""
+        file = self.out / HEADS
+        return torch.load(file, weights_only=True) if file.exists() else reader.heads.state_dict()
+
+    def _align(self, model: LlavaForConditionalGeneration, lesson: Lesson, loop: StageConfig) -> None:
+        aligner = Aligner(model)
+        aligner.reader.requires_grad_(False)
+        aligner.projector.requires_grad_(True)
+        batches = partial(window_batch, images=lesson.scenes, window=lesson.window, tokenizer=self.tokenizer)
+        fit(loop, aligner, batches, aligner.loss, self.out)
+
+    def _talk(self, model: LlavaForConditionalGeneration, lesson: Lesson, loop: StageConfig) -> None:
         model.model.language_model.requires_grad_(True)
-        if stage.lesson.kind == "pictures":
-            model.model.multi_modal_projector.requires_grad_(True)
-        batches = partial(lesson_batch, lesson=stage.lesson, tokenizer=self.tokenizer)
-        fit(loop, model, batches, Talk(model).loss, self.out, for_decoder)
+        model.model.multi_modal_projector.requires_grad_(lesson.kind == "pictures")
+        task = Talk(model)
+        if self.compiled:
+            for layer in task.layers:
+                layer.compile()
+        fit(
+            loop,
+            model,
+            partial(lesson_batch, lesson=lesson, tokenizer=self.tokenizer),
+            task.loss,
+            self.out,
+            for_decoder,
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/next"), help="folder of the run (default %(default)s)")
-    names = tuple(stage.name for stage in STAGES)
-    parser.add_argument("--stages", default=",".join(names), help="which stages (default %(default)s)")
+    parser.add_argument("--stages", default=",".join(NAMES), help="which stages (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="decoder width (default %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes that make batches (default %(default)s)")
@@ -173,16 +222,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--steps", default="", metavar="NAME=N,…", help="other numbers of steps than the recipe's, by stage"
     )
+    parser.add_argument(
+        "--no-compile", action="store_true", help="do not fuse the layers' operations, as is done on a GPU"
+    )
     args = flags.parse(parser, argv)
     stages = tuple(args.stages.split(","))
-    if unknown := set(stages) - set(names):
-        parser.error(f"--stages: unknown {sorted(unknown)}; choose from {', '.join(names)}")
+    if unknown := set(stages) - set(NAMES):
+        parser.error(f"--stages: unknown {sorted(unknown)}; choose from {', '.join(NAMES)}")
     try:
         steps = {name: int(n) for name, n in (item.split("=") for item in args.steps.split(",") if item)}
     except ValueError:
         parser.error(f"--steps is {args.steps!r}; NAME=N,NAME=N is needed")
     torch.set_flush_denormal(True)
-    course = Course(args.out, args.device, args.hidden, args.workers, args.save_seconds, steps)
+    compiled = args.device.startswith("cuda") and not args.no_compile
+    course = Course(args.out, args.device, args.hidden, args.workers, args.save_seconds, steps, compiled)
     return run_program(lambda: course.run(stages))
 
 

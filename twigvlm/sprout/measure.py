@@ -57,11 +57,12 @@ class Asked:
     views: torch.Tensor
     keep: torch.Tensor
 
-    def batches(self, size: int = 32) -> Iterator[tuple[list[Row], dict]]:
-        """The rows in order, `size` at a time, as the task's batches."""
+    def batches(self, device: torch.device, size: int = 32) -> Iterator[tuple[list[Row], dict]]:
+        """The rows in order, `size` at a time, as the task's batches on this device."""
         for first in range(0, len(self.rows), size):
             rows, scenes = self.rows[first : first + size], self.scenes[first : first + size]
-            yield rows, collate(rows) | {self.name: self.views[scenes], "keep": self.keep}
+            batch = collate(rows) | {self.name: self.views[scenes], "keep": self.keep}
+            yield rows, {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def quiz(scenes: Sequence[Scene], tokenizer, kinds: Sequence[str] = KINDS) -> list[tuple[int, Question, Row]]:
@@ -124,9 +125,9 @@ def phrased(scenes: Sequence[Scene], tokenizer) -> dict[str, list[tuple[int, Row
 
 def _right(logits: torch.Tensor, batch: dict, rows: Sequence[Row]) -> list[list[bool]]:
     """For each row and turn: each token of the answer is the best guess behind what precedes it."""
-    best = logits.argmax(-1)
+    best, ids = logits.argmax(-1).cpu(), batch["ids"].cpu()
     return [
-        [bool((best[i, begin - 1 : end - 1] == batch["ids"][i, begin:end]).all()) for _, begin, end in row.turns]
+        [bool((best[i, begin - 1 : end - 1] == ids[i, begin:end]).all()) for _, begin, end in row.turns]
         for i, row in enumerate(rows)
     ]
 
@@ -134,7 +135,7 @@ def _right(logits: torch.Tensor, batch: dict, rows: Sequence[Row]) -> list[list[
 @torch.no_grad()
 def answers(task: Talk, asked: Asked, layers: Sequence | None = None) -> list[list[bool]]:
     """Right or not, by row and turn, through `layers` of the decoder (default: all)."""
-    return [r for rows, batch in asked.batches() for r in _right(task.logits(batch, layers), batch, rows)]
+    return [r for rows, batch in asked.batches(task.device) for r in _right(task.logits(batch, layers), batch, rows)]
 
 
 def without_blocks(task: Talk, asked: Asked, first: int = 4, size: int = BLOCK) -> dict[int, float]:
@@ -149,7 +150,7 @@ def without_blocks(task: Talk, asked: Asked, first: int = 4, size: int = BLOCK) 
 def lens(task: Talk, asked: Asked) -> list[float]:
     """Percent right if norm and head read what left layer l, for l = 0 to the last."""
     right: list[list[list[bool]]] = [[] for _ in task.layers]
-    for rows, batch in asked.batches():
+    for rows, batch in asked.batches(task.device):
         hidden, positions = task.embed(batch)
         for depth, layer in enumerate(task.layers):
             hidden = task.run(hidden, positions, [layer])
@@ -167,16 +168,17 @@ def looking_curve(
     """
     right = defaultdict(list)
     wanted = range(len(task.layers)) if layers is None else layers
-    for number, (rows, batch) in enumerate(asked.batches()):
+    for number, (rows, batch) in enumerate(asked.batches(task.device)):
         hidden, positions = task.embed(batch)
         entering = [hidden]
         for layer in task.layers:
             entering.append(task.run(entering[-1], positions, [layer]))
         count = hidden.shape[1] - batch["ids"].shape[1]
-        last = torch.tensor([row.turns[0][1] - 1 for row in rows]) + count
+        last = torch.tensor([row.turns[0][1] - 1 for row in rows], device=task.device) + count
         signals = {str(d): attention(task, task.layers[d], entering[d], positions, last) for d in wanted}
-        signals["random"] = torch.rand(hidden.shape[:2], generator=torch.Generator().manual_seed(number))
-        visual = batch["heads"][:, None] + torch.arange(count)
+        chance = torch.rand(hidden.shape[:2], generator=torch.Generator().manual_seed(number))
+        signals["random"] = chance.to(task.device)
+        visual = batch["heads"][:, None] + torch.arange(count, device=task.device)
         for name, scores in signals.items():
             best = scores.gather(1, visual).topk(keep).indices.sort().values
             kept = visual.gather(1, best)
@@ -187,7 +189,7 @@ def looking_curve(
 def _pruned(task: Talk, batch: dict, rows, hidden, positions, kept, K: int, F: int) -> list[list[bool]]:
     """Right or not when only the visual tokens `kept` [B, r] go through layers K..F-1, and none above."""
     count = hidden.shape[1] - batch["ids"].shape[1]
-    places = torch.arange(hidden.shape[1]).expand(len(hidden), -1)
+    places = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
     heads = batch["heads"][:, None]
     text = places[(places < heads) | (places >= heads + count)].view(len(hidden), -1)
     stay = torch.cat([text, kept], 1).sort().values
@@ -210,9 +212,9 @@ def attention(task: Talk, layer, hidden: torch.Tensor, positions: torch.Tensor, 
     cos, sin = (t[:, :, None] for t in task.decoder.rotary_emb(hidden, positions))
     query, key = (p(normed).unflatten(-1, (-1, part.head_dim)) for p in (part.q_proj, part.k_proj))
     query, key = (t * cos + rotate_half(t) * sin for t in (query, key))
-    query = query[torch.arange(len(last)), last]
+    query = query[torch.arange(len(last), device=last.device), last]
     scores = torch.einsum("bhd,bshd->bhs", query, key) * part.scaling
-    future = torch.arange(hidden.shape[1]) > last[:, None]
+    future = torch.arange(hidden.shape[1], device=last.device) > last[:, None]
     return scores.masked_fill(future[:, None], -torch.inf).softmax(-1).mean(1)
 
 
@@ -329,6 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--split", default="validation", help="of the scenes (default %(default)s)")
     parser.add_argument("--scenes", type=int, default=60, help="how many (default %(default)s)")
     parser.add_argument("--what", default=",".join(WHAT), help="besides short answers (default %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
     args = flags.parse(parser, argv)
 
@@ -336,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
         what = tuple(w for w in args.what.split(",") if w)
         if unknown := set(what) - set(WHAT):
             raise InputError(f"--what: unknown {sorted(unknown)}; choose from {', '.join(WHAT)}")
-        model, begin = _open(args), time.monotonic()
+        model, begin = _open(args).to(args.device), time.monotonic()
         scenes = scenes_of(args.split, args.scenes)
         found = measure(Talk(model), build_tokenizer(), scenes, what, bool(args.base) or args.pictures)
         for name, value in found.items():

@@ -54,18 +54,19 @@ class Muon(torch.optim.Optimizer):
             (self._orthogonal if group["hidden"] else self._adam)(group, params)
 
     def _orthogonal(self, group: dict, params: list[torch.nn.Parameter]) -> None:
-        by_shape: dict[torch.Size, list] = {}
+        by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
         for p in params:
-            state = self.state[p]
-            if not state:
-                state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-            ahead = p.grad.lerp(state["momentum"], group["momentum"])
-            by_shape.setdefault(p.shape, []).append((p, ahead))
-        for shape, pairs in by_shape.items():
+            by_shape.setdefault(p.shape, []).append(p)
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        for shape, alike in by_shape.items():  # a decoder has hundreds of matrices of few shapes: few calls
             size = max(1.0, shape[0] / shape[1]) ** 0.5
-            for (p, _), change in zip(pairs, orthogonal(torch.stack([g for _, g in pairs])), strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(change, alpha=-group["lr"] * size)
+            grads, momenta = [p.grad for p in alike], [self.state[p]["momentum"] for p in alike]
+            torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
+            changes = list(orthogonal(torch.stack(ahead)).unbind())
+            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(alike, changes, alpha=-group["lr"] * size)
 
     def _adam(self, group: dict, params: list[torch.nn.Parameter]) -> None:
         lr, (b1, b2) = group["lr"] * group["ratio"], group["betas"]

@@ -28,6 +28,8 @@ COPYING = 0.5  # of what a head fetches is added to the stream at the start
 LOOKING = 1  # the layer of the first four that is helped to look; it becomes layers 8 to 15 of 32
 LOOKING_HEADS = 2
 HIDDEN = -1e4
+EOS = 2
+WIPED = 0.75  # of the depth: where pruning drops all visual tokens (F = 24 of 32)
 HEAD_GAIN = 0.08  # of the final norm at the start, so that the first guesses are soft
 
 
@@ -101,6 +103,10 @@ class Talk:
         self.model, self.decoder = model, model.model.language_model
         self.decoder.config._attn_implementation = "sdpa"  # without a mask: causal
         self.layers = list(self.decoder.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed_tokens.weight.device
 
     def embed(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [B, V' + S, D] with the visual tokens in their place, and positions of the whole picture's."""
@@ -179,20 +185,31 @@ class Talk:
         """Weighted cross-entropy of the next tokens, and the shares guessed right: short answers, descriptions, the rest."""
         hidden, positions = self.embed(batch)
         entering = self.run(hidden, positions, self.layers[:LOOKING])
-        logits = self.guesses(self.run(entering, positions, self.layers[LOOKING:]), batch)[:, :-1]
+        logits = self.guesses(self.upwards(entering, positions, batch), batch)[:, :-1]
         targets, weights, short = batch["ids"][:, 1:], batch["weights"][:, 1:], batch["short"][:, 1:]
-        told = weights > 0
-        logits, targets, weights, short = logits[told], targets[told], weights[told], short[told]
-        losses = F.cross_entropy(logits, targets, reduction="none")
-        right = (logits.argmax(-1) == targets).float()
-        answers, long = short & (targets != 2), ~short & (weights >= 0.5)
-        figures = {"short": right[answers].mean().item(), "long": right[long].mean().nan_to_num().item()}
-        figures |= {"asked": right[~short & ~long].mean().nan_to_num().item()}
+        losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         loss = (losses * weights).sum() / weights.sum()
+        # Sums over masks, which no device waits for; a row's padding has no weight.
+        right, long = logits.argmax(-1) == targets, ~short & (weights >= 0.5)
+        which = {"short": short & (targets != EOS), "long": long, "asked": ~short & ~long & (weights > 0)}
+        figures = {name: (right & some).sum() / some.sum().clamp(min=1) for name, some in which.items()}
+        figures["looking"] = torch.zeros(())
         if batch["help"]:
-            distance = self.looking(batch, entering, positions)
-            figures["looking"] = distance.item()
-            loss = loss + batch["help"] * distance
-        else:
-            figures["looking"] = 0.0
-        return loss, figures
+            figures["looking"] = self.looking(batch, entering, positions)
+            loss = loss + batch["help"] * figures["looking"]
+        return loss, {name: figure.detach() for name, figure in figures.items()}
+
+    def upwards(self, hidden: torch.Tensor, positions: torch.Tensor, batch: dict) -> torch.Tensor:
+        """From layer LOOKING through the last: [B, V' + S, D]; where the batch is "wiped" only [B, S, D], of the words.
+
+        Then the layers from three quarters of the depth on see no visual tokens, as under pruning.
+        """
+        if not batch.get("wiped"):
+            return self.run(hidden, positions, self.layers[LOOKING:])
+        wipe = round(WIPED * len(self.layers))
+        hidden = self.run(hidden, positions, self.layers[LOOKING:wipe])
+        words = batch["ids"].shape[1]
+        places = torch.arange(words, device=hidden.device).expand(len(hidden), -1)
+        places = torch.where(places < batch["heads"][:, None], places, places + hidden.shape[1] - words)
+        hidden = hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+        return self.run(hidden, positions.gather(1, places), self.layers[wipe:])

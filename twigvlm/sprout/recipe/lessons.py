@@ -32,7 +32,7 @@ class Lesson:
     """`scenes` a batch, each seen as `kind` and talked about in `talks` rows of at most `length` words' tokens.
 
     `shares` are the parts of the patches that are seen (one is drawn a step): 1 is all, 1/n one
-    random patch of every n; 0 is what pruning might leave. `asked_weight` is what a question's own
+    random patch of every n; 0 is what pruning might leave (and nothing of it in the last quarter of the layers). `asked_weight` is what a question's own
     words count as targets; over the first `helped` steps there is a (fading) loss on looking.
     `offset` chooses the scenes; a share `described` of the rows holds a description, a share
     `drilled` of the short turns are drills, and
@@ -40,7 +40,7 @@ class Lesson:
     """
 
     offset: int
-    kind: str = "cells"  # or "patches" (symbols), or "pictures"
+    kind: str = "cells"  # or "patches" (symbols), "pictures", or windows of them: "labels" and "windows"
     scenes: int = 16
     talks: int = 1
     shares: tuple[float, ...] = (1.0,)
@@ -50,6 +50,7 @@ class Lesson:
     described: float = 0.2
     drilled: float = 0.2
     worded: float = 0.5
+    window: int = SIDE // 2  # patches a side
 
 
 def lesson_batch(step: int, lesson: Lesson, tokenizer) -> dict:
@@ -59,7 +60,7 @@ def lesson_batch(step: int, lesson: Lesson, tokenizer) -> dict:
     of = [i for i in range(lesson.scenes) for _ in range(lesson.talks)]
     seeds = [f"{scenes[i].seed} {n % lesson.talks}" for n, i in enumerate(of)]
     talks = [converse(scenes[i], random.Random(seed), tokenizer, lesson) for i, seed in zip(of, seeds, strict=True)]
-    batch = collate(talks) | {"of": torch.tensor(of), "help": 0.0}
+    batch = collate(talks, lesson.length) | {"of": torch.tensor(of), "help": 0.0}
     if step < lesson.helped:
         batch["help"] = LOOKING_WEIGHT * (1 - step / lesson.helped)
         for row, (i, talk) in enumerate(zip(of, talks, strict=True)):
@@ -83,16 +84,17 @@ def _seen(scenes: list[Scene], lesson: Lesson, rng: random.Random, tokenizer) ->
         symbols = torch.stack([cells(s, tokenizer) for s in scenes])
         return {"keep": torch.tensor(CELL_CENTRES), "symbols": symbols, "nothing": nothing(tokenizer)}
     share = rng.choice(lesson.shares)
+    wiped = {"wiped": share == 0}
     if share == 0:
         keep = torch.tensor(sorted(rng.sample(range(SIDE * SIDE), rng.choice(FILL))))
     else:
         keep = torch.arange(SIDE * SIDE) if share == 1 else _stratified(share, rng)
     if lesson.kind == "pictures":
-        return {"keep": keep, "pixels": pixels([draw(s) for s in scenes])}
+        return wiped | {"keep": keep, "pixels": pixels([draw(s) for s in scenes])}
     symbols = torch.stack([patches(s, tokenizer)[keep] for s in scenes])
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     lost = torch.rand(symbols.shape, generator=generator) < LOST
-    return {"keep": keep, "symbols": symbols.masked_fill(lost, 0), "nothing": nothing(tokenizer)}
+    return wiped | {"keep": keep, "symbols": symbols.masked_fill(lost, 0), "nothing": nothing(tokenizer)}
 
 
 def nothing(tokenizer) -> int:

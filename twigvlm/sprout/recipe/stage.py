@@ -192,7 +192,7 @@ class _Metrics(Watch):
         self.figures.append({"loss": told.losses[0].item(), **told.figures[0]})
         if loop.done % LOGGED and loop.done != loop.plan.steps:
             return
-        mean = {k: sum(f[k] for f in self.figures) / len(self.figures) for k in self.figures[0]}
+        mean = {k: float(sum(f[k] for f in self.figures)) / len(self.figures) for k in self.figures[0]}
         line = {"step": loop.done, **{k: round(v, 5) for k, v in mean.items()}}
         line |= {"grad_norm": round(told.norm, 4), "lr": told.rate, "waited_s": round(self.waited, 2)}
         with open(self.path, "a") as log:

@@ -112,9 +112,9 @@ def single(question: Question, tokenizer, system: bool = True) -> Row:
     return row
 
 
-def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
-    """Rows as tensors [B, S], padded at the right; `heads` [B] says where the visual tokens go."""
-    width = max(len(row.ids) for row in rows)
+def collate(rows: list[Row], width: int = 0) -> dict[str, torch.Tensor]:
+    """Rows as tensors [B, S], padded at the right, to `width` if none is longer; `heads` [B]: where the visual tokens go."""
+    width = max(width, *(len(row.ids) for row in rows))
     out = {
         "ids": np.zeros((len(rows), width), np.int64),
         "weights": np.zeros((len(rows), width), np.float32),
