@@ -46,6 +46,7 @@ settings.register_profile(
 settings.load_profile("steady")
 
 ROOT = Path(__file__).resolve().parents[1]
+DEVICE = torch.device(os.environ.get("TWIGVLM_TEST_DEVICE", "cpu"))  # of the tiny models: TWIGVLM_TEST_DEVICE=cuda
 EOS = 2
 BYTES_END = 3 + 256  # in `tiny_tokenizer`: special tokens and bytes come first
 IMAGE = "image"  # stands for one picture in the layout of a prompt
@@ -138,7 +139,7 @@ def tiny_model(
     model.lm_head.weight.mul_(sharpness)
     model.lm_head.weight[:rare].mul_(0.1)
     set_attention(model, attention)
-    return model
+    return model.to(DEVICE)
 
 
 def _enliven(model: LlavaForConditionalGeneration, fade: float) -> None:
@@ -177,7 +178,7 @@ def tiny(
     generator = torch.Generator().manual_seed(7)
     for weight in grown.parameters():
         if weight.dim() == 2:
-            weight.add_(torch.randn(weight.shape, generator=generator) * noise * weight.std())
+            weight.add_(torch.randn(weight.shape, generator=generator).to(DEVICE) * noise * weight.std())
     return TwigVLM(loaded, grown)
 
 
@@ -199,7 +200,7 @@ def prompts(
             else:
                 row += torch.randint(3, vlm.image_token_id, (part,), generator=generator).tolist()
         rows.append(row)
-        pictures.append(torch.randn(layout.count(IMAGE), 3, side, side, generator=generator))
+        pictures.append(torch.randn(layout.count(IMAGE), 3, side, side, generator=generator).to(DEVICE))
     return rows, pictures
 
 
@@ -211,6 +212,7 @@ def batch(rows: Sequence[Sequence[int]], pictures: Sequence[torch.Tensor] = (), 
         place = slice(width - len(row), None) if left else slice(0, len(row))
         ids[b, place], mask[b, place] = torch.tensor(row), 1
     pixels = torch.cat(list(pictures)) if pictures else torch.empty(0)
+    ids, mask = ids.to(DEVICE), mask.to(DEVICE)
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels if len(pixels) else None}
 
 
@@ -246,7 +248,7 @@ def stock(
     vlm: TwigVLM, row: Sequence[int], pictures: torch.Tensor | None = None, eos: int = EOS, **settings
 ) -> list[int]:
     """Greedy answer of the unmodified `generate` to one prompt, without the end token."""
-    ids = torch.tensor([row])
+    ids = torch.tensor([row], device=DEVICE)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, **settings}
     if pictures is not None and len(pictures):
         settings["pixel_values"] = pictures

@@ -52,7 +52,7 @@ class Stage:
     final_lr: float = 0.1
 
 
-ROWS = 64  # conversations a batch: twice as many take a GPU no longer, but the processes that write them
+ROWS = 64  # conversations a batch; with more layers twice as many, which a GPU does at nearly the same pace
 
 STAGES = (
     Stage("tower", 4, 3000, 1.5e-3, Lesson(0, "labels", ROWS)),
@@ -61,24 +61,25 @@ STAGES = (
     Stage(
         "words-4", 4, 1500, 0.02, Lesson(0, "cells", ROWS, helped=500, described=0.5, drilled=0.5, worded=0.2), "", 0.2
     ),
-    Stage("short-4", 4, 2000, 0.006, Lesson(7, "cells", ROWS, drilled=0.3), "words-4", 0.5),
-    Stage("words-8", 8, 3000, 0.005, Lesson(1, "cells", ROWS, drilled=0.3), "short-4", 0.3),
-    Stage("words-16", 16, 3000, 0.005, Lesson(2, "cells", ROWS, asked_weight=0.05), "words-8", 0.3),
-    Stage("words-32", 32, 3000, 0.004, Lesson(3, "cells", ROWS, asked_weight=0.05), "words-16", 0.2),
+    Stage("short-4", 4, 2000, 0.006, Lesson(7, "cells", ROWS, drilled=0.3), "words-4", 0.3),
+    Stage("words-8", 8, 600, 0.005, Lesson(1, "cells", ROWS, drilled=0.3), "short-4", 0.3),
+    Stage("words-16", 16, 600, 0.005, Lesson(2, "cells", 2 * ROWS, asked_weight=0.05), "words-8", 0.3),
+    Stage("words-32", 32, 700, 0.004, Lesson(3, "cells", 2 * ROWS, asked_weight=0.05), "words-16", 0.3),
     Stage(
-        "patches",
+        "patches", 32, 1000, 0.003, Lesson(4, "patches", 2 * ROWS, 1, (1 / 9, 1 / 9, 1 / 4, 0.0), 0.05), "words-32", 0.2
+    ),
+    Stage("align", 32, 1200, 1e-3, Lesson(0, "windows", 32), "patches", 0.02),
+    # One long conversation a picture instead of several short ones: its tokens are computed once.
+    Stage(
+        "pictures",
         32,
         2000,
         0.003,
-        Lesson(4, "patches", ROWS, shares=(1 / 9, 1 / 9, 1 / 4, 0.0), asked_weight=0.05),
-        "words-32",
+        Lesson(5, "pictures", ROWS, 1, (1 / 4, 1 / 4, 1 / 9, 0.0), 0.05, length=320),
+        "align",
+        0.2,
     ),
-    Stage("align", 32, 1500, 1e-3, Lesson(0, "windows", 32), "patches"),
-    # One long conversation a picture instead of several short ones: its tokens are computed once.
-    Stage(
-        "pictures", 32, 4000, 0.003, Lesson(5, "pictures", 32, 1, (1 / 4, 1 / 4, 1 / 9, 0.0), 0.05, length=320), "align"
-    ),
-    Stage("whole", 32, 2500, 0.001, Lesson(6, "pictures", 16, 1, (1.0, 0.0), 0.0, length=480), "pictures", 0.02),
+    Stage("whole", 32, 1500, 0.001, Lesson(6, "pictures", ROWS // 2, 1, (1.0, 0.0), 0.0, length=480), "pictures", 0.02),
 )
 HEADS = "labels.pt"  # what reads the tower's features while it learns
 TOWER = "tower-whole"  # whose tower `align` puts in front of the decoder
