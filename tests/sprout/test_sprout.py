@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twigvlm.prompt.template import encode
 from twigvlm.sprout import ablate, plus, publish, report
-from twigvlm.sprout.recipe import looking, packing
-from twigvlm.sprout.recipe.base import CORE_PLACES, base_config, build, deepen, shorten
+from twigvlm.sprout.recipe.base import base_config, build
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
-from twigvlm.sprout.train import Recipe
-from twigvlm.sprout.train import Settings as RecipeSettings
-from twigvlm.training.run import checkpoints
-from twigvlm.world.draw import IMAGE_SIZE, centre_patches, draw, patch_labels
+from twigvlm.world.draw import IMAGE_SIZE, draw, patch_labels
 from twigvlm.world.questions import KINDS, ask, describe
 from twigvlm.world.scenes import COLOURS, PLACES, SHAPES, SPLITS, WORDS, allowed_pairs, sample_scene
 
@@ -202,157 +192,6 @@ def test_no_text_becomes_the_image_token(tokenizer):
     image = vocabulary["<image>"]
     for text in (*WORDS, *PLACES, "a\nb", *(describe(sample_scene("test", s)) for s in range(50))):
         assert image not in tokenizer(text).input_ids
-
-
-def test_packed_questions_equal_questions_asked_alone(tokenizer):
-    torch.manual_seed(0)
-    decoder = build(
-        base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), layers=2, hidden=64)
-    ).model.language_model
-    packed = packing.pack(sample_scene("train", 1), random.Random(1), tokenizer)
-    assert packed.asked >= 20
-    prefix = torch.randn(1, 12, 64)
-    hidden = torch.cat([prefix, decoder.embed_tokens(torch.from_numpy(packed.ids)[None])], 1)
-
-    def run(values, positions, attention):
-        decoder.config._attn_implementation = attention
-        rotary = decoder.rotary_emb(values, positions[None])
-        for layer in decoder.layers:
-            values = layer(values, attention_mask=None, position_embeddings=rotary)
-        return values
-
-    with torch.no_grad():
-        together = run(hidden, torch.cat([torch.arange(12), 12 + torch.from_numpy(packed.positions)]), "sprout_packed")
-        start = 12
-        for slots, length in packing.GROUPS:
-            for _ in range(slots):
-                alone = run(
-                    torch.cat([prefix, hidden[:, start : start + length]], 1), torch.arange(12 + length), "sdpa"
-                )
-                assert torch.allclose(alone[:, 12:], together[:, start : start + length], atol=1e-5)
-                start += length
-
-
-@given(seeds, st.sampled_from(("exist", "colour", "shape", "count", "where", "read")), seeds)
-@settings(max_examples=120, deadline=None)
-def test_evidence_is_where_the_answer_lies(tokenizer, seed, kind, draw_seed):
-    scene = sample_scene("train", seed)
-    question = ask(scene, kind, random.Random(draw_seed))
-    if question is None:
-        return
-    cells = [c for c in range(9) if packing._evidence(question, scene, tokenizer) >> c & 1]
-    centres = centre_patches(scene)
-    assert all(centres[c] >= 0 for c in cells if kind != "exist" or question.answer == "Yes")
-    at = {o.place: o for o in scene.objects}
-    if question.answer in ("Yes", "No"):
-        assert bool(cells) == (question.answer == "Yes")
-    elif kind == "count":
-        assert len(cells) == int(question.answer)
-    elif kind == "where":
-        assert [PLACES[c] for c in cells] == [question.answer]
-    elif kind == "read":
-        assert cells == [scene.word_place]
-    else:
-        assert [getattr(at[c], kind) for c in cells] == [question.answer]
-
-
-@given(seeds, seeds)
-@settings(max_examples=40, deadline=None)
-def test_the_pointed_token_ends_the_right_option(tokenizer, seed, draw_seed):
-    scene = sample_scene("train", seed)
-    question = ask(scene, "choice", random.Random(draw_seed))
-    if question is None:
-        return
-    slot = packing._slot([question], scene, tokenizer)
-    (place,) = (i for i, p in enumerate(slot.points) if p >= 0)
-    option = question.options["ABCD".index(question.answer)]
-    assert tokenizer.decode(slot.ids[: slot.points[place] + 1]).endswith(f"{question.answer}. {option}")
-    assert slot.labels[place + 1] == slot.ids[place + 1] != -100 == slot.labels[place]
-
-
-def test_centre_patches_lie_on_what_they_stand_for():
-    for seed in range(50):
-        scene = sample_scene("test", seed)
-        labels, centres = patch_labels(scene).reshape(-1, 5), centre_patches(scene)
-        for obj in scene.objects:
-            assert labels[centres[obj.place], 0] == 1 + SHAPES.index(obj.shape)
-        if scene.word:
-            assert labels[centres[scene.word_place], 3] == 1 + WORDS.index(scene.word)
-        assert sum(c >= 0 for c in centres) == len(scene.objects) + bool(scene.word)
-
-
-def test_looking_is_measured_on_the_layers_own_attention(tokenizer):
-    decoder = build(base_config(len(tokenizer), 5, layers=1, hidden=96)).model.language_model
-    decoder.config._attn_implementation = "eager"
-    hidden, visual = torch.randn(2, 40, 96), slice(4, 20)
-    rotary = decoder.rotary_emb(hidden, torch.arange(40)[None])
-    layer = decoder.layers[0]
-    mask = torch.full((40, 40), -torch.inf).triu(1)
-    with torch.no_grad():
-        _, weights = layer.self_attn(layer.input_layernorm(hidden), rotary, mask)
-        rows, places = torch.tensor([0, 1]), torch.tensor([3, 17])
-        scope = looking.Scope(hidden, tuple(t.expand(2, -1, -1) for t in rotary), 20)
-        seen = looking._visual_attention(layer, scope, rows, places, 16, heads=2)
-    theirs = weights[rows, :2, 20 + places, visual]
-    assert torch.allclose(seen.exp(), theirs / theirs.sum(-1, keepdim=True), atol=1e-5)
-
-
-def test_growing_deeper_does_not_change_the_function_and_can_be_undone(tokenizer):
-    small = base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), layers=len(CORE_PLACES), hidden=32)
-    shallow = build(small).eval()
-    deep = deepen(shallow, base_config(len(tokenizer), tokenizer.convert_tokens_to_ids("<image>"), hidden=32)).eval()
-    again = shorten(deep, small).eval()
-    ids = torch.randint(3, 800, (1, 9))
-    with torch.no_grad():
-        assert torch.allclose(shallow(input_ids=ids).logits, deep(input_ids=ids).logits, atol=1e-5)
-        assert torch.equal(shallow(input_ids=ids).logits, again(input_ids=ids).logits)
-
-
-@pytest.mark.slow
-def test_a_killed_recipe_ends_with_the_same_weights(tmp_path):
-    """SIGKILL in the middle of a stage, start again: bit for bit the run that was never disturbed."""
-    command = [
-        sys.executable,
-        "-m",
-        "twigvlm.sprout.train",
-        "--steps",
-        "cells=12",
-        "--hidden",
-        "32",
-        "--stages",
-        "cells",
-    ]
-    command += ["--no-compile", "--device", "cpu", "--save-seconds", "0"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = subprocess.Popen([*command, "--out", broken], cwd=ROOT, stderr=subprocess.DEVNULL)
-    recipes = {
-        out: Recipe(RecipeSettings(out, hidden=32, compiled=False, steps={"cells": 12})) for out in (whole, broken)
-    }
-    while not checkpoints.checkpoints(broken / "cells-saved"):
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    assert not (broken / "cells-done.pt").exists(), "killed too late to prove anything"
-    for recipe in recipes.values():
-        recipe.run(("cells",))
-    one, other = (torch.load(d / "cells-done.pt", weights_only=True) for d in (whole, broken))
-    assert one.keys() == other.keys()
-    # Sums may differ in their last bits, with the processor.
-    assert all(torch.allclose(one[k], other[k], atol=1e-5, rtol=0) for k in one)
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_the_recipe_without_a_traceback(tmp_path):
-    command = [sys.executable, "-m", "twigvlm.sprout.train", "--hidden", "32", "--stages", "cells", "--no-compile"]
-    command += ["--device", "cpu", "--save-seconds", "0.1", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not checkpoints.checkpoints(tmp_path / "run/cells-saved"):
-        assert process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C reaches the processes that draw as well
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in said, said
-    assert "the same command goes on" in said.strip().splitlines()[-1]
 
 
 @pytest.mark.slow

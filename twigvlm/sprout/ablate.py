@@ -1,7 +1,7 @@
 """The paper's ablations (section 4.3) on the embedded model: `python -m twigvlm.sprout.report --ablate`.
 
-Each variant that needs another twig grows and trains one on the embedded base with the recipe's own
-loop, for the same number of steps, and is kept in the work folder, so that a stopped run goes on.
+Each variant that needs another twig trains one on the embedded base, as users train theirs,
+for the same number of steps, and is kept in the work folder, so that a stopped run goes on.
 Accuracy is short answers under pruning against the unpruned base; speed is tokens per second of a
 description, prefill included, against plain decoding of the same picture right before it.
 """
@@ -20,15 +20,14 @@ import twigvlm
 from ..config import TwigConfig
 from ..families import trunk_of
 from ..loading.base import load_base
+from ..loading.describe import EMBEDDED_BASE
 from ..model.twig import CONFIG, Init, grow, save_twig
 from ..record import ROOT
 from ..world.questions import Question
 from ..world.scenes import Scene
+from .grown import trained
 from .quiz import Setting, descriptions, percent, quiz, relative_speed, short_answers
-from .recipe.stage import StageConfig
-from .train import train_twig
 
-PEAK_LR = 5e-4
 BUDGET = 64
 TIMED = 9  # descriptions whose speed is measured
 
@@ -114,13 +113,15 @@ class Ablation:
     def grown(self, growth: Growth) -> Path:
         """The folder of this twig, made at the first call."""
         folder = self.work / growth.name
+        if growth == MAIN and (folder / CONFIG).exists():  # the published one
+            return folder
+        if growth.trained:
+            flags = ["--K", str(growth.K), "--T", str(growth.T), "--init", growth.init]
+            flags += [] if self.base == EMBEDDED_BASE else ["--base", str(self.base)]
+            return trained(folder, flags, self.steps, self.device)
         if not (folder / CONFIG).exists():
             trunk = trunk_of(load_base(self.base, torch.device(self.device or "cpu"), torch.float32, "sdpa").model)
-            torch.manual_seed(0)  # of a random initialisation
             twig = grow(trunk, TwigConfig(trunk.L, growth.K, growth.T), growth.init)
-            if growth.trained:
-                loop = StageConfig(growth.name, self.steps, PEAK_LR)
-                train_twig(trunk, twig, loop, self.work, compiled=True)
             save_twig(twig, trunk, folder, base="sprout", dtype=torch.float16)
         return folder
 

@@ -25,16 +25,16 @@ from transformers import LlavaForConditionalGeneration
 from .. import flags
 from ..errors import InputError
 from ..files import write_json
-from ..model.trunk import rotate_half
 from ..program import run_program
 from ..record import provenance
 from ..world.draw import draw
 from ..world.phrasing import forms
 from ..world.questions import DESCRIBE, KINDS, Question, ask, describe
 from ..world.scenes import Scene, sample_scene
-from .recipe.decoder import CELL_CENTRES
 from .recipe.language import Talk
 from .recipe.lessons import cells
+from .recipe.pruned import attention, through_pruned
+from .recipe.symbols import CELL_CENTRES
 from .recipe.talk import Row, add_turn, collate, empty_row, single
 from .recipe.tokenizer import build_tokenizer
 from .recipe.tower import SIDE, pixels
@@ -182,40 +182,8 @@ def looking_curve(
         for name, scores in signals.items():
             best = scores.gather(1, visual).topk(keep).indices.sort().values
             kept = visual.gather(1, best)
-            right[name] += _pruned(task, batch, rows, entering[K], positions, kept, K, F)
+            right[name] += _right(through_pruned(task, batch, entering[K], positions, kept, K, F), batch, rows)
     return {name: percent(r) for name, r in right.items()}
-
-
-def _pruned(task: Talk, batch: dict, rows, hidden, positions, kept, K: int, F: int) -> list[list[bool]]:
-    """Right or not when only the visual tokens `kept` [B, r] go through layers K..F-1, and none above."""
-    count = hidden.shape[1] - batch["ids"].shape[1]
-    places = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
-    heads = batch["heads"][:, None]
-    text = places[(places < heads) | (places >= heads + count)].view(len(hidden), -1)
-    stay = torch.cat([text, kept], 1).sort().values
-    hidden, positions = _take(hidden, stay), positions.gather(1, stay)
-    hidden = task.run(hidden, positions, task.layers[K:F])
-    seen = (stay[:, :, None] == kept[:, None]).any(-1)
-    words = (~seen).nonzero()[:, 1].view(len(hidden), -1)
-    hidden, positions = _take(hidden, words), positions.gather(1, words)
-    hidden = task.run(hidden, positions, task.layers[F:])
-    return _right(task.guesses(hidden, batch), batch, rows)
-
-
-def _take(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
-def attention(task: Talk, layer, hidden: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """What the tokens at `last` [B] attend to in a layer that `hidden` [B, S, D] enters: head mean [B, S]."""
-    part, normed = layer.self_attn, layer.input_layernorm(hidden)
-    cos, sin = (t[:, :, None] for t in task.decoder.rotary_emb(hidden, positions))
-    query, key = (p(normed).unflatten(-1, (-1, part.head_dim)) for p in (part.q_proj, part.k_proj))
-    query, key = (t * cos + rotate_half(t) * sin for t in (query, key))
-    query = query[torch.arange(len(last), device=last.device), last]
-    scores = torch.einsum("bhd,bshd->bhs", query, key) * part.scaling
-    future = torch.arange(hidden.shape[1], device=last.device) > last[:, None]
-    return scores.masked_fill(future[:, None], -torch.inf).softmax(-1).mean(1)
 
 
 def percent(right: Sequence[Sequence[bool]]) -> float:
@@ -355,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _open(args: argparse.Namespace) -> LlavaForConditionalGeneration:
-    from .course import Course  # it trains, and this module is read by what only measures
+    from .train import Course  # it trains, and this module is read by what only measures
 
     if (args.base is None) == (args.checkpoint is None):
         raise InputError("give either --base FOLDER or --checkpoint FILE")

@@ -9,8 +9,6 @@ descriptions with drafts, the speed against plain decoding of the same picture r
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +18,12 @@ from tqdm import tqdm
 
 import twigvlm
 
-from ..errors import RunError
 from ..files import write_json
-from ..record import ROOT, table
+from ..record import table
 from ..training.run.checkpoints import RUN
 from ..world.questions import Question
 from ..world.scenes import Scene
+from .grown import finished, trained
 from .measure import interval
 from .quiz import Setting, descriptions, percent, relative_speed, short_answers
 
@@ -75,26 +73,12 @@ class Study:
     def train(self, recipe: Recipe) -> Path:
         """The folder of a twig, trained at the first call. Raises RunError where its training fails."""
         folder = self.work / recipe.folder
-        if not finished(folder):
-            start = ["--init", str(self.train(by_name(recipe.start)))] if recipe.start else []
-            flags = [*recipe.flags, *start, "--out", str(folder), "--max-steps", str(self.steps), "--held-out", "0"]
-            flags += ["--agreement", "labels"]  # no answers of the base are made for it
-            flags += ["--device", self.device] if self.device else []
-            command = [sys.executable, "-m", "twigvlm.training.launch", *flags]
-            if (code := subprocess.run(command, cwd=ROOT, check=False).returncode) or not finished(folder):
-                raise RunError(
-                    f"the training of {recipe.name} ended with exit code {code}, see above; the same command goes on"
-                )
-        return folder
+        start = ["--init", str(self.train(by_name(recipe.start)))] if recipe.start and not finished(folder) else []
+        return trained(folder, [*recipe.flags, *start], self.steps, self.device)
 
 
 def by_name(name: str) -> Recipe:
     return next(recipe for recipe in RECIPES if recipe.name == name)
-
-
-def finished(folder: Path) -> bool:
-    file = folder / RUN
-    return file.is_file() and "finished" in json.loads(file.read_text(encoding="utf-8"))
 
 
 def seconds(study: Study, recipe: Recipe) -> float | None:

@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..evaluation.comparing.shown import markdown, short
 from ..files import write_text
 from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
+from ..model.twig import CONFIG, WEIGHTS
 from ..program import run_program
 from ..pruning.catalogue import catalogue, overview
 from ..record import ROOT, provenance, table
@@ -37,6 +38,18 @@ TOLD = (
 )  # in the README
 PLACES = ("--out", "--plots", "--report", "--work")  # flags that say where something goes
 LIMIT = 30 * 2**20  # bytes of base and twig together, so that a clone stays small
+
+FILES = {  # what is published of a folder; a training leaves more
+    "base": (
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ),
+    "twig": (WEIGHTS, CONFIG),
+}
 
 HEADS = {
     "base": """---
@@ -70,14 +83,9 @@ Three decoder layers, a norm and a head on layer 2 of sprout, trained by next-to
 
 def card(kind: str, run: Path, report: dict) -> str:
     """The model card: what it is, data, recipe with the steps really done, figures with their command."""
-    settings = json.loads((run / "settings.json").read_text())
-    settings = {k: v for k, v in settings.items() if k not in ("out", "start")}  # names of somebody's folders
-    lines = [HEADS[kind], "## Data\n", DATA, "\n## Recipe\n"]
-    lines.append(
-        "`python -m twigvlm.sprout.train`, with these stages (seconds are wall clock on two shared CPU cores):\n"
-    )
+    lines = [HEADS[kind], "## Data\n", DATA, "\n## Recipe\n", RECIPE]
     lines.append(table(sorted((_stage(file) for file in run.glob("*.jsonl")), key=lambda s: s.pop("ended")), digits=3))
-    lines.append(f"\nLast call's settings: `{json.dumps(settings)}`; code: commit `{provenance()['commit']}`.")
+    lines.append(f"\nCode: commit `{provenance()['commit']}`.")
     notes = run / "notes.md"
     if notes.exists():
         lines.append(f"\n{notes.read_text(encoding='utf-8').strip()}")
@@ -88,6 +96,14 @@ def card(kind: str, run: Path, report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+RECIPE = """The base: `python -m twigvlm.sprout.train`, in these stages (seconds are wall clock). Before the last of them, the twig:
+
+```bash
+python -m twigvlm.world.conversations
+MODEL=runs/sprout/whole DATA_PATH=playground/data/sprout/train/conversations.json IMAGE_FOLDER=playground/data/sprout/train/images \\
+    OUTPUT_DIR=runs/sprout/twig bash scripts/v1_5/train_twig.sh --batch-size 16 --lr 5e-4 --epochs 5
+```
+"""
 DATA = (
     "Drawn by `twigvlm.sprout` from seeds; nothing is downloaded. Train, validation and test splits share neither seeds nor "
     "(colour, shape, place) combinations."
@@ -119,13 +135,14 @@ def publish(run: Path, report: Path) -> None:
         measure = f"python -m twigvlm.sprout.report --base {run}/base --twig {run}/twig --out {report.parent}"
         raise InputError(f"{report}: no such file; the cards need figures of what is published: {measure}")
     found = json.loads(report.read_text())
-    size = sum(f.stat().st_size for source, _ in sources.values() for f in source.rglob("*") if f.is_file())
+    size = sum((source / file).stat().st_size for kind, (source, _) in sources.items() for file in FILES[kind])
     if size > LIMIT:
         raise InputError(
             f"base and twig have {size} bytes; at most {LIMIT} are published, train a narrower one (--hidden)"
         )
     for kind, (source, target) in sources.items():
-        shutil.copytree(source, target, dirs_exist_ok=True)
+        for file in FILES[kind]:
+            shutil.copyfile(source / file, target / file)
         (target / "README.md").write_text(card(kind, run, found), encoding="utf-8")
     for file in (report, report.with_suffix(".png")):
         if file.exists() and file.parent.resolve() != RESULTS.resolve():

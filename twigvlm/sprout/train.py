@@ -1,289 +1,307 @@
-"""The recipe of the embedded model, one resumable command: `python -m twigvlm.sprout.train`.
+"""The embedded base's recipe, one resumable command: `python -m twigvlm.sprout.train`.
 
-LLaVA's order with the cheap things first: the tower on patch labels; a shallow decoder on scenes
-spelt out in nine symbols (sums of words), then in many; the projector aligned to those words; pictures;
-what pruning would leave of them; the same decoder grown to 32 layers; all of it joined at the full
-number of visual tokens; and the twig on the finished base. Each stage writes `<out>/<stage>.jsonl` (metrics) and
-`<out>/<stage>-saved/checkpoint-*` (every two minutes); a run that is killed goes on where it was. The same command runs on
-a GPU, where `--scale` multiplies the number of steps that a faster machine affords.
+The tower learns to name what each patch shows. A decoder of four layers learns to talk about scenes in words, then
+its depth doubles to 8, 16 and 32 layers, each trained on; then many symbols, the projector between tower and decoder,
+and pictures, at last with all their tokens (`<out>/whole`). On that base a twig is trained as users train theirs
+(`bash scripts/v1_5/train_twig.sh`, into `<out>/twig`; the model cards have the line); last, the layers above the cut learn
+to answer from what it leaves (stage "pruned"), and `<out>/base` is the result. Every stage writes `<out>/<stage>.jsonl`
+(metrics), `<stage>-saved/checkpoint-*` (every two minutes) and `<stage>-done.pt`; a run that is killed
+goes on where it was, to the same bits on a CPU. The tower's stages need nothing of the decoder's: `--stages` lets
+both run at the same time.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import LlavaForConditionalGeneration
+from safetensors.torch import load_file
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from .. import flags
-from ..config import TwigConfig
+from ..errors import InputError
 from ..families import trunk_of
-from ..loading.base import load_base
-from ..loading.device import pick_device
-from ..model.trunk import Trunk
-from ..model.twig import Twig, grow, save_twig
+from ..loading.twig import load_twig
 from ..program import run_program
-from .recipe.align import Aligner, align_batch
-from .recipe.base import CORE_PLACES, LAYERS, UPPER, base_config, build, deepen, save_base, shorten
-from .recipe.decoder import PackedAnswers, decoder_batch, sparse_batch
+from ..training.muon import for_decoder
+from .recipe.align import Aligner
+from .recipe.base import base_config, build, save_base
+from .recipe.language import Talk, double, start, tie
+from .recipe.lessons import Lesson, lesson_batch, window_batch
+from .recipe.pruned import Pruned
 from .recipe.stage import StageConfig, fit, save_weights
 from .recipe.tokenizer import IMAGE_TOKEN, build_tokenizer
 from .recipe.tower import SIDE, PatchReader, tower_batch
 
-CONTINUED, TWIG_SCENES = 9, 3  # offsets of the scenes that a continued base sees, and a twig
-WORTH_COMPILING = 200  # steps; a minute of compilation must pay
-STAGES = ("tower", "cells", "symbols", "align", "image", "sparse", "deep", "joint", "twig")
+HIDDEN = 160
+THETA = 500_000.0  # content must be found hundreds of patches away: most of a head's turning is slow
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a run is made; what it makes is the recipe's."""
+class Stage:
+    """So many steps at this depth; `lr` is the peak, `final_lr` the share of it that is left at the end.
+
+    It begins with what stage `after` left, with fresh weights where there is none.
+    """
+
+    name: str
+    layers: int
+    steps: int
+    lr: float
+    lesson: Lesson
+    after: str = ""
+    final_lr: float = 0.1
+
+
+ROWS = 64  # conversations a batch; with more layers twice as many, which a GPU does at nearly the same pace
+
+STAGES = (
+    Stage("tower", 4, 3000, 1.5e-3, Lesson(0, "labels", ROWS)),
+    Stage("tower-whole", 4, 600, 5e-4, Lesson(0, "labels", 32, window=SIDE), "tower", 0.02),
+    # Descriptions and drills are learnt first (dense answers), short answers need what they taught.
+    Stage(
+        "words-4", 4, 1500, 0.02, Lesson(0, "cells", ROWS, helped=500, described=0.5, drilled=0.5, worded=0.2), "", 0.2
+    ),
+    Stage("short-4", 4, 2000, 0.006, Lesson(7, "cells", ROWS, drilled=0.3), "words-4", 0.3),
+    Stage("words-8", 8, 600, 0.005, Lesson(1, "cells", ROWS, drilled=0.3), "short-4", 0.3),
+    Stage("words-16", 16, 600, 0.005, Lesson(2, "cells", 2 * ROWS, asked_weight=0.05), "words-8", 0.3),
+    Stage("words-32", 32, 700, 0.004, Lesson(3, "cells", 2 * ROWS, asked_weight=0.05), "words-16", 0.3),
+    Stage(
+        "patches", 32, 1000, 0.003, Lesson(4, "patches", 2 * ROWS, 1, (1 / 9, 1 / 9, 1 / 4, 0.0), 0.05), "words-32", 0.2
+    ),
+    Stage("align", 32, 1200, 1e-3, Lesson(0, "windows", 32), "patches", 0.02),
+    # One long conversation a picture instead of several short ones: its tokens are computed once.
+    Stage(
+        "pictures",
+        32,
+        2100,
+        0.003,
+        Lesson(5, "pictures", ROWS, 1, (1 / 4, 1 / 4, 1 / 9, 0.0), 0.05, length=320),
+        "align",
+        0.2,
+    ),
+    Stage("whole", 32, 1400, 0.001, Lesson(6, "pictures", ROWS // 2, 1, (1.0, 0.0), 0.0, length=480), "pictures", 0.02),
+    Stage(
+        "pruned",
+        32,
+        400,
+        0.0015,
+        Lesson(8, "pictures", 4, 4, (1.0,), 0.0, length=130, described=0.4, one_answer=True),
+        "whole",
+        0.05,
+    ),
+)
+EXPORTED = {"whole": "whole", "pruned": "base"}  # stage → the folder that it leaves
+HEADS = "labels.pt"  # what reads the tower's features while it learns
+TOWER = "tower-whole"  # whose tower `align` puts in front of the decoder
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+def config(layers: int, hidden: int, tokenizer) -> LlavaConfig:
+    """The base's shape at this depth and width."""
+    shape = base_config(len(tokenizer), tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), layers, hidden)
+    shape.text_config.rope_parameters = {"rope_type": "default", "rope_theta": THETA}
+    return shape
+
+
+def shape_of(state: dict[str, torch.Tensor]) -> tuple[int, int]:
+    """Layers and width of the decoder whose weights these are."""
+    layers = {name.split(".layers.")[1].split(".")[0] for name in state if "language_model.layers." in name}
+    return len(layers), state["model.language_model.embed_tokens.weight"].shape[1]
+
+
+@dataclass
+class Course:
+    """One run: `steps` replaces the recipe's numbers, by stage."""
 
     out: Path
     device: str = "cpu"
+    hidden: int = HIDDEN
     workers: int = 1
-    scale: float = 1.0
-    hidden: int = 160
-    compiled: bool = True
     save_seconds: float = 120.0
-    steps: Mapping[str, int] = field(default_factory=dict)  # by loop name, instead of the recipe's
-    start: Path | None = None  # a base to go on from
+    steps: dict[str, int] = field(default_factory=dict)
+    compiled: bool = False  # the decoder's layers
 
-
-class Recipe:
-    """One training run: holds what the stages share and hands the model from each to the next."""
-
-    def __init__(self, settings: Settings):
-        self.settings, self.out, self.device = settings, settings.out, settings.device
+    def __post_init__(self) -> None:
         self.tokenizer = build_tokenizer()
-        self.image_token = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
-    def config(self, layers: int):
-        return base_config(len(self.tokenizer), self.image_token, layers, self.settings.hidden)
-
-    def loop(self, name: str, steps: int, lr: float, **settings) -> StageConfig:
-        run = self.settings
-        steps = run.steps.get(name, max(1, round(steps * run.scale)))
-        return StageConfig(name, steps, lr, workers=run.workers, save_seconds=run.save_seconds, **settings)
-
-    def run(self, stages: tuple[str, ...]) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        for stage in stages:
-            if not self.result(stage).exists():
-                model = getattr(self, stage)()
-                save_weights({k: v.to("cpu", torch.float32) for k, v in model.state_dict().items()}, self.result(stage))
-
-    def result(self, stage: str) -> Path:
+    def done(self, stage: str) -> Path:
         return self.out / f"{stage}-done.pt"
 
-    def load(self, stage: str, layers: int) -> LlavaForConditionalGeneration:
-        """The model that `stage` left."""
-        model = build(self.config(layers))
-        model.load_state_dict(torch.load(self.result(stage), map_location="cpu", weights_only=True))
+    def before(self, stage: Stage) -> LlavaForConditionalGeneration:
+        """The model that `stage` begins with."""
+        shape = config(stage.layers, self.hidden, self.tokenizer)
+        if not stage.after:
+            return start(shape)
+        if stage.lesson.one_answer:  # the base that the twig has seen, rounded as it was written
+            return self._written(EXPORTED[stage.after])
+        model = self._left_by(stage.after, stage)
+        model = double(model, shape) if stage.layers > shape_of(model.state_dict())[0] else model
+        if stage.lesson.kind == "windows":
+            model.model.vision_tower = self._left_by(TOWER, stage).model.vision_tower
         return model
 
-    def tower(self) -> LlavaForConditionalGeneration:
-        model = build(self.config(len(CORE_PLACES)))
-        reader = PatchReader(model.model.vision_tower).to(self.device)
-        reader.tower.config._attn_implementation = "eager"  # 1.7 times SDPA's speed for 144 keys on a CPU
-        windows = self.loop("tower-windows", 5900, 1.5e-3, final_lr=0.1, weight_decay=0.01)
-        fit(windows, reader, partial(tower_batch, images=32, window=SIDE // 2), reader.loss, self.out)
-        whole = self.loop("tower-whole", 300, 3e-4, weight_decay=0.01)
-        fit(whole, reader, partial(tower_batch, images=8, window=SIDE), reader.loss, self.out)
+    def _written(self, name: str) -> LlavaForConditionalGeneration:
+        folder = self.out / name
+        if not (folder / "config.json").exists():
+            raise InputError(f"{folder}: no base there; the stages before write it: run them first")
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        tie(model)
         return model
 
-    def cells(self) -> LlavaForConditionalGeneration:
-        model = build(self.config(len(CORE_PLACES)))  # needs no eyes yet
-        return self.answers(model, self.loop("cells", 2400, 2e-3, final_lr=0.5), rows=4, kind="cells", keep_share=1 / 9)
+    def _left_by(self, name: str, wanted: Stage) -> LlavaForConditionalGeneration:
+        if not self.done(name).exists():
+            raise InputError(
+                f"{self.done(name)}: stage {name} has not finished; run it first: --stages {name},{wanted.name}"
+            )
+        return self.load(self.done(name))
 
-    def symbols(self) -> LlavaForConditionalGeneration:
-        model = self.load("cells", len(CORE_PLACES))
-        return self.answers(
-            model, self.loop("symbols", 900, 1e-3, final_lr=0.5), rows=4, kind="symbols", keep_share=1 / 9
-        )
+    def load(self, file: Path) -> LlavaForConditionalGeneration:
+        """The model in a finished stage's file; of a checkpoint, what learns in its stage."""
+        if file.suffix == ".safetensors":
+            state = load_file(file)
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        state = state.get("weights", state)  # of a checkpoint in earlier versions' form
+        model = build(config(*shape_of(state), self.tokenizer))
+        tie(model)
+        model.load_state_dict(state, strict=False)
+        return model
 
-    def align(self) -> LlavaForConditionalGeneration:
-        model, seeing = self.load("symbols", len(CORE_PLACES)), self.load("tower", len(CORE_PLACES))
-        model.model.vision_tower = seeing.model.vision_tower
-        aligner = Aligner(model.to(self.device))
-        aligner.reader.tower.config._attn_implementation = "eager"
-        loop = self.loop("align", 900, 1e-3)
+    def run(self, wanted: tuple[str, ...]) -> None:
+        """These stages in their order, those that are done left out."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for stage in STAGES:
+            if stage.name in wanted and not self.done(stage.name).exists():
+                model = self.before(stage).to(self.device)
+                self.train(model, stage)
+                weights = {k: v.to("cpu") for k, v in model.state_dict().items() if k != "lm_head.weight"}
+                save_weights(weights, self.done(stage.name))
+                if stage.name in EXPORTED:
+                    self.export(model, EXPORTED[stage.name])
+
+    def export(self, model: LlavaForConditionalGeneration, name: str) -> None:
+        """Write `<out>/<name>` as a stock folder, embedding and head apart, as whoever trains on expects them."""
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        save_base(model, self.tokenizer, self.out / name)
+
+    def train(self, model: LlavaForConditionalGeneration, stage: Stage) -> None:
+        """The tower alone, the projector alone (`align`), or the decoder, and on pictures the projector too."""
+        loop = StageConfig(
+            stage.name, self.steps.get(stage.name, stage.steps), stage.lr, final_lr=stage.final_lr,
+            workers=self.workers, save_seconds=self.save_seconds,
+        )  # fmt: skip
+        model.requires_grad_(False)
+        learn = {"labels": self._see, "windows": self._align}.get(stage.lesson.kind, self._talk)
+        learn = self._prune if stage.lesson.one_answer else learn
+        learn(model, stage.lesson, loop)
+
+    def _see(self, model: LlavaForConditionalGeneration, lesson: Lesson, loop: StageConfig) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # of the heads
+            reader = PatchReader(model.model.vision_tower.requires_grad_(True)).to(self.device)
+        reader.heads.load_state_dict(self._heads(reader))
+        batches = partial(tower_batch, images=lesson.scenes, window=lesson.window)
+        fit(replace(loop, weight_decay=0.01), reader, batches, reader.loss, self.out)
+        save_weights({k: v.to("cpu") for k, v in reader.heads.state_dict().items()}, self.out / HEADS)
+
+    def _heads(self, reader: PatchReader) -> dict[str, torch.Tensor]:
+        """Those of the labels that a tower's stage left, which no model holds; else fresh ones."""
+        file = self.out / HEADS
+        return torch.load(file, weights_only=True) if file.exists() else reader.heads.state_dict()
+
+    def _align(self, model: LlavaForConditionalGeneration, lesson: Lesson, loop: StageConfig) -> None:
+        aligner = Aligner(model)
+        aligner.reader.requires_grad_(False)
+        aligner.projector.requires_grad_(True)
+        batches = partial(window_batch, images=lesson.scenes, window=lesson.window, tokenizer=self.tokenizer)
+        fit(loop, aligner, batches, aligner.loss, self.out)
+
+    def _talk(self, model: LlavaForConditionalGeneration, lesson: Lesson, loop: StageConfig) -> None:
+        model.model.language_model.requires_grad_(True)
+        model.model.multi_modal_projector.requires_grad_(lesson.kind == "pictures")
+        task = Talk(model)
+        if self.compiled:
+            for layer in task.layers:
+                layer.compile()
         fit(
             loop,
-            aligner,
-            partial(align_batch, images=32, window=SIDE // 2, tokenizer=self.tokenizer),
-            aligner.loss,
+            model,
+            partial(lesson_batch, lesson=lesson, tokenizer=self.tokenizer),
+            task.loss,
             self.out,
+            for_decoder,
         )
-        return model
 
-    def image(self) -> LlavaForConditionalGeneration:
-        config, offset = self.config(len(CORE_PLACES)), 0
-        if self.settings.start is None:
-            model = self.load("align", len(CORE_PLACES))
-        else:
-            base = LlavaForConditionalGeneration.from_pretrained(self.settings.start, dtype=torch.float32)
-            model, offset = shorten(base, config), CONTINUED
-        loop = self.loop("image", 4000, 8e-4, final_lr=0.05)
-        return self.answers(model, loop, rows=4, kind="image", keep_share=0.25, whole_share=0.25, offset=offset)
-
-    def sparse(self) -> LlavaForConditionalGeneration:
-        """The layers above those that a twig copies learn to count and describe from the tokens that pruning leaves."""
-        model = self.load("image", len(CORE_PLACES)).to(self.device).requires_grad_(False)
-        decoder = model.model.language_model
-        for part in (*decoder.layers[UPPER:], decoder.norm, model.lm_head):
+    def _prune(self, model: LlavaForConditionalGeneration, lesson: Lesson, loop: StageConfig) -> None:
+        """What the cut leaves untouched, the tower to layer K-1, does not learn: the twig goes on fitting."""
+        folder = self.out / "twig"
+        if not folder.is_dir():
+            base = self.out / EXPORTED["whole"]
+            raise InputError(
+                f"{folder}: no twig there; train it: bash scripts/v1_5/train_twig.sh --base {base} --out {folder}"
+            )
+        twig = load_twig(folder, trunk_of(model), None, None, None).to(self.device).requires_grad_(False)
+        for part in (*model.model.language_model.layers[twig.config.K :], model.model.language_model.norm):
             part.requires_grad_(True)
-        loop = self.loop("sparse", 900, 4e-4, final_lr=0.05)
-        batches = partial(sparse_batch, tokenizer=self.tokenizer, whole_share=0.4, offset=12)
-        fit(loop, model, batches, PackedAnswers(model).loss, self.out)
-        return model
-
-    def deep(self) -> LlavaForConditionalGeneration:
-        model = deepen(self.load("sparse", len(CORE_PLACES)), self.config(LAYERS))
-        return self.answers(
-            model, self.loop("deep", 400, 2e-4, final_lr=0.3), rows=8, kind="image", keep_share=0.25, offset=1
+        task = Pruned(model, twig.layers, twig.config)
+        fit(
+            loop,
+            model,
+            partial(lesson_batch, lesson=lesson, tokenizer=self.tokenizer),
+            task.loss,
+            self.out,
+            for_decoder,
         )
-
-    def joint(self) -> LlavaForConditionalGeneration:
-        model = self.load("deep", LAYERS)
-        loop = self.loop("joint", 400, 1e-4)
-        return self.answers(model, loop, rows=4, kind="image", keep_share=1, offset=2, train_tower=True)
-
-    def twig(self) -> torch.nn.Module:
-        """Grow and train the twig on the base as it is published (rounded to fp16), which stays as it is."""
-        save_base(self.load("joint", LAYERS), self.tokenizer, self.out / "base")
-        device = torch.device(self.device)
-        trunk = trunk_of(load_base(self.out / "base", device, torch.float32, "sdpa").model)
-        loop = self.loop("twig", 800, 5e-4, final_lr=0.02)
-        twig = grow(trunk, TwigConfig(trunk.L))
-        train_twig(trunk, twig, loop, self.out, self.settings.compiled)
-        save_twig(twig, trunk, self.out / "twig", base="sprout", dtype=torch.float16)
-        return twig
-
-    def answers(
-        self,
-        model,
-        loop: StageConfig,
-        rows: int,
-        kind: str,
-        keep_share: float,
-        whole_share: float = 0.0,
-        offset: int = 0,
-        train_tower: bool = False,
-    ) -> LlavaForConditionalGeneration:
-        """Train decoder and projector (and the tower's live layers) on packed questions."""
-        model.to(self.device)
-        for name, parameter in model.named_parameters():
-            dead = ".post_layernorm." in name or f".layers.{model.config.vision_config.num_hidden_layers - 1}." in name
-            parameter.requires_grad_(train_tower and not dead if "vision_tower" in name else True)
-        task = PackedAnswers(model, train_tower=train_tower)
-        if self.settings.compiled:
-            compile_layers(task.layers, loop)
-        batches = partial(
-            decoder_batch,
-            rows=rows,
-            kind=kind,
-            keep_share=keep_share,
-            whole_share=whole_share,
-            tokenizer=self.tokenizer,
-            offset=offset,
-        )
-        fit(loop, model, batches, task.loss, self.out)
-        return model
-
-
-def train_twig(trunk: Trunk, twig: Twig, loop: StageConfig, out: Path, compiled: bool) -> None:
-    """Teach a grown twig the answers, in place; the base stays as it is (paper section 3.1)."""
-    twig.requires_grad_(True)
-    tokenizer = build_tokenizer()
-    batches = partial(decoder_batch, rows=8, kind="image", keep_share=1, tokenizer=tokenizer, offset=TWIG_SCENES)
-    task = PackedAnswers(trunk.model, twig)
-    if compiled:
-        compile_layers(task.frozen + task.layers, loop)
-    fit(loop, twig, batches, task.loss, out)
-
-
-def compile_layers(layers: list[torch.nn.Module], loop: StageConfig) -> None:
-    """Fuse the layers' small operations, twice the speed on a CPU, where the loop is long enough to pay for it."""
-    if loop.steps >= WORTH_COMPILING:
-        torch._dynamo.config.recompile_limit = 256  # layers x shapes share one code object
-        for layer in layers:
-            layer.compile(dynamic=False)  # kernels for unknown lengths are twice as slow
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/sprout"), help="folder of the run (default %(default)s)")
-    parser.add_argument(
-        "--start", type=Path, metavar="BASE", help="go on from this base folder: image, deep, joint, twig"
-    )
-    parser.add_argument("--stages", default=",".join(STAGES), help="which stages, in order (default %(default)s)")
+    parser.add_argument("--stages", default=",".join(NAMES), help="which stages (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw the scenes (default %(default)s)")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies every stage's steps (default %(default)s)")
+    parser.add_argument("--hidden", type=int, default=HIDDEN, help="decoder width (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make batches (default %(default)s)")
+    parser.add_argument("--save-seconds", type=float, default=120.0, help="between checkpoints (default %(default)s)")
     parser.add_argument(
-        "--steps", default="", metavar="NAME=N,…", help="other numbers of steps than the recipe's, by loop name"
+        "--steps", default="", metavar="NAME=N,…", help="other numbers of steps than the recipe's, by stage"
     )
-    parser.add_argument("--hidden", type=int, default=160, help="decoder width, a multiple of 32 (default %(default)s)")
     parser.add_argument(
-        "--save-seconds", type=float, default=120.0, help="time between checkpoints (default %(default)s)"
+        "--no-compile", action="store_true", help="do not fuse the layers' operations, as is done on a GPU"
     )
-    parser.add_argument("--no-compile", action="store_true", help="do not compile the layers (half the speed)")
     args = flags.parse(parser, argv)
     stages = tuple(args.stages.split(","))
-    if args.start:
-        if not (args.start / "config.json").exists():
-            parser.error(f"--start {args.start}: no config.json; give the folder of a trained base")
-        stages = stages[stages.index("image") :] if "image" in stages else stages
-    if unknown := set(stages) - set(STAGES):
-        parser.error(f"--stages: unknown {sorted(unknown)}; choose from {', '.join(STAGES)}")
+    if unknown := set(stages) - set(NAMES):
+        parser.error(f"--stages: unknown {sorted(unknown)}; choose from {', '.join(NAMES)}")
     try:
         steps = {name: int(n) for name, n in (item.split("=") for item in args.steps.split(",") if item)}
     except ValueError:
         parser.error(f"--steps is {args.steps!r}; NAME=N,NAME=N is needed")
-    if args.save_seconds < 0:
-        parser.error(f"--save-seconds is {args.save_seconds:g}; 0 (after every step) or more is needed")
-    for name, value in (("--scale", args.scale), ("--hidden", args.hidden)):
-        if not value > 0:
-            parser.error(f"{name} is {value:g}; a number above 0 is needed")
-    if args.hidden % 32:
+    if unknown := set(steps) - set(NAMES):
+        parser.error(f"--steps: unknown {sorted(unknown)}; choose from {', '.join(NAMES)}")
+    if args.hidden < 32 or args.hidden % 32:
         parser.error(f"--hidden is {args.hidden}; a multiple of 32 is needed")
     if args.workers < 0:
         parser.error(f"--workers is {args.workers}; 0 or more is needed")
-    return run_program(lambda: train(args, stages, steps))
-
-
-def train(args: argparse.Namespace, stages: tuple[str, ...], steps: dict[str, int]) -> int:
-    """Run the stages; Ctrl-C ends them with exit status 130, and the same command goes on."""
-    pick_device(args.device)
+    if args.save_seconds < 0:
+        parser.error(f"--save-seconds is {args.save_seconds:g}; 0 (after every step) or more is needed")
     torch.set_flush_denormal(True)
-    recipe = Recipe(
-        Settings(
-            args.out,
-            args.device,
-            args.workers,
-            args.scale,
-            args.hidden,
-            not args.no_compile,
-            args.save_seconds,
-            steps,
-            args.start,
-        )
-    )
-    (args.out).mkdir(parents=True, exist_ok=True)
-    (args.out / "settings.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}, indent=1))
-    try:
-        recipe.run(stages)
-    except KeyboardInterrupt:
-        print(f"\nstopped; the same command goes on from the last checkpoint in {args.out}", file=sys.stderr)
-        return 130
-    return 0
+    compiled = args.device.startswith("cuda") and not args.no_compile
+    course = Course(args.out, args.device, args.hidden, args.workers, args.save_seconds, steps, compiled)
+
+    def body() -> int:
+        try:
+            course.run(stages)
+        except KeyboardInterrupt:
+            print(f"\nstopped; the same command goes on from the last checkpoint in {args.out}", file=sys.stderr)
+            return 130
+        return 0
+
+    return run_program(body)
 
 
 if __name__ == "__main__":

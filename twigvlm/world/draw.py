@@ -141,17 +141,5 @@ def patch_labels(scene: Scene) -> np.ndarray:
     return labels
 
 
-def centre_patches(scene: Scene) -> list[int]:
-    """For each cell of the grid, the patch (raster order) at the centre of what stands there; -1 = nothing."""
-    out = [-1] * GRID**2
-    for obj in scene.objects:
-        left, top, diameter = _box(obj)
-        out[obj.place] = _patch(left + diameter / 2, top + diameter / 2)
-    if scene.word:
-        x0, y0, x1, y1 = _word_box(scene)
-        out[scene.word_place] = _patch((x0 + x1) / 2, (y0 + y1) / 2)
-    return out
-
-
 def _patch(x: float, y: float) -> int:
     return int(y) // PATCH * (IMAGE_SIZE // PATCH) + int(x) // PATCH

@@ -13,7 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from ...world.draw import PATCH, draw, patch_labels
 from ...world.scenes import sample_scene
-from .decoder import patch_symbols, spell
+from .symbols import patch_symbols, spell
 from .tower import BACKGROUND_WEIGHT, SIDE, PatchReader, pixels
 
 

@@ -20,11 +20,6 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from ...world.draw import IMAGE_SIZE, PATCH
 
 LAYERS = 32
-# Where the layers of the shallow decoder go when it grows to its full depth. Those that look at the
-# image (looking.py) stand above the trunk, where pruning bites, and inside the twig (layers 2 to 4),
-# whose last layer looks where the answer lies; the later ones spread to just below the wipe layer.
-CORE_PLACES = (0, 2, 3, 4, 8, 12, 16, 20)
-UPPER = 4  # of the shallow decoder: the first layer above those that a twig copies (K..K+T-1)
 MATCHING = 0.4  # of a plain initialisation's scale: a token attends to its like e times more than to others
 
 
@@ -88,35 +83,6 @@ def build(config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
             model.model.language_model.embed_tokens.weight.normal_(0, 0.5)
             model.lm_head.weight.normal_(0, width**-0.5)
     return model
-
-
-def deepen(shallow: LlavaForConditionalGeneration, config: LlavaConfig, seed: int = 0) -> LlavaForConditionalGeneration:
-    """The same function with more layers: new ones start as the identity (zero residual outputs)."""
-    deep = build(config, seed)
-    weights = shallow.state_dict()
-    prefix = "model.language_model.layers."
-    kept = {k: v for k, v in weights.items() if not k.startswith(prefix)}
-    missing, unexpected = deep.load_state_dict(kept, strict=False)
-    assert not unexpected and all(k.startswith(prefix) for k in missing), (missing, unexpected)
-    old, new = shallow.model.language_model.layers, deep.model.language_model.layers
-    places = CORE_PLACES[: len(old)]
-    with torch.no_grad():
-        for layer in new:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-    for layer, place in zip(old, places, strict=True):
-        new[place].load_state_dict(layer.state_dict())
-    return deep
-
-
-def shorten(deep: LlavaForConditionalGeneration, config: LlavaConfig) -> LlavaForConditionalGeneration:
-    """The core that a deep decoder grew from: its layers at CORE_PLACES, to go on learning at a quarter of the cost."""
-    shallow = build(config)
-    prefix = "model.language_model.layers."
-    shallow.load_state_dict({k: v for k, v in deep.state_dict().items() if not k.startswith(prefix)}, strict=False)
-    for layer, place in zip(shallow.model.language_model.layers, CORE_PLACES, strict=True):
-        layer.load_state_dict(deep.model.language_model.layers[place].state_dict())
-    return shallow
 
 
 def save_base(model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, folder: Path) -> None:

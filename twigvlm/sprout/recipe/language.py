@@ -16,8 +16,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ...model.trunk import rotate_half
 from .base import build
-from .decoder import spell, visual_tokens
-from .looking import CELL_BITS
+from .symbols import CELL_BITS, spell
 from .tower import SIDE
 
 MATCHING = 2.0  # times the plain start's queries and keys: like attends to like
@@ -94,6 +93,16 @@ def double(shallow: LlavaForConditionalGeneration, config: LlavaConfig) -> Llava
             layer.self_attn.o_proj.weight.mul_(len(old) / len(new))
             layer.mlp.down_proj.weight.mul_(len(old) / len(new))
     return deep
+
+
+def visual_tokens(model: LlavaForConditionalGeneration, values: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Projected visual tokens [B, kept, D] of pixels [B, 3, h, w]; no gradient enters the tower."""
+    with torch.no_grad():
+        tower = model.model.vision_tower
+        hidden = tower.pre_layrnorm(tower.embeddings(values))
+        for layer in tower.encoder.layers[: len(tower.encoder.layers) + 1 + model.config.vision_feature_layer]:
+            hidden = layer(hidden, None)
+    return model.model.multi_modal_projector(hidden[:, 1:][:, keep])
 
 
 class Talk:

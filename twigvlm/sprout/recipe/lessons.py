@@ -15,8 +15,8 @@ import torch
 from ...world.draw import draw
 from ...world.scenes import WORDS, Scene, sample_scene
 from .align import align_batch
-from .decoder import CELL_CENTRES, NOTHING, _stratified, _word_ids, cell_symbols, patch_symbols
-from .packing import looks
+from .naming import looks
+from .symbols import CELL_CENTRES, NOTHING, cell_symbols, patch_symbols, stratified, word_ids
 from .talk import collate, converse
 from .tower import SIDE, pixels
 
@@ -51,6 +51,7 @@ class Lesson:
     drilled: float = 0.2
     worded: float = 0.5
     window: int = SIDE // 2  # patches a side
+    one_answer: bool = False  # a row ends with one of its answers, and counts for that one alone
 
 
 def lesson_batch(step: int, lesson: Lesson, tokenizer) -> dict:
@@ -60,12 +61,17 @@ def lesson_batch(step: int, lesson: Lesson, tokenizer) -> dict:
     of = [i for i in range(lesson.scenes) for _ in range(lesson.talks)]
     seeds = [f"{scenes[i].seed} {n % lesson.talks}" for n, i in enumerate(of)]
     talks = [converse(scenes[i], random.Random(seed), tokenizer, lesson) for i, seed in zip(of, seeds, strict=True)]
-    batch = collate(talks, lesson.length) | {"of": torch.tensor(of), "help": 0.0}
+    rng = random.Random(first)
+    if lesson.one_answer:
+        talks = [row.until(rng.choice(row.turns)) for row in talks]
+    batch = collate(talks, 0 if lesson.one_answer else lesson.length) | {"of": torch.tensor(of), "help": 0.0}
     if step < lesson.helped:
         batch["help"] = LOOKING_WEIGHT * (1 - step / lesson.helped)
         for row, (i, talk) in enumerate(zip(of, talks, strict=True)):
             batch["looks"][row, : len(talk.ids)] = torch.tensor(looks(talk.ids, scenes[i], tokenizer))
-    return batch | _seen(scenes, lesson, random.Random(first), tokenizer)
+    if lesson.one_answer:
+        batch |= {"last": torch.tensor([row.turns[-1][1] - 1 for row in talks]), "left": rng.choice(FILL)}
+    return batch | _seen(scenes, lesson, rng, tokenizer)
 
 
 def _scene(seed: int, worded: float) -> Scene:
@@ -88,7 +94,7 @@ def _seen(scenes: list[Scene], lesson: Lesson, rng: random.Random, tokenizer) ->
     if share == 0:
         keep = torch.tensor(sorted(rng.sample(range(SIDE * SIDE), rng.choice(FILL))))
     else:
-        keep = torch.arange(SIDE * SIDE) if share == 1 else _stratified(share, rng)
+        keep = torch.arange(SIDE * SIDE) if share == 1 else stratified(share, rng)
     if lesson.kind == "pictures":
         return wiped | {"keep": keep, "pixels": pixels([draw(s) for s in scenes])}
     symbols = torch.stack([patches(s, tokenizer)[keep] for s in scenes])
@@ -99,7 +105,7 @@ def _seen(scenes: list[Scene], lesson: Lesson, rng: random.Random, tokenizer) ->
 
 def nothing(tokenizer) -> int:
     """The word for an empty patch."""
-    return int(_word_ids(tokenizer, (NOTHING,))[0])
+    return int(word_ids(tokenizer, (NOTHING,))[0])
 
 
 def cells(scene: Scene, tokenizer) -> torch.Tensor:
@@ -114,9 +120,9 @@ def patches(scene: Scene, tokenizer) -> torch.Tensor:
 
 def name_words(symbols: torch.Tensor, tokenizer) -> torch.Tensor:
     """Patches of a printed word say "word" besides it: 64 words have nothing else in common by which to find them."""
-    written = torch.from_numpy(np.isin(symbols[..., 6].numpy(), _word_ids(tokenizer, WORDS)))
+    written = torch.from_numpy(np.isin(symbols[..., 6].numpy(), word_ids(tokenizer, WORDS)))
     out = symbols.clone()
-    out[..., 0][written] = int(_word_ids(tokenizer, ("word",))[0])
+    out[..., 0][written] = int(word_ids(tokenizer, ("word",))[0])
     return out
 
 

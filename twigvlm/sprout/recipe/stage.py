@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from ...errors import InputError, RunError
+from ...errors import RunError
 from ...files import replacing, write_text
 from ...model.twig import WEIGHTS
 from ...processes import Stop
@@ -90,8 +90,6 @@ def fit(
     found, _ = checkpoints.last_whole(out)
     if found is not None:
         loop.resume(found)
-    else:
-        _resume_old(run_dir / f"{config.name}.pt", module, loop)
     try:
         with Stop() as watch.stop:
             loop.run()
@@ -105,21 +103,6 @@ def fit(
         raise RunError(f"{config.name}: {fault}; {kept}; lower lr (now {config.lr})") from fault
     finally:
         watch.close()
-
-
-def _resume_old(file: Path, module: torch.nn.Module, loop: Loop) -> None:
-    """Go on from the single file that a stage wrote in earlier versions."""
-    if not file.exists():
-        return
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    module.load_state_dict(state["weights"], strict=False)
-    try:
-        loop.optimizer.load_state_dict(state["optimizer"])
-    except (ValueError, KeyError) as fault:
-        raise InputError(
-            f"{file}: the optimizer's states are of an earlier version; remove it: the stage begins anew"
-        ) from fault
-    loop.done = state["step"]
 
 
 def computes_bf16(device: torch.device) -> bool:

@@ -18,7 +18,7 @@ from ...world.phrasing import rephrase
 from ...world.questions import Question, ask
 from ...world.scenes import Scene
 from .drills import drill
-from .packing import _encode
+from .naming import encoded
 
 SYSTEM_SHARE = 0.35  # of the conversations begin with the system sentence
 # What is learnt last is asked most.
@@ -37,6 +37,13 @@ class Row:
     weights: list[float] = field(default_factory=list)
     short: list[bool] = field(default_factory=list)  # it is part of a short answer
     turns: list[tuple[Question, int, int]] = field(default_factory=list)  # question, its answer's place in ids
+
+    def until(self, turn: tuple[Question, int, int]) -> Row:
+        """The conversation up to this turn's answer, which alone counts."""
+        _, begin, end = turn
+        weights = [0.0] * begin + self.weights[begin:end]
+        turns = self.turns[: self.turns.index(turn) + 1]
+        return Row(self.head, self.ids[:end], weights, self.short[:end], turns)
 
 
 def empty_row(tokenizer, system: bool) -> Row:
@@ -86,14 +93,14 @@ def _usual(question: Question) -> bool:
 def cost(question: Question, tokenizer) -> int:
     """Tokens of a turn that is not the first."""
     asked = f"{VICUNA_V1.user}: {question.text} {VICUNA_V1.assistant}:"
-    return len(_encode(tokenizer, asked)) + len(_encode(tokenizer, f"{question.answer}{VICUNA_V1.end}"))
+    return len(encoded(tokenizer, asked)) + len(encoded(tokenizer, f"{question.answer}{VICUNA_V1.end}"))
 
 
 def add_turn(row: Row, question: Question, tokenizer, length: int, asked_weight: float) -> bool:
     """Append a question and its answer; False when they do not fit."""
     head = f"{VICUNA_V1.user}: {question.text}" if row.turns else f"\n{question.text}"
-    asked = _encode(tokenizer, f"{head} {VICUNA_V1.assistant}:")
-    told = _encode(tokenizer, f"{question.answer}{VICUNA_V1.end}")
+    asked = encoded(tokenizer, f"{head} {VICUNA_V1.assistant}:")
+    told = encoded(tokenizer, f"{question.answer}{VICUNA_V1.end}")
     if len(row.ids) + len(asked) + len(told) > length:
         return False
     start = len(row.ids) + len(asked)

@@ -1,23 +1,18 @@
-"""The next base's recipe: rows that equal what users ask, growth that keeps the function, measures that measure."""
+"""The embedded base's recipe: rows that equal what users ask, growth that keeps the function, measures that measure."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlavaForConditionalGeneration
 
 from twigvlm.prompt.template import VICUNA_V1, encode
-from twigvlm.sprout import course, measure
-from twigvlm.sprout.course import STAGES, Course, config
+from twigvlm.sprout import measure
 from twigvlm.sprout.measure import Asked
 from twigvlm.sprout.recipe.drills import DRILLS, drill
 from twigvlm.sprout.recipe.language import BACK, LOOKING, Talk, double, start
@@ -26,14 +21,15 @@ from twigvlm.sprout.recipe.stage import StageConfig
 from twigvlm.sprout.recipe.talk import collate, converse, short_question, single
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
 from twigvlm.sprout.recipe.tower import SIDE, pixels
+from twigvlm.sprout.train import STAGES, Course, config
 from twigvlm.training.muon import Muon, for_decoder, orthogonal
-from twigvlm.training.run import checkpoints
 from twigvlm.world.draw import draw
 from twigvlm.world.phrasing import DESCRIPTIONS, forms, rephrase
 from twigvlm.world.questions import DESCRIBE, KINDS, ask
 from twigvlm.world.scenes import COLOURS, PLACES, SHAPES, SPLITS, WORDS, sample_scene
 
-ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+TALKS = [stage for stage in STAGES if stage.lesson.kind not in ("windows", "labels")]
 
 
 @pytest.fixture(scope="module")
@@ -231,10 +227,8 @@ def names(text: str) -> list[str]:
     return [w for w in re.findall("[a-z]+", text.split("\n")[0]) if w in (*SHAPES, *COLOURS)]
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda s: s.name)
+@pytest.mark.parametrize("stage", TALKS, ids=lambda s: s.name)
 def test_lessons_are_functions_of_the_step_about_training_scenes(tokenizer, stage, monkeypatch):
-    if stage.lesson.kind == "windows":
-        pytest.skip("windows have no conversations")
     seeds = []
     real = sample_scene
     monkeypatch.setattr(
@@ -251,7 +245,7 @@ def test_lessons_are_functions_of_the_step_about_training_scenes(tokenizer, stag
 
 
 def test_no_two_stages_see_the_same_scenes():
-    offsets = [stage.lesson.offset for stage in STAGES if stage.lesson.kind != "windows"]
+    offsets = [stage.lesson.offset for stage in TALKS]
     assert len(set(offsets)) == len(offsets)
     assert all(stage.steps * stage.lesson.scenes < 1 << 28 for stage in STAGES)
 
@@ -296,9 +290,9 @@ def test_skipping_layers_that_do_nothing_changes_nothing(tokenizer):
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
     task = Talk(model)
-    whole = [task.logits(b) for _, b in asked.batches()]
-    skipped = [task.logits(b, [task.layers[0], task.layers[3]]) for _, b in asked.batches()]
-    other = [task.logits(b, task.layers[:2]) for _, b in asked.batches()]
+    whole = [task.logits(b) for _, b in asked.batches(CPU)]
+    skipped = [task.logits(b, [task.layers[0], task.layers[3]]) for _, b in asked.batches(CPU)]
+    other = [task.logits(b, task.layers[:2]) for _, b in asked.batches(CPU)]
     assert all(torch.equal(a, b) for a, b in zip(whole, skipped, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(whole, other, strict=True))
     assert measure.without_blocks(task, asked, 1, 2).keys() == {1, 2}
@@ -307,7 +301,7 @@ def test_skipping_layers_that_do_nothing_changes_nothing(tokenizer):
 def taught(tokenizer, asked: Asked):
     """A tiny model that knows the answers to these rows by heart, so that accuracies differ from zero."""
     model = tiny(tokenizer)
-    task, (rows, batch) = Talk(model), next(asked.batches())
+    task, (rows, batch) = Talk(model), next(asked.batches(CPU))
     optimizer = torch.optim.Adam(model.model.language_model.parameters(), 0.01)
     batch["weights"] = torch.zeros_like(batch["weights"])
     for i, row in enumerate(rows):
@@ -341,7 +335,7 @@ def test_measures_agree_where_they_must(tokenizer):
 
 def test_attention_is_the_layers_own(tokenizer):
     model, asked = tiny(tokenizer), asked_of(tokenizer, 2)
-    task, (rows, batch) = Talk(model), next(asked.batches())
+    task, (rows, batch) = Talk(model), next(asked.batches(CPU))
     hidden, positions = task.embed(batch)
     last = torch.tensor([row.turns[0][1] - 1 for row in rows]) + 9
     seen = measure.attention(task, task.layers[0], hidden, positions, last)
@@ -387,61 +381,6 @@ def test_phrasings_ask_the_same_in_every_way(tokenizer):
         heads = {row.head for _, row in rows}
         assert len(heads) == 1 and (max(heads) < 10) == ("without" in name), name
         assert len({row.turns[0][0].kind for _, row in rows}) > 2
-
-
-def test_a_stage_without_the_one_before_says_so(tmp_path, capsys):
-    assert course.main(["--out", str(tmp_path), "--stages", "words-8", "--device", "cpu"]) == 2
-    assert "short-4 has not finished" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_killed_course_ends_with_the_same_weights(tmp_path):
-    """Killed in the middle of a stage and started again: the run that was never disturbed, but for the last bits of sums."""
-    command = [sys.executable, "-m", "twigvlm.sprout.course", "--hidden", "32", "--device", "cpu", "--workers", "0"]
-    command += ["--stages", "words-4,short-4", "--steps", "words-4=6,short-4=2", "--save-seconds", "0"]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = subprocess.Popen([*command, "--out", broken], cwd=ROOT, stderr=subprocess.DEVNULL)
-    steps = {"words-4": 6, "short-4": 2}
-    courses = [Course(out, hidden=32, workers=0, steps=steps) for out in (whole, broken)]
-    while not checkpoints.checkpoints(broken / "words-4-saved"):
-        assert process.poll() is None
-    process.kill()
-    process.wait()
-    assert not (broken / "short-4-done.pt").exists(), "killed too late to prove anything"
-    for run in courses:
-        run.run(("words-4", "short-4"))
-    one, other = (torch.load(d / "short-4-done.pt", weights_only=True) for d in (whole, broken))
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=1e-6, rtol=0, msg=name)
-
-
-def test_each_stage_begins_with_what_the_last_one_left(tmp_path, tokenizer):
-    run = Course(tmp_path, hidden=32)
-    for stage in STAGES:
-        number = STAGES.index(stage)
-        if number:
-            before = STAGES[number - 1]
-            torch.save(tiny(tokenizer, before.layers, number).state_dict(), run.done(before.name))
-        model = run.before(number)
-        assert len(model.model.language_model.layers) == stage.layers
-        assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
-
-
-def test_the_exported_base_says_what_the_trained_model_said(tmp_path, tokenizer):
-    """Rounded to fp16, head and embedding both in the file."""
-    model, run = tiny(tokenizer), Course(tmp_path, hidden=32)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(p.half())
-        text = f"{VICUNA_V1.user}: <image>\nWhat colour is the star? {VICUNA_V1.assistant}:"
-        ids = torch.tensor([encode(tokenizer, text, model.config.image_token_index, SIDE * SIDE)])
-        values = pixels([draw(sample_scene("test", 0))])
-        before = model(input_ids=ids, pixel_values=values).logits
-        run.export(model)
-        base = LlavaForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float32)
-        torch.testing.assert_close(base(input_ids=ids, pixel_values=values).logits, before, atol=1e-4, rtol=1e-4)
-    assert base.lm_head.weight is not base.model.language_model.embed_tokens.weight
 
 
 def test_measure_names_what_it_needs(capsys, tmp_path):
