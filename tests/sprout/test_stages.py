@@ -49,6 +49,9 @@ def test_a_stage_without_the_one_before_says_so(tmp_path, capsys):
     assert "short-4 has not finished" in capsys.readouterr().err
     assert train.main(["--out", str(tmp_path), "--stages", "pruned", "--device", "cpu"]) == 2
     assert "no base there" in capsys.readouterr().err
+    Course(tmp_path, hidden=32).export(tiny(build_tokenizer(), 32), "whole")
+    assert train.main(["--out", str(tmp_path), "--stages", "pruned", "--device", "cpu"]) == 2
+    assert "--stages twig,pruned" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,8 @@ def card(kind: str, run: Path, report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-RECIPE = """The base: `python -m twigvlm.sprout.train`, in these stages (seconds are wall clock). Before the last of them, the twig:
-
-```bash
-python -m twigvlm.world.conversations
-MODEL=runs/sprout/whole DATA_PATH=playground/data/sprout/train/conversations.json IMAGE_FOLDER=playground/data/sprout/train/images \\
-    OUTPUT_DIR=runs/sprout/twig bash scripts/v1_5/train_twig.sh --batch-size 16 --lr 5e-4 --epochs 5
-```
+RECIPE = """`python -m twigvlm.sprout.train`, in these stages (seconds are wall clock); before the last of them it trains the twig, by
+the users' own program (`twigvlm.training.launch`).
 """
 DATA = (
     "Drawn by `twigvlm.sprout` from seeds; nothing is downloaded. Train, validation and test splits share neither seeds nor "

@@ -3,8 +3,8 @@
 The tower learns to name what each patch shows. A decoder of four layers learns to talk about scenes in words, then
 its depth doubles to 8, 16 and 32 layers, each trained on; then many symbols, the projector between tower and decoder,
 and pictures, at last with all their tokens (`<out>/whole`). On that base a twig is trained as users train theirs
-(`bash scripts/v1_5/train_twig.sh`, into `<out>/twig`; the model cards have the line); last, the layers above the cut learn
-to answer from what it leaves (stage "pruned"), and `<out>/base` is the result. Every stage writes `<out>/<stage>.jsonl`
+("twig": `twigvlm.training.launch`, into `<out>/twig`); last, the layers above the cut learn to answer from what it leaves
+("pruned"), and `<out>/base` is the result. Every stage writes `<out>/<stage>.jsonl`
 (metrics), `<stage>-saved/checkpoint-*` (every two minutes) and `<stage>-done.pt`; a run that is killed
 goes on where it was, to the same bits on a CPU. The tower's stages need nothing of the decoder's: `--stages` lets
 both run at the same time.
@@ -13,6 +13,7 @@ both run at the same time.
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,11 +24,14 @@ from safetensors.torch import load_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from .. import flags
-from ..errors import InputError
+from ..errors import InputError, RunError
 from ..families import trunk_of
 from ..loading.twig import load_twig
 from ..program import run_program
+from ..record import ROOT
 from ..training.muon import for_decoder
+from ..world.conversations import CONVERSATIONS, DRAWN, IMAGES, ensure_drawn
+from .grown import finished
 from .recipe.align import Aligner
 from .recipe.base import base_config, build, save_base
 from .recipe.language import Talk, double, start, tie
@@ -95,10 +99,12 @@ STAGES = (
         0.05,
     ),
 )
+TWIG_FLAGS = ("--batch-size", "16", "--lr", "5e-4", "--epochs", "5")
 EXPORTED = {"whole": "whole", "pruned": "base"}  # stage → the folder that it leaves
 HEADS = "labels.pt"  # what reads the tower's features while it learns
 TOWER = "tower-whole"  # whose tower `align` puts in front of the decoder
-NAMES = tuple(stage.name for stage in STAGES)
+TWIG = "twig"  # is trained between "whole" and "pruned"
+NAMES = (*(stage.name for stage in STAGES[:-1]), TWIG, STAGES[-1].name)
 
 
 def config(layers: int, hidden: int, tokenizer) -> LlavaConfig:
@@ -176,6 +182,8 @@ class Course:
         """These stages in their order, those that are done left out."""
         self.out.mkdir(parents=True, exist_ok=True)
         for stage in STAGES:
+            if stage.lesson.one_answer and TWIG in wanted:
+                self.twig()
             if stage.name in wanted and not self.done(stage.name).exists():
                 model = self.before(stage).to(self.device)
                 self.train(model, stage)
@@ -183,6 +191,18 @@ class Course:
                 save_weights(weights, self.done(stage.name))
                 if stage.name in EXPORTED:
                     self.export(model, EXPORTED[stage.name])
+
+    def twig(self) -> None:
+        """Train the twig by the users' own program, on the drawn conversations. Raises RunError where that fails."""
+        ensure_drawn()
+        data = DRAWN / "train"
+        command = [sys.executable, "-m", "twigvlm.training.launch", "--base", self.out / EXPORTED["whole"]]
+        command += ["--data", data / CONVERSATIONS, "--images", data / IMAGES, "--out", self.out / TWIG, *TWIG_FLAGS]
+        command += ["--device", self.device.split(":")[0], "--workers", str(self.workers)]
+        if not finished(self.out / TWIG):
+            code = subprocess.run([str(word) for word in command], cwd=ROOT, check=False).returncode
+            if code or not finished(self.out / TWIG):
+                raise RunError(f"the twig's training ended with exit code {code}, see above; the same command goes on")
 
     def export(self, model: LlavaForConditionalGeneration, name: str) -> None:
         """Write `<out>/<name>` as a stock folder, embedding and head apart, as whoever trains on expects them."""
@@ -239,12 +259,9 @@ class Course:
 
     def _prune(self, model: LlavaForConditionalGeneration, lesson: Lesson, loop: StageConfig) -> None:
         """What the cut leaves untouched, the tower to layer K-1, does not learn: the twig goes on fitting."""
-        folder = self.out / "twig"
+        folder = self.out / TWIG
         if not folder.is_dir():
-            base = self.out / EXPORTED["whole"]
-            raise InputError(
-                f"{folder}: no twig there; train it: bash scripts/v1_5/train_twig.sh --base {base} --out {folder}"
-            )
+            raise InputError(f"{folder}: no twig there; train it first: --stages {TWIG},{STAGES[-1].name}")
         twig = load_twig(folder, trunk_of(model), None, None, None).to(self.device).requires_grad_(False)
         for part in (*model.model.language_model.layers[twig.config.K :], model.model.language_model.norm):
             part.requires_grad_(True)
