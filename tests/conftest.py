@@ -47,6 +47,8 @@ settings.load_profile("steady")
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = torch.device(os.environ.get("TWIGVLM_TEST_DEVICE", "cpu"))  # of the tiny models: TWIGVLM_TEST_DEVICE=cuda
+if DEVICE.type == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # programs that take the best device there is are tested on the CPU too
 EOS = 2
 BYTES_END = 3 + 256  # in `tiny_tokenizer`: special tokens and bytes come first
 IMAGE = "image"  # stands for one picture in the layout of a prompt

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, choose_golden
+from conftest import DEVICE, GOLDEN, choose_golden
 from golden import reduce
 
 import twigvlm
@@ -42,7 +42,9 @@ PROMPTS = [pytest.param(c, id=c["id"]) for c in _read("cases.json") if "prompt" 
 
 @cache
 def load(layout: str, twig: str, K: int, F: int, golden: Path = GOLDEN) -> twigvlm.TwigVLM:
-    return twigvlm.load(golden / "A" / layout, golden / "A" / twig, K=K, wipe_layer=F)
+    return twigvlm.load(
+        golden / "A" / layout, golden / "A" / twig, K=K, wipe_layer=F, device=DEVICE, dtype=torch.float32
+    )
 
 
 @cache
