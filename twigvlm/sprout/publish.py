@@ -23,6 +23,7 @@ from ..program import run_program
 from ..pruning.catalogue import catalogue, overview
 from ..record import ROOT, provenance, table
 from ..world.questions import KINDS
+from .report import HIDDEN
 
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- figures -->", "<!-- end of figures -->"  # marks in README and docs/results.md
@@ -91,8 +92,7 @@ def card(kind: str, run: Path, report: dict) -> str:
         lines.append(f"\n{notes.read_text(encoding='utf-8').strip()}")
     lines.append("\n## Figures\n")
     lines.append(f"`{_command(report)}` on the test split, {report['rows'][0]['questions']} questions (percent):\n")
-    hidden = ("pruning", "R", "questions", "descriptions")
-    lines.append(table([{k: v for k, v in row.items() if k not in hidden} for row in report["rows"]]))
+    lines.append(table([{k: v for k, v in row.items() if k not in HIDDEN} for row in report["rows"]]))
     return "\n".join(lines) + "\n"
 
 
@@ -213,9 +213,9 @@ def _quality(results: Path) -> str:
     rows = [
         {
             "setting": row["setting"],
-            "right short answers %": row["all"],
-            "RelAcc %": row["RelAcc"],
-            "descriptions with every object right %": row.get("description, objects"),
+            "right short answers %": _between(row, "all"),
+            "RelAcc %": _between(row, "RelAcc") if row["R"] else "100",
+            "descriptions with every object right %": _between(row, "description, objects"),
             "drafts accepted %": row.get("acceptance"),
         }
         for row in report["rows"]
@@ -226,6 +226,14 @@ def _quality(results: Path) -> str:
         f"{base['descriptions']} descriptions, [JSON](benchmarks/results/sprout_report.json)):\n\n{table(rows)}\n\n"
         f"![Accuracy against R](benchmarks/results/sprout_report.png)\n\nThe base by kind of question (%): {kinds}."
     )
+
+
+def _between(row: dict, name: str) -> str | None:
+    """A figure with its interval."""
+    if row.get(name) is None:
+        return None
+    low, high = row["intervals"][name]
+    return f"{row[name]:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _speed(results: Path) -> str:

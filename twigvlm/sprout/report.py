@@ -23,33 +23,50 @@ from ..program import run_program
 from ..record import provenance, table
 from ..world.questions import KINDS
 from . import ablate, plus
+from .measure import interval
 from .quiz import Setting, descriptions, percent, quiz, short_answers
 
 BUDGETS = (192, 128, 64)
 METHODS = ("twig", "layer-attention", "random")
+HIDDEN = ("pruning", "R", "questions", "descriptions", "intervals")  # of a row, in tables
 
 
 def report(vlm: twigvlm.TwigVLM, scenes: int, budgets: tuple[float, ...], methods: tuple[str, ...]) -> dict:
-    """All figures; `rows` is the table (percent)."""
+    """All figures; `rows` is the table (percent), with 95 % intervals under "intervals" (bootstrap over scenes)."""
     asked = quiz(scenes)
-    described = [scene for scene, _ in asked[: max(1, scenes // 2)]]
+    kinds = [[question.kind for question in questions] for _, questions in asked]
     rows, base = [], None
     for setting in [Setting(), *(Setting(m, R) for R in budgets for m in methods)]:
         right = short_answers(vlm, asked, setting)
-        every = [answer for answers in right for answer in answers]
-        kinds = [question.kind for _, questions in asked for question in questions]
-        accuracy = percent(every)
-        base = accuracy if base is None else base
-        row = {"setting": setting.name, "all": accuracy, "RelAcc": 100 * accuracy / base if base else None}
-        row |= {kind: percent(r for r, k in zip(every, kinds, strict=True) if k == kind) for kind in KINDS}
+        base = right if base is None else base
+        relative, *between = plus.relative(right, base)
+        figures = {"all": right, **{kind: _of_kind(right, kinds, kind) for kind in KINDS}}
+        intervals = {"RelAcc": between}
+        row = {"setting": setting.name, "all": None, "RelAcc": relative}
         if setting.R is None or setting.pruning == "twig":
-            told = descriptions(vlm, described, setting)
-            row |= {"description, objects": percent(told.objects), "description, exact": percent(told.exact)}
+            told = descriptions(vlm, [scene for scene, _ in asked], setting)
+            figures["description, objects"] = [[yes] for yes in told.objects]
+            figures["description, exact"] = [[yes] for yes in told.exact]
+        for name, found in figures.items():
+            every = [answer for answers in found for answer in answers]
+            row[name] = percent(every) if every else None
+            if every:
+                found = [answers for answers in found if answers]
+                intervals[name] = interval(found, range(len(found)))
+        if setting.R is None or setting.pruning == "twig":
             row["acceptance"] = told.acceptance
-        rows.append(
-            {"pruning": setting.pruning, "R": setting.R, "questions": len(every), "descriptions": len(described)} | row
-        )
+        questions = sum(map(len, right))
+        head = {"pruning": setting.pruning, "R": setting.R, "questions": questions, "descriptions": len(asked)}
+        rows.append(head | row | {"intervals": intervals})
     return {"rows": rows, "scenes": scenes}
+
+
+def _of_kind(right: list[list[bool]], kinds: list[list[str]], kind: str) -> list[list[bool]]:
+    """Of each scene, the answers to its questions of this kind."""
+    return [
+        [answer for answer, its in zip(answers, asked, strict=True) if its == kind]
+        for answers, asked in zip(right, kinds, strict=True)
+    ]
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -116,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--scenes",
         type=int,
-        default=100,
+        default=62,
         help="test scenes; each is asked one question of every kind (default %(default)s)",
     )
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="values of R (default %(default)s)")
@@ -195,8 +212,7 @@ def print_report(args: argparse.Namespace, start: float) -> None:
     result["seconds"] = round(time.monotonic() - start)
     write_json(result, args.out / "sprout_report.json")
     plot(result["rows"], args.out / "sprout_report.png")
-    hidden = ("pruning", "R", "questions", "descriptions")
-    print(table([{k: v for k, v in row.items() if k not in hidden} for row in result["rows"]]))
+    print(table([{k: v for k, v in row.items() if k not in HIDDEN} for row in result["rows"]]))
     print(
         f"{result['rows'][0]['questions']} questions, {result['rows'][0]['descriptions']} descriptions; {args.out}/sprout_report.json, .png"
     )
