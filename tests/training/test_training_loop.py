@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import get_scheduler
 
-from twigvlm.errors import InputError, RunError
+from twigvlm.errors import RunError
 from twigvlm.sprout.recipe import stage
 from twigvlm.sprout.recipe.stage import StageConfig, fit
 from twigvlm.training.run import checkpoints
@@ -88,29 +88,6 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     whole = train(model(), tmp_path / "whole")
     resumed = train(model(), tmp_path)
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-
-
-def earlier_checkpoint(folder, groups: bool) -> None:
-    """What a stage of an earlier version left after 7 steps: one file with weights, optimizer and step."""
-    with pytest.raises(KeyboardInterrupt):
-        train(model(), folder / "now", fail_at=7)
-    now = checkpoints.last_whole(folder / "now/toy-saved")[0]
-    states = torch.load(now / "optimizer.bin", weights_only=True)
-    if not groups:
-        states["param_groups"] = states["param_groups"][:1]
-    torch.save({"weights": load_file(now / "model.safetensors"), "optimizer": states, "step": 7}, folder / "toy.pt")
-
-
-def test_a_file_of_an_earlier_version_is_gone_on_from(tmp_path):
-    earlier_checkpoint(tmp_path, groups=True)
-    whole, resumed = train(model(), tmp_path / "whole"), train(model(), tmp_path)
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-
-
-def test_a_file_of_an_earlier_optimizer_is_refused(tmp_path):
-    earlier_checkpoint(tmp_path, groups=False)
-    with pytest.raises(InputError, match=r"toy\.pt.*begins anew"):
-        train(model(), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant_with_warmup"])
