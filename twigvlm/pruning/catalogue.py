@@ -102,6 +102,17 @@ def overview(markdown: bool = False) -> str:
     return f"{table(rows, form=MARKDOWN if markdown else PLAIN)}\n\n{common}"
 
 
+def in_short(shape: Shape = LLAVA) -> str:
+    """The methods' names by where they act, as Markdown."""
+    groups: dict[str, list[str]] = {"Before the decoder": [], "within it": [], "both": []}
+    for kind in METHODS.values():
+        plan = some_plan(kind(), shape)
+        within = bool(plan.stages) or plan.evict is not None
+        group = "both" if plan.tower is not None and within else "within it" if within else "Before the decoder"
+        groups[group].append(f"`{kind.name}`")
+    return "; ".join(f"{group}: {', '.join(names)}" for group, names in groups.items()) + "."
+
+
 def budgeted(markdown: bool = False, budgets: Sequence[float] = BUDGETS) -> str:
     """The second table."""
     code = "`" if markdown else ""

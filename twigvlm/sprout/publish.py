@@ -20,7 +20,7 @@ from ..files import write_text
 from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..model.twig import CONFIG, WEIGHTS
 from ..program import run_program
-from ..pruning.catalogue import catalogue, overview
+from ..pruning.catalogue import catalogue, in_short
 from ..record import ROOT, provenance, table
 from ..world.questions import KINDS
 from .report import HIDDEN
@@ -157,7 +157,7 @@ def refresh_methods(results: Path, root: Path = ROOT) -> None:
     found = _comparison(results)
     _between_marks(readme, [_compared_in_short(found)] if found else [], "comparison")
     _between_marks(details, _from_docs(_compared(found)) if found else [], "comparison")
-    _between_marks(readme, [overview(markdown=True)], "catalogue")
+    _between_marks(readme, [in_short()], "catalogue")
     _between_marks(methods, [catalogue(markdown=True)], "catalogue")
 
 

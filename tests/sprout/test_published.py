@@ -1,0 +1,63 @@
+"""What the published weights know: forty questions and five descriptions of the test split, and that their depth is used."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+import twigvlm
+from twigvlm.loading.describe import EMBEDDED_BASE
+from twigvlm.sprout import measure
+from twigvlm.sprout.quiz import Setting, descriptions, quiz, short_answers
+from twigvlm.sprout.recipe.language import Talk
+from twigvlm.sprout.recipe.tokenizer import build_tokenizer
+from twigvlm.world.questions import KINDS
+
+QUESTIONS, SCENES = 40, 5
+# R (None: unpruned) → short answers and descriptions (every object right) that were right when the weights were published.
+RECORDED = {None: (0, 0), 64: (0, 0)}
+FIRST = (4, 8, 16, 24, 28)  # layers that a skipped block of four begins with
+GROWTH = 2.0  # of the surprise at the right answers, at least
+
+
+def forty():
+    asked, left = [], QUESTIONS
+    for scene, questions in quiz(SCENES + 1):
+        asked.append((scene, questions[:left]))
+        left -= len(asked[-1][1])
+    assert left == 0
+    return [(scene, questions) for scene, questions in asked if questions]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("R", RECORDED)
+def test_the_published_weights_answer_as_well_as_recorded(R):
+    vlm, setting = twigvlm.load(device="cpu"), Setting("twig", R)
+    right = sum(map(sum, short_answers(vlm, forty(), setting)))
+    told = sum(descriptions(vlm, [scene for scene, _ in quiz(SCENES)], setting).objects)
+    assert (right, told) >= RECORDED[R] and told >= RECORDED[R][1], (right, told)
+
+
+@pytest.mark.slow
+def test_every_part_of_the_depth_is_used():
+    """Without any four layers in a row the right answers are less probable, most of all those of descriptions."""
+    base = LlavaForConditionalGeneration.from_pretrained(EMBEDDED_BASE, dtype=torch.float32)
+    task, tokenizer = Talk(base), build_tokenizer()
+    scenes = measure.scenes_of("test", SCENES)
+    told = [(n, row) for kinds in (KINDS, ("describe",)) for n, _, row in measure.quiz(scenes, tokenizer, kinds)]
+    numbers, rows = map(list, zip(*told, strict=True))
+    asked = measure.Asked(numbers, [], rows, *measure.views(scenes, tokenizer, True))
+
+    @torch.no_grad()
+    def surprise(layers) -> float:
+        """Nats a token of the right answers."""
+        nats = []
+        for some, batch in asked.batches(task.device):
+            chances = task.logits(batch, layers).log_softmax(-1)[:, :-1].gather(-1, batch["ids"][:, 1:, None])[..., 0]
+            nats += [-chances[i, begin - 1 : end - 1] for i, row in enumerate(some) for _, begin, end in row.turns]
+        return torch.cat(nats).mean().item()
+
+    whole = surprise(task.layers)
+    without = {first: surprise([*task.layers[:first], *task.layers[first + 4 :]]) for first in FIRST}
+    assert all(nats > GROWTH * whole for nats in without.values()), (whole, without)
