@@ -373,6 +373,42 @@ def test_trees_find_what_chains_miss():
     assert second > 3
 
 
+def _first(logits: torch.Tensor) -> torch.Tensor:
+    return logits
+
+
+def _last(logits: torch.Tensor) -> torch.Tensor:
+    return -logits
+
+
+def _second(logits: torch.Tensor) -> torch.Tensor:
+    """The two best change places."""
+    best = logits.topk(2).indices
+    return logits.scatter(-1, best, logits.gather(-1, best.flip(-1)))
+
+
+@pytest.mark.parametrize(
+    ("guess", "chained", "branched"),
+    [(_first, 4, 4), (_last, 0, 0), (_second, 0, 4)],
+    ids=["always", "never", "second child"],
+)
+def test_a_drafter_that_is_right_always_never_or_second(monkeypatch, guess, chained, branched):
+    """The base's upper layers add nothing, so that the twig knows its words; then it guesses as it is told."""
+    vlm = tiny(side=56, noise=0.0, fade=0.0)
+    knows = vlm.twig.logits
+    monkeypatch.setattr(vlm.twig, "logits", lambda hidden: guess(knows(hidden)))
+    arguments = {**batch(*prompts(vlm, LAYOUTS)), "max_new_tokens": 21, "eos_token_id": []}
+    plain = vlm.generate(**arguments, draft_length=0)
+    nodes = 2 + 4 + 8 + 16  # all there are
+    chain_of_four, tree_of_four = {"draft_length": 4, "draft_confidence": 0.0}, {"tree": (2, 8, 4, nodes)}
+    for draft, size, accepted in ((chain_of_four, 4, chained), (tree_of_four, nodes, branched)):
+        out = vlm.generate(**arguments, **draft)
+        assert out.tokens == plain.tokens
+        whole = [step for steps in out.steps for step in steps if len(step.drafted) == size]
+        assert whole and {step.accepted for step in whole} == {accepted}
+        assert out.stats.tokens_per_step == (21 / 5 if accepted else 1), "the last step has one word left"
+
+
 def _path(step) -> list[int]:
     """The accepted nodes, from what a step says."""
     here, path = -1, []
