@@ -25,6 +25,7 @@ from transformers import LlavaForConditionalGeneration
 from .. import flags
 from ..errors import InputError
 from ..files import write_json
+from ..model.trunk import rotate_half
 from ..program import run_program
 from ..record import provenance
 from ..world.draw import draw
@@ -33,7 +34,6 @@ from ..world.questions import DESCRIBE, KINDS, Question, ask, describe
 from ..world.scenes import Scene, sample_scene
 from .recipe.language import Talk
 from .recipe.lessons import cells
-from .recipe.pruned import attention, through_pruned
 from .recipe.symbols import CELL_CENTRES
 from .recipe.talk import Row, add_turn, collate, empty_row, single
 from .recipe.tokenizer import build_tokenizer
@@ -184,6 +184,42 @@ def looking_curve(
             kept = visual.gather(1, best)
             right[name] += _right(through_pruned(task, batch, entering[K], positions, kept, K, F), batch, rows)
     return {name: percent(r) for name, r in right.items()}
+
+
+def attention(task: Talk, layer, hidden: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """What the tokens at `last` [B] attend to in a layer that `hidden` [B, S, D] enters: head mean [B, S]."""
+    part, normed = layer.self_attn, layer.input_layernorm(hidden)
+    cos, sin = (t[:, :, None] for t in task.decoder.rotary_emb(hidden, positions))
+    query, key = (p(normed).unflatten(-1, (-1, part.head_dim)) for p in (part.q_proj, part.k_proj))
+    query, key = (t * cos + rotate_half(t) * sin for t in (query, key))
+    query = query[torch.arange(len(last), device=last.device), last]
+    scores = torch.einsum("bhd,bshd->bhs", query, key) * part.scaling
+    future = torch.arange(hidden.shape[1], device=last.device) > last[:, None]
+    return scores.masked_fill(future[:, None], -torch.inf).softmax(-1).mean(1)
+
+
+def take(hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[B, S, D] at `places` [B, S'] → [B, S', D]."""
+    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+def through_pruned(
+    task: Talk, batch: dict, hidden: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor, K: int, F: int
+) -> torch.Tensor:
+    """Logits [B, S, vocabulary] of what enters layer K if only the visual tokens `kept` [B, r] (places in `hidden`) go
+    through layers K..F-1, and none above (paper section 3.2).
+    """
+    count = hidden.shape[1] - batch["ids"].shape[1]
+    places = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+    heads = batch["heads"][:, None]
+    text = places[(places < heads) | (places >= heads + count)].view(len(hidden), -1)
+    stay = torch.cat([text, kept], 1).sort().values
+    hidden, positions = take(hidden, stay), positions.gather(1, stay)
+    hidden = task.run(hidden, positions, task.layers[K:F])
+    seen = (stay[:, :, None] == kept[:, None]).any(-1)
+    words = (~seen).nonzero()[:, 1].view(len(hidden), -1)
+    hidden, positions = take(hidden, words), positions.gather(1, words)
+    return task.guesses(task.run(hidden, positions, task.layers[F:]), batch)
 
 
 def percent(right: Sequence[Sequence[bool]]) -> float:

@@ -96,8 +96,8 @@ def card(kind: str, run: Path, report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-RECIPE = """`python -m twigvlm.sprout.train`, in these stages (seconds are wall clock); before the last of them it trains the twig, by
-the users' own program (`twigvlm.training.launch`).
+RECIPE = """`python -m twigvlm.sprout.train`, in these stages (seconds are wall clock); at last it trains the twig, by the users' own
+program (`twigvlm.training.launch`).
 """
 DATA = (
     "Drawn by `twigvlm.sprout` from seeds; nothing is downloaded. Train, validation and test splits share neither seeds nor "

@@ -2,9 +2,8 @@
 
 The tower learns to name what each patch shows. A decoder of four layers learns to talk about scenes in words, then
 its depth doubles to 8, 16 and 32 layers, each trained on; then many symbols, the projector between tower and decoder,
-and pictures, at last with all their tokens (`<out>/whole`). On that base a twig is trained as users train theirs
-("twig": `twigvlm.training.launch`, into `<out>/twig`); last, the layers above the cut learn to answer from what it leaves
-("pruned"), and `<out>/base` is the result. Every stage writes `<out>/<stage>.jsonl`
+and pictures, at last with all their tokens or with what pruning leaves; `<out>/base` is the result. On it a twig is
+trained as users train theirs ("twig": `twigvlm.training.launch`, into `<out>/twig`). Every stage writes `<out>/<stage>.jsonl`
 (metrics), `<stage>-saved/checkpoint-*` (every two minutes) and `<stage>-done.pt`; a run that is killed
 goes on where it was, to the same bits on a CPU. The tower's stages need nothing of the decoder's: `--stages` lets
 both run at the same time.
@@ -25,8 +24,6 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from .. import flags
 from ..errors import InputError, RunError
-from ..families import trunk_of
-from ..loading.twig import load_twig
 from ..program import run_program
 from ..record import ROOT
 from ..training.muon import for_decoder
@@ -36,7 +33,6 @@ from .recipe.align import Aligner
 from .recipe.base import base_config, build, save_base
 from .recipe.language import Talk, double, start, tie
 from .recipe.lessons import Lesson, lesson_batch, window_batch
-from .recipe.pruned import Pruned
 from .recipe.stage import StageConfig, fit, save_weights
 from .recipe.tokenizer import IMAGE_TOKEN, build_tokenizer
 from .recipe.tower import SIDE, PatchReader, tower_batch
@@ -89,22 +85,12 @@ STAGES = (
         0.2,
     ),
     Stage("whole", 32, 1400, 0.001, Lesson(6, "pictures", ROWS // 2, 1, (1.0, 0.0), 0.0, length=480), "pictures", 0.02),
-    Stage(
-        "pruned",
-        32,
-        400,
-        0.0015,
-        Lesson(8, "pictures", 4, 4, (1.0,), 0.0, length=130, described=0.4, one_answer=True),
-        "whole",
-        0.05,
-    ),
 )
 TWIG_FLAGS = ("--batch-size", "16", "--lr", "5e-4", "--epochs", "5")
-EXPORTED = {"whole": "whole", "pruned": "base"}  # stage → the folder that it leaves
 HEADS = "labels.pt"  # what reads the tower's features while it learns
 TOWER = "tower-whole"  # whose tower `align` puts in front of the decoder
-TWIG = "twig"  # is trained between "whole" and "pruned"
-NAMES = (*(stage.name for stage in STAGES[:-1]), TWIG, STAGES[-1].name)
+BASE, TWIG = "base", "twig"  # folders of what comes out; the twig is trained last
+NAMES = (*(stage.name for stage in STAGES), TWIG)
 
 
 def config(layers: int, hidden: int, tokenizer) -> LlavaConfig:
@@ -143,20 +129,10 @@ class Course:
         shape = config(stage.layers, self.hidden, self.tokenizer)
         if not stage.after:
             return start(shape)
-        if stage.lesson.one_answer:  # the base that the twig has seen, rounded as it was written
-            return self._written(EXPORTED[stage.after])
         model = self._left_by(stage.after, stage)
         model = double(model, shape) if stage.layers > shape_of(model.state_dict())[0] else model
         if stage.lesson.kind == "windows":
             model.model.vision_tower = self._left_by(TOWER, stage).model.vision_tower
-        return model
-
-    def _written(self, name: str) -> LlavaForConditionalGeneration:
-        folder = self.out / name
-        if not (folder / "config.json").exists():
-            raise InputError(f"{folder}: no base there; the stages before write it: run them first")
-        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        tie(model)
         return model
 
     def _left_by(self, name: str, wanted: Stage) -> LlavaForConditionalGeneration:
@@ -182,21 +158,23 @@ class Course:
         """These stages in their order, those that are done left out."""
         self.out.mkdir(parents=True, exist_ok=True)
         for stage in STAGES:
-            if stage.lesson.one_answer and TWIG in wanted:
-                self.twig()
             if stage.name in wanted and not self.done(stage.name).exists():
                 model = self.before(stage).to(self.device)
                 self.train(model, stage)
                 weights = {k: v.to("cpu") for k, v in model.state_dict().items() if k != "lm_head.weight"}
                 save_weights(weights, self.done(stage.name))
-                if stage.name in EXPORTED:
-                    self.export(model, EXPORTED[stage.name])
+                if stage is STAGES[-1]:
+                    self.export(model)
+        if TWIG in wanted:
+            self.twig()
 
     def twig(self) -> None:
         """Train the twig by the users' own program, on the drawn conversations. Raises RunError where that fails."""
+        if not (self.out / BASE / "config.json").exists():
+            raise InputError(f"{self.out / BASE}: no base there; run the stages before first")
         ensure_drawn()
         data = DRAWN / "train"
-        command = [sys.executable, "-m", "twigvlm.training.launch", "--base", self.out / EXPORTED["whole"]]
+        command = [sys.executable, "-m", "twigvlm.training.launch", "--base", self.out / BASE]
         command += ["--data", data / CONVERSATIONS, "--images", data / IMAGES, "--out", self.out / TWIG, *TWIG_FLAGS]
         command += ["--device", self.device.split(":")[0], "--workers", str(self.workers)]
         if not finished(self.out / TWIG):
@@ -204,10 +182,10 @@ class Course:
             if code or not finished(self.out / TWIG):
                 raise RunError(f"the twig's training ended with exit code {code}, see above; the same command goes on")
 
-    def export(self, model: LlavaForConditionalGeneration, name: str) -> None:
-        """Write `<out>/<name>` as a stock folder, embedding and head apart, as whoever trains on expects them."""
+    def export(self, model: LlavaForConditionalGeneration) -> None:
+        """Write `<out>/base` as a stock folder, embedding and head apart, as whoever trains on expects them."""
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-        save_base(model, self.tokenizer, self.out / name)
+        save_base(model, self.tokenizer, self.out / BASE)
 
     def train(self, model: LlavaForConditionalGeneration, stage: Stage) -> None:
         """The tower alone, the projector alone (`align`), or the decoder, and on pictures the projector too."""
@@ -217,7 +195,6 @@ class Course:
         )  # fmt: skip
         model.requires_grad_(False)
         learn = {"labels": self._see, "windows": self._align}.get(stage.lesson.kind, self._talk)
-        learn = self._prune if stage.lesson.one_answer else learn
         learn(model, stage.lesson, loop)
 
     def _see(self, model: LlavaForConditionalGeneration, lesson: Lesson, loop: StageConfig) -> None:
@@ -248,24 +225,6 @@ class Course:
         if self.compiled:
             for layer in task.layers:
                 layer.compile()
-        fit(
-            loop,
-            model,
-            partial(lesson_batch, lesson=lesson, tokenizer=self.tokenizer),
-            task.loss,
-            self.out,
-            for_decoder,
-        )
-
-    def _prune(self, model: LlavaForConditionalGeneration, lesson: Lesson, loop: StageConfig) -> None:
-        """What the cut leaves untouched, the tower to layer K-1, does not learn: the twig goes on fitting."""
-        folder = self.out / TWIG
-        if not folder.is_dir():
-            raise InputError(f"{folder}: no twig there; train it first: --stages {TWIG},{STAGES[-1].name}")
-        twig = load_twig(folder, trunk_of(model), None, None, None).to(self.device).requires_grad_(False)
-        for part in (*model.model.language_model.layers[twig.config.K :], model.model.language_model.norm):
-            part.requires_grad_(True)
-        task = Pruned(model, twig.layers, twig.config)
         fit(
             loop,
             model,

@@ -51,7 +51,6 @@ class Lesson:
     drilled: float = 0.2
     worded: float = 0.5
     window: int = SIDE // 2  # patches a side
-    one_answer: bool = False  # a row ends with one of its answers, and counts for that one alone
 
 
 def lesson_batch(step: int, lesson: Lesson, tokenizer) -> dict:
@@ -61,17 +60,12 @@ def lesson_batch(step: int, lesson: Lesson, tokenizer) -> dict:
     of = [i for i in range(lesson.scenes) for _ in range(lesson.talks)]
     seeds = [f"{scenes[i].seed} {n % lesson.talks}" for n, i in enumerate(of)]
     talks = [converse(scenes[i], random.Random(seed), tokenizer, lesson) for i, seed in zip(of, seeds, strict=True)]
-    rng = random.Random(first)
-    if lesson.one_answer:
-        talks = [row.until(rng.choice(row.turns)) for row in talks]
-    batch = collate(talks, 0 if lesson.one_answer else lesson.length) | {"of": torch.tensor(of), "help": 0.0}
+    batch = collate(talks, lesson.length) | {"of": torch.tensor(of), "help": 0.0}
     if step < lesson.helped:
         batch["help"] = LOOKING_WEIGHT * (1 - step / lesson.helped)
         for row, (i, talk) in enumerate(zip(of, talks, strict=True)):
             batch["looks"][row, : len(talk.ids)] = torch.tensor(looks(talk.ids, scenes[i], tokenizer))
-    if lesson.one_answer:
-        batch |= {"last": torch.tensor([row.turns[-1][1] - 1 for row in talks]), "left": rng.choice(FILL)}
-    return batch | _seen(scenes, lesson, rng, tokenizer)
+    return batch | _seen(scenes, lesson, random.Random(first), tokenizer)
 
 
 def _scene(seed: int, worded: float) -> Scene:

@@ -38,13 +38,6 @@ class Row:
     short: list[bool] = field(default_factory=list)  # it is part of a short answer
     turns: list[tuple[Question, int, int]] = field(default_factory=list)  # question, its answer's place in ids
 
-    def until(self, turn: tuple[Question, int, int]) -> Row:
-        """The conversation up to this turn's answer, which alone counts."""
-        _, begin, end = turn
-        weights = [0.0] * begin + self.weights[begin:end]
-        turns = self.turns[: self.turns.index(turn) + 1]
-        return Row(self.head, self.ids[:end], weights, self.short[:end], turns)
-
 
 def empty_row(tokenizer, system: bool) -> Row:
     """What stands before the picture, with or without the system sentence."""
