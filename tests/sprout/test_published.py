@@ -16,7 +16,7 @@ from twigvlm.world.questions import KINDS
 
 QUESTIONS, SCENES = 40, 5
 # R (None: unpruned) → short answers and descriptions (every object right) that were right when the weights were published.
-RECORDED = {None: (0, 0), 64: (0, 0)}
+RECORDED = {None: (40, 5), 64: (34, 0)}
 FIRST = (4, 8, 16, 24, 28)  # layers that a skipped block of four begins with
 GROWTH = 2.0  # of the surprise at the right answers, at least
 
@@ -36,7 +36,7 @@ def test_the_published_weights_answer_as_well_as_recorded(R):
     vlm, setting = twigvlm.load(device="cpu"), Setting("twig", R)
     right = sum(map(sum, short_answers(vlm, forty(), setting)))
     told = sum(descriptions(vlm, [scene for scene, _ in quiz(SCENES)], setting).objects)
-    assert (right, told) >= RECORDED[R] and told >= RECORDED[R][1], (right, told)
+    assert right >= RECORDED[R][0] and told >= RECORDED[R][1], (right, told)
 
 
 @pytest.mark.slow
