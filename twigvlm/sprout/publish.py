@@ -146,7 +146,7 @@ def publish(run: Path, report: Path) -> None:
 
 def refresh(results: Path, root: Path = ROOT) -> None:
     """Rewrite what stands between the marks of README and docs from the result files, each with its command."""
-    _between_marks(root / "README.md", [_benchmarks(results)])
+    _between_marks(root / "README.md", [_benchmarks(results) or _quality(results)])
     _between_marks(root / "docs" / "results.md", _from_docs(_quality(results), _speed(results)))
     refresh_methods(results, root)
 
@@ -240,7 +240,7 @@ def _speed(results: Path) -> str:
     speed = json.loads((results / "speed_sprout_cpu.json").read_text())
     rows = [{k: v for k, v in row.items() if k != "tokens"} for row in speed["rows"]]
     return (
-        "Speed at batch 1 on two CPU cores, descriptions of 64 tokens and more, medians: "
+        f"Speed at batch 1, {speed['threads']} CPU thread(s), descriptions of 64 tokens and more, medians: "
         f"`{_command(speed)}`\n([JSON](benchmarks/results/speed_sprout_cpu.json); {speed['device']}, torch "
         f"{speed['torch']}):\n\n{table(rows, digits=2)}"
     )
