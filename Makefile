@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test test-all test-nightly lint clean
 
 demo: .venv/.ready
-	$(PY) cli_demo.py --stream -R 192 --question "Describe the image in detail."
+	$(PY) cli_demo.py --stream --pruning twig-discount -R 64 --question "Describe the image in detail."
 
 test: .venv/.ready
 	$(PY) -m pytest -m "not slow and not nightly" -n 2 --dist loadfile

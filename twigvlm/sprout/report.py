@@ -27,7 +27,8 @@ from .measure import interval
 from .quiz import Setting, descriptions, percent, quiz, short_answers
 
 BUDGETS = (192, 128, 64)
-METHODS = ("twig", "layer-attention", "random")
+METHODS = ("twig", "twig-discount", "layer-attention", "random")
+DESCRIBED = ("twig", "twig-discount")  # methods that are asked for descriptions as well, as the unpruned base is
 HIDDEN = ("pruning", "R", "questions", "descriptions", "intervals")  # of a row, in tables
 
 
@@ -43,7 +44,8 @@ def report(vlm: twigvlm.TwigVLM, scenes: int, budgets: tuple[float, ...], method
         figures = {"all": right, **{kind: _of_kind(right, kinds, kind) for kind in KINDS}}
         intervals = {"RelAcc": between}
         row = {"setting": setting.name, "all": None, "RelAcc": relative}
-        if setting.R is None or setting.pruning == "twig":
+        described = setting.R is None or setting.pruning in DESCRIBED
+        if described:
             told = descriptions(vlm, [scene for scene, _ in asked], setting)
             figures["description, objects"] = [[yes] for yes in told.objects]
             figures["description, exact"] = [[yes] for yes in told.exact]
@@ -53,7 +55,7 @@ def report(vlm: twigvlm.TwigVLM, scenes: int, budgets: tuple[float, ...], method
             if every:
                 found = [answers for answers in found if answers]
                 intervals[name] = interval(found, range(len(found)))
-        if setting.R is None or setting.pruning == "twig":
+        if described:
             row["acceptance"] = told.acceptance
         questions = sum(map(len, right))
         head = {"pruning": setting.pruning, "R": setting.R, "questions": questions, "descriptions": len(asked)}
@@ -79,7 +81,12 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     base = next(r for r in rows if r["R"] is None)
     axes.axhline(base["all"], color="0.3", linestyle="--", label="base, all 576 tokens")
-    labels = {"twig": "twig", "layer-attention": "the base's layer 1", "random": "random"}
+    labels = {
+        "twig": "twig",
+        "twig-discount": "twig, discounted",
+        "layer-attention": "the base's layer 1",
+        "random": "random",
+    }
     for method, label in labels.items():
         points = sorted((r["R"], r["all"]) for r in rows if r["pruning"] == method and r["R"])
         if points:
