@@ -34,8 +34,11 @@ TOLD = (
     "mustdrop",
     "visionzip",
     "visionzip*",
+    "sieve",
     "twig",
     "twig + drafts",
+    "twig-discount",
+    "random",
 )  # in the README
 PLACES = ("--out", "--plots", "--report", "--work")  # flags that say where something goes
 LIMIT = 30 * 2**20  # bytes of base and twig together, so that a clone stays small
