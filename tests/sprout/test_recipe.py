@@ -174,6 +174,21 @@ def test_usual_answers_are_asked_less(tokenizer):
         assert 0.2 < said[kind].count(usual) / len(said[kind]) < 0.5
 
 
+def test_a_wiped_batch_shows_the_last_quarter_no_picture(tokenizer):
+    """As the measures' pruned pass with every visual token kept up to there; and it makes a difference."""
+    task, batch = Talk(tiny(tokenizer, 8)), lesson_batch(0, Lesson(0, scenes=3), tokenizer)
+    with torch.no_grad():
+        hidden, positions = task.embed(batch)
+        entering = task.run(hidden, positions, task.layers[:LOOKING])
+        count = hidden.shape[1] - batch["ids"].shape[1]
+        every = batch["heads"][:, None] + torch.arange(count)
+        wanted = measure.through_pruned(task, batch, entering, positions, every, LOOKING, 6)
+        found = task.guesses(task.upwards(entering, positions, batch | {"wiped": True}), batch)
+        whole = task.guesses(task.upwards(entering, positions, batch), batch)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found, whole, atol=1e-3)
+
+
 def test_doubling_nearly_keeps_the_function(tokenizer):
     shallow = tiny(tokenizer)
     deep = double(double(shallow, config(8, 32, tokenizer)), config(16, 32, tokenizer))

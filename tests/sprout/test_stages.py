@@ -50,6 +50,7 @@ def test_a_stage_without_the_one_before_says_so(tmp_path, capsys):
         (("--stages", "words-5"), "words-5"),
         (("--steps", "words-4=many"), "NAME=N"),
         (("--steps", "words-5=1"), "words-5"),
+        (("--steps", "twig=5"), "twig"),
         (("--hidden", "100"), "multiple of 32"),
         (("--workers", "-1"), "--workers"),
         (("--save-seconds", "-1"), "--save-seconds"),

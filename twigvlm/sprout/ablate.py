@@ -117,7 +117,7 @@ class Ablation:
             return folder
         if growth.trained:
             flags = ["--K", str(growth.K), "--T", str(growth.T), "--init", growth.init]
-            flags += [] if self.base == EMBEDDED_BASE else ["--base", str(self.base)]
+            flags += [] if self.base == EMBEDDED_BASE else ["--base", str(self.base.resolve())]
             return trained(folder, flags, self.steps, self.device)
         if not (folder / CONFIG).exists():
             trunk = trunk_of(load_base(self.base, torch.device(self.device or "cpu"), torch.float32, "sdpa").model)

@@ -19,7 +19,7 @@ def trained(folder: Path, flags: Sequence[str], steps: int, device: str | None =
     Raises RunError where its training fails.
     """
     if not finished(folder):
-        flags = [*flags, "--out", str(folder), "--max-steps", str(steps), "--held-out", "0"]
+        flags = [*flags, "--out", str(folder.resolve()), "--max-steps", str(steps), "--held-out", "0"]
         flags += ["--agreement", "labels"]  # no answers of the base are made for it
         flags += ["--device", device] if device else []
         command = [sys.executable, "-m", "twigvlm.training.launch", *flags]

@@ -73,7 +73,11 @@ class Study:
     def train(self, recipe: Recipe) -> Path:
         """The folder of a twig, trained at the first call. Raises RunError where its training fails."""
         folder = self.work / recipe.folder
-        start = ["--init", str(self.train(by_name(recipe.start)))] if recipe.start and not finished(folder) else []
+        start = (
+            ["--init", str(self.train(by_name(recipe.start)).resolve())]
+            if recipe.start and not finished(folder)
+            else []
+        )
         return trained(folder, [*recipe.flags, *start], self.steps, self.device)
 
 

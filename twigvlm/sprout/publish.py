@@ -246,7 +246,7 @@ def _between(row: dict, name: str) -> str | None:
 
 def _speed(results: Path) -> str:
     speed = json.loads((results / "speed_sprout_cpu.json").read_text())
-    rows = [{k: v for k, v in row.items() if k != "tokens"} for row in speed["rows"]]
+    rows = [{k: v for k, v in row.items() if k not in ("tokens", "hits by depth")} for row in speed["rows"]]
     return (
         f"Speed at batch 1, {speed['threads']} CPU thread(s), descriptions of 64 tokens and more, medians: "
         f"`{_command(speed)}`\n([JSON](benchmarks/results/speed_sprout_cpu.json); {speed['device']}, torch "

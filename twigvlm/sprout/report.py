@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         "--work", type=Path, help="folder of the twigs that are trained (default runs/ablate, runs/plus)"
     )
     parser.add_argument(
-        "--steps", type=int, default=240, help="of each such twig (default %(default)s, as the published one)"
+        "--steps", type=int, default=240, help="of each such twig (default %(default)s; the published one had 1,000)"
     )
     args = flags.parse(parser, argv)
     args.work = args.work or Path("runs/plus" if args.plus else "runs/ablate")

@@ -173,9 +173,9 @@ class Course:
         if not (self.out / BASE / "config.json").exists():
             raise InputError(f"{self.out / BASE}: no base there; run the stages before first")
         ensure_drawn()
-        data = DRAWN / "train"
-        command = [sys.executable, "-m", "twigvlm.training.launch", "--base", self.out / BASE]
-        command += ["--data", data / CONVERSATIONS, "--images", data / IMAGES, "--out", self.out / TWIG, *TWIG_FLAGS]
+        data, out = DRAWN / "train", self.out.resolve()  # it runs elsewhere
+        command = [sys.executable, "-m", "twigvlm.training.launch", "--base", out / BASE]
+        command += ["--data", data / CONVERSATIONS, "--images", data / IMAGES, "--out", out / TWIG, *TWIG_FLAGS]
         command += ["--device", self.device.split(":")[0], "--workers", str(self.workers)]
         if not finished(self.out / TWIG):
             code = subprocess.run([str(word) for word in command], cwd=ROOT, check=False).returncode
@@ -257,8 +257,8 @@ def main(argv: list[str] | None = None) -> int:
         steps = {name: int(n) for name, n in (item.split("=") for item in args.steps.split(",") if item)}
     except ValueError:
         parser.error(f"--steps is {args.steps!r}; NAME=N,NAME=N is needed")
-    if unknown := set(steps) - set(NAMES):
-        parser.error(f"--steps: unknown {sorted(unknown)}; choose from {', '.join(NAMES)}")
+    if unknown := set(steps) - {stage.name for stage in STAGES}:
+        parser.error(f"--steps: unknown {sorted(unknown)}; choose from {', '.join(NAMES[:-1])}")
     if args.hidden < 32 or args.hidden % 32:
         parser.error(f"--hidden is {args.hidden}; a multiple of 32 is needed")
     if args.workers < 0:
