@@ -102,6 +102,7 @@ LOOKS_INTO: dict[str, set[str]] = {
     "vlm": {"decoding", "families", "loading", "model", "prompt", "pruning"},
     "flags": {"pruning"},
     "foresight": {"loading", "pruning"},
+    "serving": {"vlm", "flags", "foresight", "decoding", "loading", "model", "prompt", "pruning"},
     "evaluation": {
         "vlm",
         "flags",

@@ -164,7 +164,7 @@ class GenerationSettings:
         None, "drafts that branch instead of chains: E,W,D,N (children of a node, nodes of a level that have children, levels, nodes "
         "verified), or auto: as wide and deep as pays on this machine", parse=str, metavar="E,W,D,N",
     )  # fmt: skip
-    max_new_tokens: int = option(512, "longest answer", metavar="N")
+    max_new_tokens: int | Sequence[int] = option(512, "longest answer", parse=int, metavar="N")  # or one a row
     do_sample: bool = False
     temperature: float = option(1.0, "sample at this temperature; 0 is greedy", metavar="X", unless=0.0)
     top_k: int | None = option(None, "sample from the N likeliest tokens (default: all)", metavar="N")
@@ -182,7 +182,8 @@ class GenerationSettings:
         check(_whole(length) and length >= 0, "draft_length", "0 (plain decoding) or more, or 'auto', is needed")
         check(0 <= self.draft_confidence <= 1, "draft_confidence", "0 to 1 is needed")
         self._check_tree()
-        check(_whole(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", "1 or more is needed")
+        limits = self.max_new_tokens if isinstance(self.max_new_tokens, Sequence) else [self.max_new_tokens]
+        check(all(_whole(n) and n >= 1 for n in limits), "max_new_tokens", "1 or more is needed")
         good = math.isfinite(self.temperature) and self.temperature > 0
         check(good, "temperature", "a number above 0 is needed (for greedy decoding do not sample)")
         seeds = self.seed if isinstance(self.seed, Sequence) else [self.seed]

@@ -15,9 +15,9 @@ from PIL import Image
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig, takes
 from .decoding import Decoder, Likelihood, Step, embed, score
 from .decoding.choose import Chooser
-from .decoding.drafting import Drafting, hit_rates
-from .decoding.finite import NotFinite, trace
+from .decoding.drafting import Drafting
 from .decoding.pace import now
+from .decoding.stats import ModelConfig, Stats, measure
 from .decoding.streamer import feed
 from .errors import InputError
 from .families import trunk_of
@@ -26,6 +26,7 @@ from .loading.clip import TextTower, load_text_tower
 from .loading.describe import EMBEDDED_TWIG
 from .loading.device import pick_device, pick_dtype
 from .loading.twig import load_twig
+from .model.finite import NotFinite, trace
 from .model.twig import Twig
 from .prompt.images import open_image
 from .prompt.processor import pads
@@ -35,52 +36,6 @@ from .pruning.spec import classless
 
 CALL_STRIDE = 2**20  # rows that a call may have before its seeds meet the next call's
 SEED_SPACE = 2**63
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The paper's letters for this model; K, T and F are None without a twig."""
-
-    L: int
-    V: int
-    K: int | None
-    T: int | None
-    F: int | None
-
-
-@dataclass(frozen=True)
-class Stats:
-    """Figures of one `generate`, over all rows of the batch.
-
-    Times are wall clock, the device synchronised; "prefill" ends with the first token (the first
-    drafts are verified in the same forward), "decode" is all after it.
-    """
-
-    prompt_tokens: int
-    new_tokens: int
-    prefill_seconds: float
-    decode_seconds: float
-    decode_tokens_per_second: float | None  # None when nothing came after the first step
-    tokens_per_second: float  # prefill included, as the paper counts
-    steps: int
-    drafted: int
-    accepted: int
-    acceptance: float | None  # accepted / drafted; None without drafts
-    draft_shape: str  # none, chain or tree E,W,D,N, and why where it is not the one asked for
-    tokens_per_step: float  # tau: what a verification writes, its own token included
-    hit_rates: list[
-        float
-    ]  # by depth: how often a drafted token (or one of several) was right where those before it were
-    visual_tokens: int  # in the prompts
-    visual_kept: int  # by the first cut: between K and F, with the twig
-    visual_asked: float | None  # R
-    visual_measured: float  # average per base layer and image
-    visual_by_layer: list[float]  # of an image, entering each base layer
-    visual_authors: float | None  # the same as the method's authors count it; None where nothing is pruned
-    visual_rows: list[float | None]  # of an image, average per base layer, of each row; None without one
-    visual_twig_share: float  # the twig's own visual tokens, T * V / L, on top
-    cache_bytes: int  # allocated for keys and values; grows in steps with what is written
-    cache_bytes_used: int  # of them filled
 
 
 @dataclass(frozen=True)
@@ -168,8 +123,10 @@ class TwigVLM:
         (`decoding.tree`), "auto" as wide and deep ones as pay; `seed` repeats an answer: sampling and
         random pruning draw from it, row b from seed + b, or from the b-th of a list; random pruning draws from the
         row's pictures too, and without a seed from the number of this call; and draft_confidence,
-        max_new_tokens, do_sample, temperature, top_k, top_p. `eos_token_id` None means the generation
-        config's. The prompt and the answer share the context: an answer ends where it is full.
+        max_new_tokens (one number, or one a row), do_sample, temperature, top_k, top_p. `eos_token_id` None means the
+        generation config's. `streamer` is one for one row, or a list with one a row. Stopping criteria are asked after
+        every token of a row; one that has a parameter `row` is told which. The prompt and the answer share the
+        context: an answer ends where it is full.
 
         `chooser` replaces twigvlm.decoding.choose.Chooser, which accepts and samples tokens.
 
@@ -180,8 +137,12 @@ class TwigVLM:
         ids = self._rows(input_ids, attention_mask)
         plan = self._plan(settings.pruning, settings.retained_tokens, settings.query)
         self._check_bare(plan, ids)
-        if streamer is not None and len(ids) > 1:
-            raise InputError(f"a streamer takes one row, but input_ids have {len(ids)}; call generate row by row")
+        streamers = self._streamers(streamer, len(ids))
+        if isinstance(settings.max_new_tokens, Sequence) and len(settings.max_new_tokens) != len(ids):
+            given = len(settings.max_new_tokens)
+            raise InputError(
+                f"max_new_tokens holds {given} numbers for {len(ids)} prompts; give one each, or one number"
+            )
         one = callable(stopping_criteria) and not isinstance(stopping_criteria, list)
         rules = [stopping_criteria] if one else stopping_criteria
         chosen = (chooser or Chooser)(settings, logits_processor)
@@ -191,7 +152,7 @@ class TwigVLM:
         seeds = self._seeds(settings.seed, len(ids))
         draws = self._draws(plan, seeds, ids, pixel_values)
         with torch.inference_mode():
-            return self._run(decoder, ids, pixel_values, seeds, draws, streamer, drafts.name)
+            return self._run(decoder, ids, pixel_values, seeds, draws, streamers, drafts.name)
 
     def score(
         self,
@@ -266,31 +227,32 @@ class TwigVLM:
 
     # ------------------------------------------------------------------ the parts of generate
 
-    def _run(self, decoder: Decoder, ids, pixel_values, seeds, draws, streamer, drafts: str) -> Output:
+    def _run(self, decoder: Decoder, ids, pixel_values, seeds, draws, streamers, drafts: str) -> Output:
         rows: list[list[Step]] = [[] for _ in ids]
         start = self._now()
         prompts = embed(self.trunk, decoder.plan, ids, pixel_values, seeds, draws)
         first = None
         try:
-            if streamer is not None:
-                streamer.put(torch.tensor([ids[0]]))
+            for row, streamer in enumerate(streamers):
+                streamer.put(torch.tensor([ids[row]]))
             for round_ in decoder.steps(prompts):
                 first = first or self._now()
                 for row, step in round_:
                     rows[row].append(step)
-                    if streamer is not None:
-                        feed(streamer, step)
+                    if streamers:
+                        feed(streamers[row], step)
         except NotFinite as fault:
             histories = [[*ids[b], *(t for step in steps for t in step.tokens)] for b, steps in enumerate(rows)]
             raise trace(self.trunk, self.twig, histories, pixel_values) from fault
         finally:  # also after an exception: who waits for the streamer's end would wait for ever
             end = self._now()
-            if streamer is not None:
+            for streamer in streamers:
                 streamer.end()
         tokens = [[t for step in steps for t in step.tokens] for steps in rows]
         kept = decoder.state.kept
         kept = None if kept is None else [row[row >= 0] for row in kept.cpu()]
-        stats = self._stats(decoder, rows, kept, [len(row) for row in ids], first - start, end - first, drafts)
+        seconds = first - start, end - first
+        stats = measure(decoder, self.config, rows, kept, sum(map(len, ids)), seconds, drafts)
         return Output(tokens, kept, rows, stats)
 
     def _rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
@@ -324,6 +286,16 @@ class TwigVLM:
             raise InputError(
                 f"row {bare[0]} of input_ids holds image tokens only; pruned, it needs a text token to go on from"
             )
+
+    def _streamers(self, given, rows: int) -> list:
+        """One a row, or none at all."""
+        streamers = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+        if streamers and len(streamers) != rows:
+            raise InputError(
+                f"a streamer takes one row, but input_ids have {rows} and {len(streamers)} streamers are given; give a list of "
+                "one a row"
+            )
+        return streamers
 
     def _seeds(self, seed: int | Sequence[int] | None, rows: int) -> list[int]:
         """One seed a row; none if nobody asked for any."""
@@ -372,42 +344,6 @@ class TwigVLM:
 
     def _now(self) -> float:
         return now(self.device)
-
-    def _stats(self, decoder: Decoder, rows, kept, lengths, prefill: float, decode: float, drafts: str) -> Stats:
-        steps = [s for row in rows for s in row]
-        new = sum(len(s.tokens) for s in steps)
-        late = new - sum(len(row[0].tokens) for row in rows)
-        drafted, accepted = sum(len(s.drafted) for s in steps), sum(s.accepted for s in steps)
-        state = decoder.state
-        visual = sum(state.totals)
-        images = visual / self.config.V
-        by_layer = [n for layers, counts in state.entered for n in [int(counts.sum()) / max(images, 1)] * layers]
-        twig_tokens = self.config.T * self.config.V / self.config.L if decoder.twig is not None and images else 0.0
-        return Stats(
-            prompt_tokens=sum(lengths),
-            new_tokens=new,
-            prefill_seconds=prefill,
-            decode_seconds=decode,
-            decode_tokens_per_second=late / decode if late and decode > 0 else None,
-            tokens_per_second=new / (prefill + decode),
-            steps=len(steps),
-            drafted=drafted,
-            accepted=accepted,
-            acceptance=accepted / drafted if drafted else None,
-            draft_shape=drafts,
-            tokens_per_step=new / len(steps),
-            hit_rates=hit_rates(steps),
-            visual_tokens=visual,
-            visual_kept=sum(map(len, kept)) if kept is not None else visual,
-            visual_asked=decoder.settings.retained_tokens,
-            visual_measured=sum(by_layer) / self.config.L if images else 0.0,
-            visual_by_layer=by_layer,
-            visual_authors=find_method(decoder.settings.pruning).authors(by_layer) if decoder.plan and images else None,
-            visual_rows=state.per_image(),
-            visual_twig_share=twig_tokens,
-            cache_bytes=state.bytes,
-            cache_bytes_used=state.bytes_used,
-        )
 
 
 def load(

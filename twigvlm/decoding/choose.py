@@ -18,8 +18,8 @@ from transformers import LogitsProcessorList
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ..config import GenerationSettings
+from ..model.finite import finite
 from .draft import DraftTree
-from .finite import finite
 
 NO_TOKEN = -1  # read instead of a token where logits are not finite
 

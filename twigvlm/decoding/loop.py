@@ -7,6 +7,7 @@ The loop prints nothing and knows no text; whoever consumes its steps does.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,13 @@ import numpy as np
 import torch
 
 from ..config import GenerationSettings
+from ..model.finite import NotFinite
 from ..model.stream import Stream, join, join_raw
 from ..model.trunk import Trunk
 from ..model.twig import Twig
 from ..pruning.plan import Plan
 from .choose import NO_TOKEN, Chooser, Voice
 from .draft import DraftTree, chain, walk
-from .finite import NotFinite
 from .pace import PATIENCE, Pace
 from .prefill import Prompts, State, read
 
@@ -89,7 +90,8 @@ class Verdict:
 class Decoder:
     """One generation over a batch of prompts; make a new one for the next.
 
-    `stopping` are Hugging Face stopping criteria, asked after every token. `grow` replaces the chain of
+    `stopping` are Hugging Face stopping criteria, asked after every token; one that has a parameter `row` is told
+    which it is. `grow` replaces the chain of
     drafts: a function of this decoder that gives a Draft; `pace` chooses how long drafts are. While it
     writes and afterwards `state` holds caches and what was pruned.
     """
@@ -107,7 +109,7 @@ class Decoder:
         pace: Pace | None = None,
     ):
         self.trunk, self.plan, self.settings, self.pace = trunk, plan, settings, pace
-        self.eos, self.stopping = frozenset(eos), list(stopping or [])
+        self.eos, self.stopping = frozenset(eos), [(rule, takes_row(rule)) for rule in stopping or ()]
         self.chooser = chooser or Chooser(settings)
         wanted = settings.draft_length if pace is None else plan.needs_twig or pace.length()
         self.speculative = twig is not None and bool(wanted)
@@ -145,7 +147,8 @@ class Decoder:
                 generator.manual_seed(prompts.seeds[index] % SEED_SPACE)
             else:
                 generator.seed()
-            limit = min(self.settings.max_new_tokens, self.trunk.context - len(ids))
+            limit = self.settings.max_new_tokens
+            limit = min(limit if isinstance(limit, int) else limit[index], self.trunk.context - len(ids))
             rows.append(Row(index, Voice(generator, list(ids)), limit))
         return rows
 
@@ -290,7 +293,10 @@ class Decoder:
         if not self.stopping:
             return False
         ids = torch.tensor([row.voice.history], device=self.trunk.device)
-        return any(bool(torch.as_tensor(rule(ids, None)).any()) for rule in self.stopping)
+        told = {"row": row.index}
+        return any(
+            bool(torch.as_tensor(rule(ids, None, **told if aware else {})).any()) for rule, aware in self.stopping
+        )
 
     def _go_on(self, draft: Draft, verdict: Verdict) -> None:
         """Finished rows leave; each other row's newest token goes through the trunk, and through the twig what it has not read."""
@@ -314,6 +320,14 @@ class Decoder:
 
     def voices(self) -> list[Voice]:
         return [row.voice for row in self.rows]
+
+
+def takes_row(rule: Callable) -> bool:
+    """Whether a stopping criterion has a parameter `row`."""
+    try:
+        return "row" in inspect.signature(rule).parameters
+    except (TypeError, ValueError):  # some callables have no signature to look at
+        return False
 
 
 def fetch(tensor: torch.Tensor) -> np.ndarray:

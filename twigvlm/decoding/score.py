@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..model.finite import NotFinite, finite
 from ..model.stream import join
 from ..model.trunk import Trunk
 from ..model.twig import Twig
 from ..pruning.plan import Plan
-from .finite import NotFinite, finite
 from .prefill import Prompts, State, read
 
 

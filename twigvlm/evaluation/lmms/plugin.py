@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ...errors import InputError
+from ...prompt.batch import together
 from ...prompt.template import IMAGE, Talk, decode
 from ...vlm import Stats, TwigVLM, load
 from .options import Manner, Options
@@ -225,7 +225,7 @@ class Adapter:
         stop = StopStrings(self.tokenizer, manner.until, rows) if manner.until else None
         settings = {**self.options.writing, **manner.settings(), "seed": self._seed(manner, done)}
         with _blamed_on(requests):
-            out = self.vlm.generate(**_together(prompts), stopping_criteria=stop, **settings)
+            out = self.vlm.generate(**together(prompts), stopping_criteria=stop, **settings)
         decoded = [decode(self.tokenizer, tokens) for tokens in out.tokens]
         return [cut(text, manner.until) for text in decoded], out.stats
 
@@ -249,7 +249,7 @@ class Adapter:
             name: self.options.writing[name] for name in ("retained_tokens", "pruning") if name in self.options.writing
         }
         with _blamed_on(requests):
-            found = self.vlm.score(**_together(prompts), targets=targets, seed=self.options.seed, **asked)
+            found = self.vlm.score(**together(prompts), targets=targets, seed=self.options.seed, **asked)
         return [
             self.pair((float(-f.log_probabilities.mean()) if t else 0.0, bool(f.greedy.all())))
             for f, t in zip(found, targets, strict=True)
@@ -335,12 +335,3 @@ def _blamed_on(requests: Sequence) -> Iterator[None]:
     except InputError as fault:
         about = [f"document {r.args[-3]} of task {r.args[-2]}" for r in requests if len(r.args) > 2]
         raise InputError(f"{', '.join(about)}: {fault}" if about else str(fault)) from fault
-
-
-def _together(prompts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Prompts [1, S] as one batch: right-padded ids with their mask, the pictures of all rows in order."""
-    rows = [p["input_ids"][0] for p in prompts]
-    ids = pad_sequence(rows, batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    pixels = [p["pixel_values"] for p in prompts if "pixel_values" in p]
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.cat(pixels) if pixels else None}

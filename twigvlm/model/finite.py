@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import RunError
-from ..model.trunk import Trunk
-from ..model.twig import Twig
+from .trunk import Trunk
+from .twig import Twig
 
 
 class NotFinite(RunError):
