@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: demo test test-all test-nightly lint clean
 
 demo: .venv/.ready
-	$(PY) cli_demo.py --stream --pruning twig-discount -R 64 --question "Describe the image in detail."
+	$(PY) -m twigvlm demo --stream --pruning twig-discount -R 64 --question "Describe the image in detail."
 
 test: .venv/.ready
 	$(PY) -m pytest -m "not slow and not nightly" -n 2 --dist loadfile
@@ -28,4 +28,4 @@ lint: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -92,7 +92,8 @@ def over(sizes: Mapping[str, int], limit: int, allowed: Mapping[str, int]) -> li
 # Which room may look into which: those named and, everywhere, the ground floor. Each room may look at itself.
 GROUND = {"config", "errors", "files", "processes", "program", "record", "threads", "workers"}
 LOOKS_INTO: dict[str, set[str]] = {
-    "model": set(),
+    "hub": set(),  # of a folder and of facts; it knows no model
+    "model": {"hub"},  # a twig pushes itself
     "loading": {"model"},
     "prompt": {"loading"},
     "world": {"flags"},  # its commands'
@@ -141,11 +142,13 @@ LOOKS_INTO: dict[str, set[str]] = {
         "world",
     },
 }
+LOOKS_INTO["commands"] = LOOKS_INTO["evaluation"]
+LOOKS_INTO["__main__"] = {""}  # its commands are names until they are asked for
 # Programs that lie in the room which they are about and look at more than the room may: nothing imports them.
 COMMANDS = {"twigvlm.pruning.show": {"", "vlm", "foresight"}}
 # Who else needs transformers: its warpers, its processors, its parser, its log.
 TRANSFORMERS = {"model", "loading", "prompt", "families", "training", "sprout"}
-ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run"}
+ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run", "commands.demo", "commands.export"}
 
 
 def room(name: str) -> str:

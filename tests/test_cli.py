@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import cli_demo
+from twigvlm.commands.demo import Interrupt
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = re.compile(
@@ -297,7 +298,7 @@ def test_ctrl_c_ends_the_answer_and_keeps_the_conversation():
 
 def test_an_interrupted_answer_ends_after_the_token_in_work(monkeypatch):
     """The criterion that Ctrl-C meets; a second Ctrl-C is Python's own."""
-    with cli_demo.Interrupt() as interrupt:
+    with Interrupt() as interrupt:
         assert not interrupt(None, None)
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupt(None, None) and interrupt.came

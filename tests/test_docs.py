@@ -80,7 +80,7 @@ def test_pages_name_what_exists():
         assert (ROOT / "twigvlm" / name).exists(), name
 
 
-@pytest.mark.parametrize("module", ["cli_demo", "twigvlm.evaluation.run", "twigvlm.evaluation.suite"])
+@pytest.mark.parametrize("module", ["twigvlm.commands.demo", "twigvlm.evaluation.run", "twigvlm.evaluation.suite"])
 def test_help_names_every_method(module, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(module).parse(["--help"])

@@ -1,4 +1,4 @@
-"""The one way to write a file (whole or not at all) and to hold a lock. Knows nothing of what is in them.
+"""Where files lie, the one way to write one (whole or not at all) and to hold a lock. Knows nothing of what is in them.
 
 filelock is imported with the first lock: reading and scoring need the standard library alone.
 """
@@ -9,7 +9,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,26 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 PART = ".part-"  # begins the name of what is not whole yet
+PACKAGE = Path(__file__).resolve().parent
+# The clone (or unpacked source distribution) that this code runs from; None where it was installed.
+CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else None
+# What comes along with the code: checkpoints/, assets/, scripts/. A wheel carries it inside the package.
+BROUGHT = CHECKOUT or PACKAGE / "carried"
+
+
+def home(env: Mapping[str, str] = os.environ) -> Path:
+    """Where programs keep what they make and could make again (drawn data, calibrations).
+
+    TWIGVLM_HOME goes first; then playground/data of a clone; else `twigvlm` in the user's cache folder, which
+    XDG_CACHE_HOME may name. Never the folder that the package was installed to.
+    """
+    if env.get("TWIGVLM_HOME"):
+        return Path(os.path.abspath(os.path.expanduser(env["TWIGVLM_HOME"])))
+    if CHECKOUT is not None:
+        return CHECKOUT / "playground" / "data"
+    named = env.get("XDG_CACHE_HOME") or (env.get("LOCALAPPDATA") if os.name == "nt" else None)
+    cache = Path(named) if named and os.path.isabs(named) else Path(os.path.expanduser("~/.cache"))
+    return cache / "twigvlm"
 
 
 @contextlib.contextmanager

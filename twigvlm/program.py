@@ -8,10 +8,19 @@ import sys
 from collections.abc import Callable
 
 from .errors import InputError, RunError
+from .files import CHECKOUT
 
-INSTALL = (
-    "install what this project needs: `make demo` sets up .venv, or pip install -r requirements.txt && pip install -e ."
+PROGRAM = "twigvlm"
+INSTALL = "install what this project needs: " + (
+    "`make demo` sets up .venv, or pip install -r requirements.txt && pip install -e ."
+    if CHECKOUT
+    else 'pip install "twigvlm[train,eval]"'
 )
+
+
+def called(module: str) -> str:
+    """How a command is written where somebody asks how to use it: `twigvlm NAME`, or `python -m` its module."""
+    return sys.argv[0] if sys.argv[0].startswith(f"{PROGRAM} ") else f"python -m {module}"
 
 
 def run_program(body: Callable[[], int | None]) -> int:

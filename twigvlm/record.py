@@ -12,9 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .errors import InputError
+from .files import CHECKOUT
+from .program import PROGRAM
 
 MARKDOWN = "github"  # as tabulate calls it
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def provenance() -> dict:
@@ -23,7 +24,7 @@ def provenance() -> dict:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
-        "command": " ".join([Path(sys.executable).name, *_argv()]),
+        "command": " ".join(_argv()),
         "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -43,7 +44,7 @@ def table(rows: Sequence[Mapping], digits: int = 1, form: str = MARKDOWN, words:
     try:
         from tabulate import tabulate
     except ImportError:
-        raise InputError('a table needs tabulate, which is not installed: pip install -e ".[eval]"') from None
+        raise InputError("a table needs tabulate, which is not installed: pip install tabulate") from None
 
     def cell(value) -> str:
         text = "" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else str(value)
@@ -56,16 +57,26 @@ def table(rows: Sequence[Mapping], digits: int = 1, form: str = MARKDOWN, words:
 
 
 def _argv() -> list[str]:
+    if sys.argv[0].startswith(f"{PROGRAM} "):
+        return sys.argv
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = ["-m", module.name] if module is not None and module.name else [Path(sys.argv[0]).name]
-    return [*name, *sys.argv[1:]]
+    return [Path(sys.executable).name, *name, *sys.argv[1:]]
 
 
 @cache
 def _commit() -> str | None:
+    """Of the clone; of an installed package its version."""
+    if CHECKOUT is None:
+        return f"v{version('twigvlm')}"
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
+            ["git", "describe", "--always", "--dirty"],
+            cwd=CHECKOUT,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         )
         return found.stdout.strip()
     except (OSError, subprocess.SubprocessError):

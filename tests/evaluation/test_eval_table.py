@@ -188,7 +188,7 @@ def test_plots(runs, tmp_path, capsys):
 def test_without_tabulate_numbers_are_told_all_the_same(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "tabulate", None)
     code, out, err = call(capsys, runs, "--plots", tmp_path / "plots")
-    assert code == 2 and not out and err.splitlines()[-1].startswith("error: ") and 'pip install -e ".[eval]"' in err
+    assert code == 2 and not out and err.splitlines()[-1].startswith("error: ") and "pip install tabulate" in err
     assert (tmp_path / "plots" / "relacc_speed.png").exists()
     for form in ("csv", "json"):
         assert call(capsys, runs, "--format", form)[0] == 0

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import flags
 from ..processes import guarded
-from ..program import print_json
+from ..program import called, print_json
 from .asking.calibration import calibrate, said
 from .run import add_options, announce, job_of, setting_of
 from .suite import MAIN
@@ -24,7 +24,7 @@ QUESTIONS = 64
 
 def make_parser() -> argparse.ArgumentParser:
     writing = flags.writing(max_new_tokens=None, seed=0)
-    parser = flags.parser("python -m twigvlm.evaluation.calibrate", __doc__, flags.model(), writing)
+    parser = flags.parser(called("twigvlm.evaluation.calibrate"), __doc__, flags.model(), writing)
     parser.add_argument(
         "--task", default=MAIN[0], choices=(*TASKS, *ALIASES), metavar="T",
         help="whose questions are asked (default %(default)s)",

@@ -22,15 +22,14 @@ from tqdm import tqdm
 
 from .. import flags
 from ..errors import InputError
-from ..program import run_program
-from ..record import ROOT
+from ..program import called, run_program
+from .asking.setting import REAL_DATA
 from .tasks import TASKS
 from .tasks.base import Question, Source, Task
 
 ABSENT, PRESENT, COMPLETE, BROKEN = "absent", "present", "complete", "broken"
 SAMPLE = 3  # names of missing pictures that are shown
 DUMMY = "No"  # an answer that every scorer takes
-REAL_DATA = ROOT / "playground" / "data" / "eval"
 
 
 @dataclass
@@ -174,7 +173,7 @@ def _check_truth(finding: Finding, task: Task, root: Path, split: str, questions
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m twigvlm.evaluation.check", description="Which benchmarks are there, whole or damaged."
+        prog=called("twigvlm.evaluation.check"), description="Which benchmarks are there, whole or damaged."
     )
     parser.add_argument("--data", type=Path, default=REAL_DATA, help="holds one folder a benchmark (%(default)s)")
     parser.add_argument("--task", action="append", choices=list(TASKS), help="only this one; may be given again")

@@ -26,6 +26,7 @@ from .. import flags
 from ..errors import InputError
 from ..files import write_json, write_text
 from ..processes import Placement, Stop, guarded, place
+from ..program import called
 from ..pruning import METHODS, Plan, Shape, find_method
 from ..pruning.catalogue import budgets_of, methods_of
 from ..pruning.cost import Cost
@@ -54,7 +55,7 @@ NOTES = "refused-{}.json"  # in the report's folder: what a shard could not ask
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     writing = flags.writing(leave=("retained_tokens", "pruning"), max_new_tokens=None, seed=0)
-    parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
+    parser = flags.parser(called(MODULE), __doc__, flags.model(), writing)
     what = parser.add_argument_group("what to compare")
     what.add_argument(
         "--methods", type=_methods, metavar="M,M,…",

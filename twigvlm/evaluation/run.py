@@ -26,7 +26,7 @@ from .. import flags
 from ..config import GenerationSettings
 from ..errors import InputError, RunError
 from ..processes import Placement, Stop, guarded, place
-from ..program import print_json
+from ..program import called, print_json
 from .asking.answers import LOGS, open_shard
 from .asking.calibration import ensure
 from .asking.job import Job, default_out, find_data, find_split
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def make_parser() -> argparse.ArgumentParser:
     writing = flags.writing(max_new_tokens=None, seed=0)
-    parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
+    parser = flags.parser(called(MODULE), __doc__, flags.model(), writing)
     names = (*TASKS, *OWN, *ALIASES)
     parser.add_argument("--task", required=True, choices=names, metavar="T", help=f"one of {', '.join(names)}")
     own = parser.add_argument_group("your own questions (--task vqa)")
@@ -78,8 +78,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", type=Path, metavar="DIR",
-        help="holds one folder a benchmark (default: playground/data/sprout for the embedded model, else "
-        "playground/data/eval)",
+        help="holds one folder a benchmark (default: playground/data/eval; for the embedded model playground/data/sprout, without "
+        "a clone ~/.cache/twigvlm/sprout)",
     )  # fmt: skip
     data.add_argument("--limit", type=int, metavar="N", help="ask the first N questions only")
     data.add_argument("--skip-broken", action="store_true", help="count questions with broken pictures and go on")

@@ -15,7 +15,7 @@ from typing import Any
 
 from .. import flags
 from ..errors import InputError
-from ..program import run_program
+from ..program import called, run_program
 from .tasks import ALIASES, OWN, TASKS, find
 from .tasks.base import Score, Source, Task
 from .tasks.reading import write_whole
@@ -51,7 +51,7 @@ def _facts(task: Task, score: Score) -> dict[str, Any]:
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m twigvlm.evaluation.score",
+        prog=called("twigvlm.evaluation.score"),
         description="Score an answer file as the benchmark's official scorer does.",
         allow_abbrev=False,
     )

@@ -35,7 +35,7 @@ from ..loading.device import pick_device, pick_dtype
 from ..loading.random import random_base
 from ..model.trunk import Trunk
 from ..model.twig import grow
-from ..program import print_json, run_program
+from ..program import called, print_json, run_program
 from ..record import provenance, table
 from ..threads import Clock
 from ..vlm import TwigVLM
@@ -340,7 +340,7 @@ def measure(args: argparse.Namespace) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     writing = flags.writing(leave=("max_new_tokens", "temperature", "top_k", "top_p"))
-    parser = flags.parser("python -m twigvlm.evaluation.speed", __doc__, flags.model(), writing)
+    parser = flags.parser(called("twigvlm.evaluation.speed"), __doc__, flags.model(), writing)
     parser.add_argument(
         "--random", metavar="SHAPE", help="random weights instead: llava-1.5-7b, llava-1.5-13b or WIDTHxLAYERS"
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 from .. import flags
 from ..errors import InputError
 from ..processes import Stop, guarded
-from ..program import print_json
+from ..program import called, print_json
 from ..pruning.catalogue import budgets_of
 from .asking.job import Job
 from .run import MODULE as RUN
@@ -32,7 +32,7 @@ BUDGETS = "192,128,64"
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     writing = flags.writing(leave=("retained_tokens",), max_new_tokens=None, seed=0)
-    parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
+    parser = flags.parser(called(MODULE), __doc__, flags.model(), writing)
     parser.add_argument(
         "-R", "--retained-tokens", type=budgets_of, default=budgets_of(BUDGETS), metavar="R,R,…",
         help=f"averages of visual tokens kept per layer (default {BUDGETS})",

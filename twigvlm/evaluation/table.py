@@ -23,7 +23,7 @@ from typing import Any
 
 from .. import flags
 from ..errors import InputError
-from ..program import run_program
+from ..program import called, run_program
 from ..record import table
 from .asking.answers import RESULT
 from .tasks import OWN, TASKS
@@ -347,7 +347,7 @@ def _save(plt, figure, axes, file: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m twigvlm.evaluation.table",
+        prog=called("twigvlm.evaluation.table"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -16,9 +16,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConf
 from transformers.activations import ACT2FN
 
 from ..errors import InputError
+from ..files import BROUGHT
 from .find import HUB_DESCRIPTION, read_json, resolve
 
-EMBEDDED = Path(__file__).resolve().parents[2] / "checkpoints"
+EMBEDDED = BROUGHT / "checkpoints"
 EMBEDDED_BASE, EMBEDDED_TWIG = EMBEDDED / "sprout-base", EMBEDDED / "sprout-twig-K2-T3"
 
 # The tower that original LLaVA-1.5 checkpoints name, for those that carry its weights themselves.
@@ -57,7 +58,9 @@ def find_base(base: str | Path | None) -> tuple[str, Path, dict, bool]:
     if base is not None and not folder.is_dir():
         raise InputError(f"{folder}: is a file; give the folder that holds config.json and the weights")
     if not folder.is_dir():
-        raise InputError(f"{folder}: the embedded model is not here; give base=, or run from a clone of the project")
+        raise InputError(
+            f"{folder}: the embedded model is not here; give base=, or install the project anew, or run from a clone of it"
+        )
     _check_folder(folder)
     file = folder / "config.json"
     facts = read_json(file)

@@ -54,7 +54,7 @@ def check_attention(attention: str) -> None:
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise InputError(
             "attn_implementation flash_attention_2 needs the package flash-attn, which is not installed: "
-            'pip install -e ".[flash]" --no-build-isolation (a CUDA device is needed), or use sdpa'
+            'pip install "twigvlm[flash]" --no-build-isolation (a CUDA device is needed), or use sdpa'
         )
 
 

@@ -33,7 +33,7 @@ def load_projector(folder: str | Path, trunk: Trunk) -> nn.Module:
     facts = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if not facts or not (folder / WEIGHTS).is_file():
         raise InputError(f"{folder}: no tuned projector ({WEIGHTS} and {CONFIG} are needed); train one: "
-                         "bash scripts/v1_5/train_projector.sh")  # fmt: skip
+                         "twigvlm train --learn projector")  # fmt: skip
     if not recognised(facts.get("base_signature", []), trunk):
         raise InputError(
             f"{folder}: this projector was tuned for other weights ({facts.get('base')!r}) than this base's"

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
+from ..files import home
 from ..model.trunk import Trunk
 from ..model.twig import recognised
-from ..record import ROOT
 from .plan import Method, Shape
 
-FOLDER = ROOT / "playground" / "data" / "calibrations"
+FOLDER = home() / "calibrations"
 
 
 def missing(method: Method) -> tuple[str, ...]:

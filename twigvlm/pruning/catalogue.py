@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 from .. import flags
 from ..errors import InputError
-from ..program import run_program
+from ..program import called, run_program
 from ..record import table
 from .calibrated import missing
 from .methods import METHODS
@@ -160,7 +160,7 @@ def methods_of(text: str) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = flags.parser("python -m twigvlm.pruning.catalogue", __doc__)
+    parser = flags.parser(called("twigvlm.pruning.catalogue"), __doc__)
     parser.add_argument(
         "--markdown", action="store_true", help="as the README (the first table) and docs/methods.md have it"
     )

@@ -19,7 +19,7 @@ from PIL import Image
 
 from .. import flags
 from ..errors import InputError
-from ..program import run_program
+from ..program import called, run_program
 from ..prompt.images import open_image
 from .catalogue import methods_of
 from .methods import METHODS
@@ -37,7 +37,7 @@ MOST, ALONE, TOKENS = 200, 6, 24  # pictures of a folder; tiles in a line where 
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     writing = flags.writing(leave=("pruning",), max_new_tokens=TOKENS, seed=0)
-    parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), writing)
+    parser = flags.parser(called(MODULE), __doc__, flags.model(), writing)
     parser.add_argument(
         "--image", required=True, metavar="FILE", help="a picture, its http(s) address, or a folder of pictures"
     )

@@ -19,10 +19,10 @@ import twigvlm
 
 from ..config import TwigConfig
 from ..families import trunk_of
+from ..files import CHECKOUT
 from ..loading.base import load_base
 from ..loading.describe import EMBEDDED_BASE
 from ..model.twig import CONFIG, Init, grow, save_twig
-from ..record import ROOT
 from ..world.questions import Question
 from ..world.scenes import Scene
 from .grown import trained
@@ -170,7 +170,8 @@ def ablate(ablation: Ablation, sections: tuple[str, ...]) -> dict:
 
 def _short(path: Path) -> str:
     """Without the folders of whoever ran it."""
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    here = CHECKOUT or Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def measure(ablation: Ablation, variant: Variant, asked: list[tuple[Scene, list[Question]]]) -> dict:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RunError
-from ..record import ROOT
+from ..files import CHECKOUT
 from ..training.run.checkpoints import RUN
 
 
@@ -23,7 +23,7 @@ def trained(folder: Path, flags: Sequence[str], steps: int, device: str | None =
         flags += ["--agreement", "labels"]  # no answers of the base are made for it
         flags += ["--device", device] if device else []
         command = [sys.executable, "-m", "twigvlm.training.launch", *flags]
-        if (code := subprocess.run(command, cwd=ROOT, check=False).returncode) or not finished(folder):
+        if (code := subprocess.run(command, cwd=CHECKOUT, check=False).returncode) or not finished(folder):
             raise RunError(
                 f"the training of {folder.name} ended with exit code {code}, see above; the same command goes on"
             )

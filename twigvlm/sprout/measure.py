@@ -26,7 +26,7 @@ from .. import flags
 from ..errors import InputError
 from ..files import write_json
 from ..model.trunk import rotate_half
-from ..program import run_program
+from ..program import called, run_program
 from ..record import provenance
 from ..world.draw import draw
 from ..world.phrasing import forms
@@ -328,7 +328,9 @@ WHAT = ("skip", "lens", "looking", "turns", "phrasing", "describe")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called("twigvlm.sprout.measure"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, help="folder of a finished base, measured on pictures")
     parser.add_argument("--checkpoint", type=Path, help="file of a stage of the course, measured on nine symbols")
     parser.add_argument("--pictures", action="store_true", help="show the checkpoint pictures instead of symbols")

@@ -16,15 +16,16 @@ from pathlib import Path
 from .. import flags
 from ..errors import InputError
 from ..evaluation.comparing.shown import markdown, short
-from ..files import write_text
+from ..files import CHECKOUT, write_text
 from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..model.twig import CONFIG, WEIGHTS
-from ..program import run_program
+from ..program import called, run_program
 from ..pruning.catalogue import catalogue, in_short
-from ..record import ROOT, provenance, table
+from ..record import provenance, table
 from ..world.questions import KINDS
 from .report import HIDDEN
 
+ROOT = CHECKOUT or Path()
 RESULTS = ROOT / "benchmarks" / "results"
 START, END = "<!-- figures -->", "<!-- end of figures -->"  # marks in README and docs/results.md
 TOLD = (
@@ -261,7 +262,9 @@ def _benchmarks(results: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called("twigvlm.sprout.publish"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--run", type=Path, default=Path("runs/sprout"), help="folder of the training run (default %(default)s)"
     )
@@ -275,6 +278,8 @@ def main(argv: list[str] | None = None) -> int:
     args = flags.parse(parser, argv)
 
     def body() -> None:
+        if CHECKOUT is None:
+            raise InputError("what is published are files of a clone, and this package is installed; run it from a clone")
         if args.methods_only:
             return refresh_methods(RESULTS)
         if not args.readme_only:

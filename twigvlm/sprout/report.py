@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..files import write_json
 from ..foresight import Wish, check
 from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
-from ..program import run_program
+from ..program import called, run_program
 from ..record import provenance, table
 from ..world.questions import KINDS
 from . import ablate, plus
@@ -134,7 +134,9 @@ def print_plus(args: argparse.Namespace, start: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called("twigvlm.sprout.report"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--base", type=Path, help="base folder (default: the embedded one)")
     parser.add_argument("--twig", type=Path, help="twig folder (default: the embedded one)")
     parser.add_argument(

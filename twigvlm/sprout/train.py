@@ -24,8 +24,8 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from .. import flags
 from ..errors import InputError, RunError
-from ..program import run_program
-from ..record import ROOT
+from ..files import CHECKOUT
+from ..program import called, run_program
 from ..training.muon import for_decoder
 from ..world.conversations import CONVERSATIONS, DRAWN, IMAGES, ensure_drawn
 from .grown import finished
@@ -178,7 +178,7 @@ class Course:
         command += ["--data", data / CONVERSATIONS, "--images", data / IMAGES, "--out", out / TWIG, *TWIG_FLAGS]
         command += ["--device", self.device.split(":")[0], "--workers", str(self.workers)]
         if not finished(self.out / TWIG):
-            code = subprocess.run([str(word) for word in command], cwd=ROOT, check=False).returncode
+            code = subprocess.run([str(word) for word in command], cwd=CHECKOUT, check=False).returncode
             if code or not finished(self.out / TWIG):
                 raise RunError(f"the twig's training ended with exit code {code}, see above; the same command goes on")
 
@@ -236,7 +236,9 @@ class Course:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called("twigvlm.sprout.train"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/sprout"), help="folder of the run (default %(default)s)")
     parser.add_argument("--stages", default=",".join(NAMES), help="which stages (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")

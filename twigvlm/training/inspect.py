@@ -23,7 +23,7 @@ from pathlib import Path
 
 from .. import flags
 from ..errors import InputError, RunError
-from ..program import run_program
+from ..program import called, run_program
 from .data.examples import IMAGE_LABEL, Example, Records, Skipped, TwigDataset
 from .data.survey import MAX_SKIPPED, counts, default_workers, in_parts
 
@@ -224,7 +224,7 @@ def _share(part: int, whole: int) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m twigvlm.training.inspect",
+        prog=called("twigvlm.training.inspect"),
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -15,12 +15,14 @@ from pathlib import Path
 from .. import flags
 from ..config import DEFAULT_K, DEFAULT_T, option
 from ..errors import InputError
+from ..files import BROUGHT
 from ..loading.device import BACKENDS
 from ..loading.random import SHAPES
 from ..model.pruning_head import STARTS
+from ..program import called
 from .run.zero import read_zero
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = BROUGHT / "scripts"
 ZERO = {"2": "zero2.json", "3": "zero3.json", "3_offload": "zero3_offload.json"}
 SKIPPED = "skipped.jsonl"
 STOPPED = "stopped.json"  # a training that a signal stopped leaves this
@@ -310,7 +312,7 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
 def check_accelerate() -> None:
     """The package that trains is an extra."""
     if importlib.util.find_spec("accelerate") is None:
-        raise InputError("training needs the package accelerate, which is not installed: pip install -e '.[train]'")
+        raise InputError('training needs the package accelerate, which is not installed: pip install "twigvlm[train]"')
 
 
 def split_batch(batch: int, processes: int, rows: int | None, usual: int) -> tuple[int, int]:
@@ -339,7 +341,7 @@ def split_batch(batch: int, processes: int, rows: int | None, usual: int) -> tup
 def parse(argv: list[str] | None, doc: str) -> tuple[Settings, Namespace]:
     """Settings and the flags that say what to do with them (--dry-run and its own)."""
     groups = [flags.group(title, part) for title, part in PARTS.items()]
-    args = flags.parse(flags.parser("python -m twigvlm.training.train", doc, *groups), argv)
+    args = flags.parse(flags.parser(called("twigvlm.training.train"), doc, *groups), argv)
     return Settings(**{one.name: getattr(args, one.name) for one in fields(Settings)}), args
 
 

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from .. import flags
 from ..errors import InputError, RunError
-from ..files import alone
-from ..program import run_program
+from ..files import alone, home
+from ..program import called, run_program
 from .draw import draw
 from .questions import KINDS, Question, ask
 from .scenes import sample_scene
 
-DRAWN = Path(__file__).resolve().parents[2] / "playground" / "data" / "sprout"
+DRAWN = home() / "sprout"
 CONVERSATIONS, IMAGES, FACTS = "conversations.json", "images", "drawn.json"
 VERSION = 1  # of what is drawn: raise it when scenes, questions or pixels change
 SAMPLES = {"train": 3200, "validation": 64}
@@ -98,12 +98,16 @@ def ensure_drawn(root: Path = DRAWN, samples: dict[str, int] = SAMPLES, progress
                     write(split, count, root / split, progress)
     except OSError as fault:
         raise RunError(
-            f"{root}: the drawn data cannot be written ({fault}); free space or run from a writable folder"
+            f"{root}: the drawn data cannot be written ({fault}); free space, or name a writable folder in TWIGVLM_HOME"
         ) from fault
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=called("twigvlm.world.conversations"),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, default=DRAWN, help="folder of the splits (default %(default)s)")
     parser.add_argument(
         "--samples", type=int, default=SAMPLES["train"], help="of the training split (default %(default)s)"

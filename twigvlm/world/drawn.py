@@ -23,13 +23,12 @@ from pathlib import Path
 
 from .. import flags
 from ..errors import InputError, RunError
-from ..files import PART, alone, write_json
-from ..program import run_program
+from ..files import PART, alone, home, write_json
+from ..program import called, run_program
 from .benchmarks import gqa, mmbench, mme, mmmu, mmvet, pope, scienceqa, seed, textvqa, vqav2
 from .benchmarks.folder import Folder
 
-ROOT = Path(__file__).resolve().parents[2]
-DEFAULT = ROOT / "playground" / "data" / "sprout"
+DEFAULT = home() / "sprout"
 STAMP = "sprout.json"
 PICTURES, LOCK = ".pictures", ".lock"
 HERE = Path(__file__).resolve().parent
@@ -80,7 +79,9 @@ def ensure(root: Path, task: str | None = None) -> Path:
                 if not _is_current(root / folder):
                     _generate(root, folder)
     except OSError as error:
-        raise RunError(f"{root} cannot be written: {error}; name another folder for the embedded data") from None
+        raise RunError(
+            f"{root} cannot be written: {error}; name another folder for the embedded data, here or in TWIGVLM_HOME"
+        ) from None
     return root
 
 
@@ -175,7 +176,7 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m twigvlm.world.drawn", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=called("twigvlm.world.drawn"), description=__doc__.split("\n")[0])
     parser.add_argument(
         "--out", type=Path, default=DEFAULT, help="where one folder a benchmark is written (%(default)s)"
     )

@@ -16,15 +16,18 @@ from typing import Any
 
 from ...config import GenerationSettings, ModelSettings
 from ...errors import InputError
-from ...record import ROOT
+from ...files import BROUGHT, CHECKOUT, home
 from ..tasks.base import Question
 
 DEFAULT_R = 64.0
 DEFAULT_PRUNING = GenerationSettings.pruning
 LONGEST = 80  # letters of a method's settings in a file's name
 EMBEDDED_NAME = "sprout"
-EMBEDDED_BASE, EMBEDDED_TWIG = ROOT / "checkpoints" / "sprout-base", ROOT / "checkpoints" / "sprout-twig-K2-T3"
-EMBEDDED_DATA, REAL_DATA = ROOT / "playground" / "data" / "sprout", ROOT / "playground" / "data" / "eval"
+EMBEDDED_BASE, EMBEDDED_TWIG = BROUGHT / "checkpoints" / "sprout-base", BROUGHT / "checkpoints" / "sprout-twig-K2-T3"
+EMBEDDED_DATA = home() / "sprout"
+REAL_DATA = (
+    (CHECKOUT or Path()) / "playground" / "data" / "eval"
+)  # fetched by hand: in the working folder, as LLaVA has it
 WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "twig_config.json")
 LATE = ("K", "T", "F", "dtype")
 OLDER = ("retained_tokens", "pruning", "max_new_tokens", "do_sample", "temperature", "top_p", "seed")

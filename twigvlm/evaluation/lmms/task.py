@@ -17,7 +17,7 @@ from typing import Any
 
 from ... import flags
 from ...errors import InputError, RunError
-from ...program import run_program
+from ...program import called, run_program
 from ..tasks.pope import ENDING, POPE, PREFIX, SETTINGS
 from ..tasks.reading import ID, read_records, write_whole
 
@@ -90,7 +90,7 @@ def _shipped() -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m twigvlm.evaluation.lmms.task", description="Write a local task for lmms-eval from POPE files."
+        prog=called("twigvlm.evaluation.lmms.task"), description="Write a local task for lmms-eval from POPE files."
     )
     parser.add_argument("out", type=Path, help="folder for the task; give it to lmms-eval as --include_path")
     parser.add_argument("--pope", type=Path, help="folder with coco/ and val2014/ (default: the embedded world's)")

@@ -163,7 +163,7 @@ def write_spreadsheet(path: Path, rows: Sequence[Sequence[str | int | None]]) ->
     try:
         import xlsxwriter
     except ImportError:
-        raise InputError(f'{path.name} needs XlsxWriter, which is not installed: pip install -e ".[eval]"') from None
+        raise InputError(f'{path.name} needs XlsxWriter, which is not installed: pip install "twigvlm[eval]"') from None
     for number, row in enumerate(rows, 1):
         if long := [len(value) for value in row if isinstance(value, str) and len(value) > CELL_LIMIT]:
             raise InputError(

@@ -40,7 +40,7 @@ class TunedZip(Zip):
         where = self.where or EMBEDDED_BASE.parent / f"sprout-visionzip-R{self.n}"
         if self.where is None and not (vlm.base_name == "sprout" and (where / CONFIG).is_file()):
             raise InputError(
-                f"visionzip* needs a projector tuned for R = {self.n}; train one (bash scripts/v1_5/train_projector.sh "
+                f"visionzip* needs a projector tuned for R = {self.n}; train one (twigvlm train --learn projector "
                 f"-R {self.n}) and give visionzip*:projector=FOLDER"
             )
         return replace(self, projector=load_projector(where, vlm.trunk).to(vlm.device, vlm.dtype))
