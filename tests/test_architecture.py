@@ -127,6 +127,7 @@ LOOKS_INTO: dict[str, set[str]] = {
         "prompt",
         "pruning",
         "world",
+        "hub",
     },
     "sprout": {
         "vlm",
@@ -140,9 +141,10 @@ LOOKS_INTO: dict[str, set[str]] = {
         "pruning",
         "training",
         "world",
+        "hub",
     },
 }
-LOOKS_INTO["commands"] = LOOKS_INTO["evaluation"]
+LOOKS_INTO["commands"] = LOOKS_INTO["evaluation"] | {"hub"}
 LOOKS_INTO["__main__"] = {""}  # its commands are names until they are asked for
 # Programs that lie in the room which they are about and look at more than the room may: nothing imports them.
 COMMANDS = {"twigvlm.pruning.show": {"", "vlm", "foresight"}}

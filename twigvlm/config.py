@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -106,6 +107,50 @@ def tree_shape(given: str | Sequence[int]) -> TreeShape:
     return shape
 
 
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([^@\s]+))?")  # owner/name, or owner/name@REVISION
+
+
+def hub_id(name: str | Path | None) -> str | None:
+    """owner/name of what may be on the hub, without its revision; None for what is on this disk, or no such name."""
+    return split_name(name)[0]
+
+
+def split_name(name: str | Path | None) -> tuple[str | None, str | None]:
+    """(owner/name, revision) of what may be on the hub; (None, None) for what is on this disk, or no such name."""
+    text = "" if name is None else str(name)
+    match = HUB_NAME.fullmatch(text)
+    if match is None or text.startswith(".") or Path(text).expanduser().exists():
+        return None, None
+    return match[1], match[2]
+
+
+def pinned(base: str | Path | None, twig: str | Path | None, revision: str | None, twig_revision: str | None):
+    """(base, twig) with their revisions behind their names: owner/name@REVISION.
+
+    `revision` is the base's, and the twig's where only that is on the hub. Raises InputError for a revision of what is
+    not there, or another one than a name says.
+    """
+    if revision is not None and hub_id(base) is None and hub_id(twig) is not None and twig_revision is None:
+        revision, twig_revision = None, revision
+    return _pin(base, revision, "revision", "the base"), _pin(twig, twig_revision, "twig_revision", "the twig")
+
+
+def _pin(name: str | Path | None, revision: str | None, option: str, what: str) -> str | Path | None:
+    if revision is None:
+        return name
+    known, said = split_name(name)
+    if known is None:
+        here = "not given" if name is None else f"{name}, no hub id of the form owner/name"
+        raise InputError(
+            f"{option} is {revision!r}, but {what} is {here}; only what is on the hub has revisions: leave {option} away"
+        )
+    if not HUB_NAME.fullmatch(f"{known}@{revision}"):
+        raise InputError(f"{option} is {revision!r}; a commit, branch or tag of {known} is needed")
+    if said not in (None, revision):
+        raise InputError(f"{option} is {revision!r}, but {name} names another revision; give one of them")
+    return f"{known}@{revision}"
+
+
 def whole_or_auto(text: str) -> int | str:
     """A draft length as people write it."""
     return AUTO if text == AUTO else int(text)
@@ -137,6 +182,16 @@ class ModelSettings:
     device: str | None = option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
     dtype: str | None = option(None, "float32, bfloat16 or float16 (default: what the device likes)")
     attn_implementation: str = option("sdpa", "sdpa, eager or flash_attention_2", metavar="NAME")
+    revision: str | None = option(
+        None, "commit, branch or tag of the base on the hub, or of the twig where only that is there", metavar="REV"
+    )
+    twig_revision: str | None = option(None, "commit, branch or tag of the twig on the hub", metavar="REV")
+
+    def __post_init__(self) -> None:
+        """From here on a revision is a part of the name."""
+        base, twig = pinned(self.base, self.twig, self.revision, self.twig_revision)
+        for name, value in (("base", base), ("twig", twig), ("revision", None), ("twig_revision", None)):
+            object.__setattr__(self, name, value)
 
     @property
     def has_twig(self) -> bool:

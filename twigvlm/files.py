@@ -49,7 +49,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield part
-        os.chmod(part, 0o666 & ~_umask())  # some libraries write for the owner's eyes only
+        os.chmod(part, 0o666 & ~umask())  # some libraries write for the owner's eyes only
         flush(part)
         os.replace(part, path)
         flush(path.parent)
@@ -113,7 +113,8 @@ def whole(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Of this process: what files are not to be."""
     now = os.umask(0)
     os.umask(now)
     return now

@@ -48,9 +48,9 @@ def group(title: str, kind: type, leave: Collection[str] = (), **defaults: Any) 
     return flags
 
 
-def model() -> type:
+def model(leave: Collection[str] = ()) -> type:
     """Which model: the arguments of `twigvlm.load`."""
-    return group("model", ModelSettings)
+    return group("model", ModelSettings, leave)
 
 
 def writing(leave: Collection[str] = (), **defaults: Any) -> type:
@@ -165,7 +165,8 @@ def save(args: argparse.Namespace, folder: Path) -> None:
 
 
 def model_settings(args: argparse.Namespace) -> ModelSettings:
-    return ModelSettings(**{f.name: getattr(args, f.metadata.get("flag", f.name)) for f in fields(ModelSettings)})
+    names = {f.name: f.metadata.get("flag", f.name) for f in fields(ModelSettings)}
+    return ModelSettings(**{name: getattr(args, flag) for name, flag in names.items() if hasattr(args, flag)})
 
 
 def generation(args: argparse.Namespace, has_twig: bool = True) -> dict[str, Any]:

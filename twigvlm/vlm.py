@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig, takes
+from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig, pinned, takes
 from .decoding import Decoder, Likelihood, Step, embed, score
 from .decoding.choose import Chooser
 from .decoding.drafting import Drafting
@@ -355,8 +355,13 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str = "sdpa",
+    revision: str | None = None,
+    twig_revision: str | None = None,
 ) -> TwigVLM:
     """Load a base and its twig: hub ids or folders; neither means the embedded model with its twig.
+
+    `revision` is a commit, branch or tag of the base on the hub (of the twig, where only that is there),
+    `twig_revision` of the twig; owner/name@REVISION says the same. Nothing that is downloaded is run.
 
     K, T and the wipe layer F come from the twig's files; the release format does not store K and F:
     then K=2 and F=round(0.75 L) unless given. `wipe_layer` overrides a stored F. A base without a
@@ -366,16 +371,14 @@ def load(
     for letter, value, least in (("K", K, 0), ("T", T, 1), ("wipe_layer", wipe_layer, 1)):
         if value is not None and value < least:
             raise InputError(f"{letter} is {value}; {least} or more is needed")
+    base, twig = pinned(base, twig, revision, twig_revision)
     where = pick_device(device)
     loaded = load_base(base, where, pick_dtype(dtype, where), attn_implementation)
     if base is None and twig is None:
         twig = EMBEDDED_TWIG
-    if twig is None:
-        wanted = any(v is not None for v in (K, T, wipe_layer))
-        fallback = (
-            TwigConfig(trunk_of(loaded.model).L, DEFAULT_K if K is None else K, T or DEFAULT_T, wipe_layer or 0)
-            if wanted
-            else None
-        )
-        return TwigVLM(loaded, None, fallback)
-    return TwigVLM(loaded, load_twig(twig, trunk_of(loaded.model), K, T, wipe_layer))
+    trunk = trunk_of(loaded.model)
+    if twig is not None:
+        return TwigVLM(loaded, load_twig(twig, trunk, K, T, wipe_layer, loaded))
+    if all(v is None for v in (K, T, wipe_layer)):
+        return TwigVLM(loaded, None)
+    return TwigVLM(loaded, None, TwigConfig(trunk.L, DEFAULT_K if K is None else K, T or DEFAULT_T, wipe_layer or 0))

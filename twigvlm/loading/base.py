@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 from ..errors import InputError
 from .describe import check_ends, find_base, find_tower, original_config, projector_only, stock_config
 from .device import check_attention, set_attention
-from .find import fetch_weights, read_json, resolve
+from .find import commit_of, fetch_weights, read_json, resolve
 from .weights import Filling, materialise, read_tensors, weight_files
 
 MAX_PADDED_ROWS = 64  # Hugging Face conversions round LLaVA's vocabulary up by as much
@@ -29,6 +29,11 @@ class Loaded:
     folder: Path
     name: str
     original: bool
+
+    @property
+    def revision(self) -> str | None:
+        """The commit on the hub that it was fetched from."""
+        return commit_of(self.folder)
 
 
 def load_base(

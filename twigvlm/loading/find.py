@@ -7,21 +7,30 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config import split_name
 from ..errors import InputError, RunError
 
-HUB_DESCRIPTION = ("*.json", "tokenizer.model", "*.txt", "*.jinja")
+HUB_DESCRIPTION = ("*.json", "tokenizer.model", "*.txt", "*.jinja", "README.md")
 HUB_FILES = (*HUB_DESCRIPTION, "*.safetensors", "*.bin")
 
 
 def resolve(name: str | Path, what: str, files: Sequence[str] = HUB_FILES) -> Path:
-    """A folder or file on this disk for a path or hub id (of which `files` are fetched into the hub's cache)."""
+    """A folder or file on this disk for a path or hub id (of which `files` are fetched into the hub's cache).
+
+    A hub id may have a revision behind it: owner/name@REVISION.
+    """
     path = Path(name).expanduser()
     if path.exists():
         return path
-    text = str(name)
-    if path.is_absolute() or text.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
-        raise InputError(f"{what} {text}: no such folder, and not a hub id of the form owner/name; check the path")
-    return _fetch(text, what, files)
+    known, revision = split_name(name)
+    if known is None:
+        raise InputError(f"{what} {name}: no such folder, and not a hub id of the form owner/name; check the path")
+    return _fetch(known, what, files, revision)
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a folder of the hub's cache holds; None for any other folder."""
+    return folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
 
 
 def fetch_weights(name: str | Path | None, folder: Path, what: str) -> Path:
@@ -36,23 +45,31 @@ def fetch_weights(name: str | Path | None, folder: Path, what: str) -> Path:
         if (folder / index).exists():
             patterns = [pattern]
             break
-    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None  # what was judged is what is fetched
-    return _fetch(str(name), what, patterns, commit)
+    known, revision = split_name(name)
+    return _fetch(known, what, patterns, commit_of(folder) or revision)  # what was judged is what is fetched
 
 
-def _fetch(name: str, what: str, files: Sequence[str], commit: str | None = None) -> Path:
+def _fetch(name: str, what: str, files: Sequence[str], revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
+        RevisionNotFoundError,
     )
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(files), revision=commit))
+        return Path(snapshot_download(name, allow_patterns=list(files), revision=revision))
     except RepositoryNotFoundError as fault:
-        raise InputError(f"{what} {name}: neither a folder here nor a repository on the hub; check the name") from fault
+        raise InputError(
+            f"{what} {name}: neither a folder here nor a repository on the hub that you may read; check the name, or "
+            "`hf auth login` where it is private"
+        ) from fault
+    except RevisionNotFoundError as fault:
+        raise InputError(
+            f"{what} {name}: the hub has no revision {revision!r} of it; give one of its commits, branches or tags"
+        ) from fault
     except HFValidationError as fault:
         raise InputError(f"{what} {name}: no such folder, and no possible hub id; check the path") from fault
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:

@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..config import DEFAULT_K, FORMAT_VERSION, TwigConfig
+from ..config import DEFAULT_K, FORMAT_VERSION, TwigConfig, split_name
 from ..errors import InputError
 from ..model.pruning_head import NAME as PRUNING_HEAD
 from ..model.pruning_head import STARTS
 from ..model.trunk import Trunk
-from ..model.twig import CONFIG, START, WEIGHTS, Twig, signature, twig_skeleton
-from .base import HEAD, MAX_PADDED_ROWS
+from ..model.twig import CONFIG, START, WEIGHTS, Origin, Twig, recognised, signature, twig_skeleton
+from .base import HEAD, MAX_PADDED_ROWS, Loaded
 from .find import HUB_FILES, read_json, resolve
 from .weights import Filling, materialise, read_index, read_tensors, weight_files
 
@@ -24,24 +24,38 @@ INDEX = f"{WEIGHTS}.index.json"
 COPIES = re.compile(r"(^|\.)bkb_")  # what TwigVLM++'s training stores of the frozen base along with a twig
 
 
-def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: int | None) -> Twig:
+def load_twig(
+    twig: str | Path,
+    trunk: Trunk,
+    K: int | None,
+    T: int | None,
+    F: int | None,
+    loaded: Loaded | None = None,
+    L: int | None = None,
+) -> Twig:
     """Read a twig for this base: our folder, or the release's one file (or a folder that holds it).
 
-    `F` overrides the stored wipe layer. Raises InputError when K or T disagree with the file, or the
-    twig grew on another base.
+    `F` overrides the stored wipe layer; of `loaded`, what the trunk was made of, the twig keeps its origin; `L` counts the
+    base's layers where the trunk has some of them. Raises InputError when K or T disagree with the file, or the twig
+    grew on another base; says on stderr where it grew on another revision of it with the same weights.
     """
+    L = trunk.L if L is None else L
     folder, file = _twig_files(resolve(twig, "twig"))
-    facts = read_twig_letters(twig, trunk.L, trunk.model.config.text_config.hidden_size, K, T)
+    facts = read_twig_letters(twig, L, trunk.model.config.text_config.hidden_size, K, T)
     files = _weights(file)
     shapes = _shapes(files)
     K = facts.get("K", DEFAULT_K if K is None else K)
-    config = TwigConfig(trunk.L, K, facts["T"], F if F is not None else facts.get("F", 0), facts.get(START, ""))
+    config = TwigConfig(L, K, facts["T"], F if F is not None else facts.get("F", 0), facts.get(START, ""))
     vocabulary = _check_head(file, shapes, trunk)
     module = twig_skeleton(trunk, config, vocabulary)
     materialise(module, trunk.device, trunk.dtype)
     fill_twig(module, files, trunk.device)
     if "base_signature" in facts:
-        _check_signature(folder / CONFIG, facts, trunk)
+        _check_signature(folder / CONFIG, facts, trunk, loaded)
+    if loaded is not None:
+        name = split_name(loaded.name)[0] or loaded.name
+        module.origin = Origin(name, loaded.revision, signature(trunk), loaded.folder, folder)
+        _compare_revisions(folder / CONFIG, facts, module.origin)
     return module.eval()
 
 
@@ -193,10 +207,21 @@ def _check_head(file: Path, shapes: dict[str, tuple[int, ...]], trunk: Trunk) ->
     return min(shape[0], base[0])
 
 
-def _check_signature(file: Path, facts: dict, trunk: Trunk) -> None:
-    stored = torch.tensor(facts["base_signature"])
-    found = torch.tensor(signature(trunk))
-    if stored.shape != found.shape or not torch.allclose(stored, found, rtol=0.02, atol=1e-4):
-        raise InputError(
-            f"{file}: this twig grew on other weights ({facts.get('base')!r}) than this base's; give the twig of this base"
+def _check_signature(file: Path, facts: dict, trunk: Trunk, loaded: Loaded | None) -> None:
+    if recognised(facts["base_signature"], trunk):
+        return
+    said, found = facts.get("base_revision"), loaded.revision if loaded is not None else None
+    grown = f"{facts.get('base')!r}" + (f", revision {said}" if said else "")
+    same = loaded is not None and facts.get("base") == split_name(loaded.name)[0]
+    remedy = f"load that revision of it: revision={said}" if same and said != found else "give the twig of this base"
+    raise InputError(f"{file}: this twig grew on other weights ({grown}) than this base's; {remedy}")
+
+
+def _compare_revisions(file: Path, facts: dict, origin: Origin) -> None:
+    """A word where the base has the weights that the twig knows, and another commit."""
+    said, found = facts.get("base_revision"), origin.revision
+    if said and found and facts.get("base") == origin.base and said != found:
+        print(
+            f"{file}: this twig grew on revision {said} of {origin.base}, loaded is {found}, whose weights look the same",
+            file=sys.stderr,
         )

@@ -10,29 +10,51 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..config import FORMAT_VERSION, TwigConfig
-from ..files import replacing
+from ..config import FORMAT_VERSION, TwigConfig, hub_id, split_name
+from ..errors import InputError
+from ..files import replacing, write_text
+from ..hub.card import CARD, About, twig_text, with_head
+from ..hub.upload import check_name, upload
 from .pruning_head import NAME as HEAD
 from .pruning_head import PruningHead, head_for
 from .skinny import quick
 from .trunk import Trunk
 
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
 WEIGHTS, CONFIG = "model.safetensors", "twig_config.json"
+PICTURE = "curve.png"  # of the training, which its card shows
 START = "pruning_head"  # how the pruning head began, in the description and in the metadata of the weights
 Init = Literal["base", "last", "random"]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a twig grew on: the base's name, its commit on the hub (None elsewhere), its signature, the folders of both."""
+
+    base: str
+    revision: str | None
+    signature: list[float]
+    base_folder: Path | None = None
+    folder: Path | None = None  # that the twig was read from
+
+
 class Twig(nn.Module):
     """Fresh twigs come from `grow`, stored ones from `loading.twig`."""
+
+    origin: Origin | None = None  # known once it was loaded with its base
 
     def __init__(self, config: TwigConfig, layers: nn.ModuleList, norm: nn.Module, lm_head: nn.Linear):
         super().__init__()
@@ -58,6 +80,62 @@ class Twig(nn.Module):
         """[..., D] that left the last twig layer → fp32 [..., vocabulary]."""
         with quick([self.lm_head]):
             return self.lm_head(self.model.norm(hidden)).float()
+
+    def save(
+        self,
+        folder: str | Path,
+        *,
+        base_model: str | None = None,
+        dtype: torch.dtype | None = None,
+        name: str | None = None,
+        **about: Any,
+    ) -> Path:
+        """Write weights, description and card to a folder, as `push` shares them.
+
+        `base_model` is the base's id on the hub, where it was loaded from a folder; `dtype` that of the stored weights;
+        `name` is that of the repository, for the card; `about` are `license`, `datasets` and `results` of
+        `twigvlm.hub.card.About`. Raises InputError for a twig that does not know its base.
+        """
+        if self.origin is None:
+            raise InputError("this twig does not know its base; load both: twigvlm.load(BASE, TWIG).twig")
+        origin, folder = self.origin, Path(folder)
+        if base_model is not None and hub_id(base_model) is None:
+            raise InputError(f"base_model is {base_model!r}; the base's id on the hub is needed, owner/name")
+        named, said = split_name(base_model)
+        facts = describe(self, named or origin.base, origin.signature, said or origin.revision)
+        about = About(name or folder.name, facts["base"], origin.base_folder, **about)
+        text = _text(origin.folder) or twig_text(facts, name or "THIS FOLDER")
+        card = with_head(text, about)
+        write_twig(folder, stored_state(self, dtype), facts)
+        write_text(card, folder / CARD)
+        if origin.folder is not None and PICTURE in text and (origin.folder / PICTURE).is_file():
+            shutil.copyfile(origin.folder / PICTURE, folder / PICTURE)
+        return folder
+
+    def push(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **saving: Any,
+    ) -> CommitInfo:
+        """Share this twig on the hub as `repository` (owner/name): one commit, whose `oid` is a revision for `twigvlm.load`.
+
+        The repository is made where there is none, `private` if you say so; `revision` is a branch; `create_pr` proposes
+        the commit to whom the repository belongs; `token` as `huggingface_hub` takes it. `saving` are options of `save`.
+        Raises InputError for what cannot be and where the hub refuses, RunError where it cannot be reached.
+        """
+        check_name(repository)
+        with tempfile.TemporaryDirectory() as place:
+            folder = self.save(place, **{"name": repository, **saving})
+            return upload(
+                folder, repository, private=private, token=token, commit_message=commit_message, revision=revision,
+                create_pr=create_pr,
+            )  # fmt: skip
 
 
 def grow(trunk: Trunk, config: TwigConfig, init: Init = "base", copied: Sequence[nn.Module] | None = None) -> Twig:
@@ -97,19 +175,39 @@ def twig_skeleton(trunk: Trunk, config: TwigConfig, vocabulary: int) -> Twig:
         return Twig(config, layers, norm, nn.Linear(like.hidden_size, vocabulary, bias=False))
 
 
-def save_twig(twig: Twig, trunk: Trunk, folder: Path, base: str, dtype: torch.dtype | None = None) -> None:
-    """Write the folder format; `base` is the name of the model that it grew on."""
-    state = {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in twig.state_dict().items()}
-    write_twig(folder, state, describe(twig, base, signature(trunk)))
+def save_twig(
+    twig: Twig,
+    trunk: Trunk,
+    folder: Path,
+    base: str,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> None:
+    """Write the folder format; `base` is the name of the model that it grew on, `revision` its commit on the hub."""
+    write_twig(folder, stored_state(twig, dtype), describe(twig, base, signature(trunk), revision))
 
 
-def describe(twig: Twig, base: str, base_signature: list[float]) -> dict:
-    """What twig_config.json says."""
+def stored_state(twig: Twig, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The weights on the CPU, each a tensor of its own."""
+    return {k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in twig.state_dict().items()}
+
+
+def _text(folder: Path | None) -> str:
+    """The card that a twig came with."""
+    file = None if folder is None else folder / CARD
+    return file.read_text(encoding="utf-8") if file is not None and file.is_file() else ""
+
+
+def describe(twig: Twig, base: str, base_signature: list[float], revision: str | None = None) -> dict:
+    """What twig_config.json says. The revision behind a base's name is the one that was asked for; the commit is said."""
+    name, asked = split_name(base)
+    base, revision = name or base, revision or asked
     letters = {name: value for name, value in asdict(twig.config).items() if value != ""}  # most have no pruning head
     return {
         "format_version": FORMAT_VERSION,
         **letters,
         "base": base,
+        **({"base_revision": revision} if revision else {}),
         "base_signature": base_signature,
         "hidden_size": twig.lm_head.in_features,
         "vocabulary": twig.lm_head.out_features,

@@ -279,7 +279,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> None:
         if CHECKOUT is None:
-            raise InputError("what is published are files of a clone, and this package is installed; run it from a clone")
+            raise InputError(
+                "what is published are files of a clone, and this package is installed; run it from a clone"
+            )
         if args.methods_only:
             return refresh_methods(RESULTS)
         if not args.readme_only:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from ..config import TwigConfig
+from ..config import TwigConfig, split_name
 from ..loading.describe import read_config
 from ..loading.random import random_config
 from ..program import print_json
@@ -81,14 +81,14 @@ def find_config(settings: Settings) -> LlavaConfig:
     """Of the base, from its config.json, or from its name where it is LLaVA-1.5. Reads no weights."""
     if settings.random is not None:
         return random_config(settings.random)
-    name = settings.base
+    name = split_name(settings.base)[0] or settings.base
     known = KNOWN_HUB.search(str(name).rstrip("/")) if name is not None else None
     if known and not Path(name).expanduser().exists():
         config = random_config(f"llava-1.5-{known[1]}b")
         if not known[2]:  # the original's vocabulary is not padded
             config.text_config.vocab_size = 32000
         return config
-    return read_config(name)[1]
+    return read_config(settings.base)[1]
 
 
 def build_meta(config: LlavaConfig, twig: TwigConfig, init: str, whole: bool = False) -> tuple:

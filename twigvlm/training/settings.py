@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .. import flags
-from ..config import DEFAULT_K, DEFAULT_T, option
+from ..config import DEFAULT_K, DEFAULT_T, option, pinned
 from ..errors import InputError
 from ..files import BROUGHT
 from ..loading.device import BACKENDS
@@ -58,6 +58,7 @@ class ModelPart:
     base: str | None = option(
         None, "hub id or folder of a LLaVA-1.5 model (default: the embedded one)", "--base-model", "--model"
     )
+    revision: str | None = option(None, "commit, branch or tag of the base, where it is on the hub", metavar="REV")
     random: str | None = option(
         None, f"random weights of a shape instead of a base: {', '.join(SHAPES)} or WIDTHxLAYERS"
     )
@@ -211,6 +212,7 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
             if not ok:
                 raise InputError(f"{name} is {getattr(self, name)!r}; {legal}")
 
+        self.base, self.revision = pinned(self.base, None, self.revision, None)[0], None
         self._check_stage(check)
         for name in ("batch_size", "lr", "per_device_batch", "max_steps", "groups", "attention_weight"):
             if getattr(self, name) is None:

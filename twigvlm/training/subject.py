@@ -89,7 +89,7 @@ class TwigSubject:
         return TwigLesson(prepared.base, prepared.twig, self.objective, times)
 
     def describe(self, prepared: Prepared) -> dict:
-        return describe(prepared.twig, prepared.loaded.name, prepared.signature)
+        return describe(prepared.twig, prepared.loaded.name, prepared.signature, prepared.loaded.revision)
 
     def write(self, folder: Path, weights: dict[str, torch.Tensor], facts: dict) -> None:
         write_twig(folder, weights, facts)

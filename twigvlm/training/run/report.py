@@ -6,13 +6,14 @@ import hashlib
 import importlib.util
 import json
 import os
-import re
 import sys
 import time
 from collections import deque
 from pathlib import Path
 
+from ...config import hub_id
 from ...errors import InputError
+from ...hub.card import HOMES, About, agreement, with_head
 
 LOG, CURVE, CARD = "log.jsonl", "curve.png", "README.md"
 RECENT = 20  # reports over which the remaining time is estimated
@@ -161,15 +162,19 @@ def _smooth(values: tuple[float, ...], share: float = 0.9) -> list[float]:
     return out
 
 
+HELD_OUT = ", on held-out samples"
 WITH = {
-    "base": "the base's most probable token, on held-out samples",
-    "labels": "the data's labels, on held-out samples",
+    "base": f"the base's most probable token{HELD_OUT}",
+    "labels": f"the data's labels{HELD_OUT}",
     "batch": "the data's labels, on each batch before it is learnt",
 }
 
 
-def card(text: str, facts: dict, learnt: dict, settings: dict, run: dict, told: list[dict]) -> str:
-    """A model card in Markdown: `text` around a table of what was `learnt`, how, and what it reached."""
+def card(text: str, facts: dict, learnt: dict, settings: dict, run: dict, told: list[dict], base: Path) -> str:
+    """A model card in Markdown: `text` around a table of what was `learnt`, how, and what it reached.
+
+    `base` is the folder of the base, whose own card tells its licence.
+    """
     last = told[-1] if told else {}
     agreements = [t for t in told if "agreement" in t]
     rows = {
@@ -192,20 +197,18 @@ def card(text: str, facts: dict, learnt: dict, settings: dict, run: dict, told: 
             f"waiting for data {100 * timing['waiting_share']:.2f} %"
         )
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
-    base = settings["base"]
-    hub = base if base and re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists() else None
-    head = "".join(f"{name}: {value}\n" for name, value in {**CARD_HEAD, "base_model": hub}.items() if value)
-    load = f'"{hub or "FOLDER OF THE BASE"}"' if base or settings["random"] else "None"
-    return text.format(head=head, table=table, load=load, **facts)
+    hub, data = hub_id(facts["base"]), Path(settings["data"]).name
+    load = f'"{hub or "FOLDER OF THE BASE"}"' if settings["base"] or settings["random"] else "None"
+    reached = [
+        agreement(100 * last["agreement"], WITH[last["agreement_with"]].removesuffix(HELD_OUT), data)
+        for last in agreements[-1:]
+        if last["agreement_with"] != "batch"
+    ]
+    about = About(run["name"], hub, base, datasets=[HOMES[data]] if data in HOMES else [], results=reached)
+    return with_head(text.format(table=table, load=load, **facts), about)
 
 
-CARD_HEAD = {
-    "library_name": "twigvlm",
-    "pipeline_tag": "image-text-to-text",
-    "tags": "[token-pruning, speculative-decoding]",
-}
-TWIG_CARD = """---
-{head}---
+TWIG_CARD = """
 # Twig of {base} (K = {K}, T = {T})
 
 A twig for [TwigVLM](https://arxiv.org/abs/2503.14075): {T} decoder layers, a norm and a head that grow on layer {K} of the base, prune
@@ -227,8 +230,7 @@ print(vlm.answer("picture.jpg", "Describe the image in detail.", retained_tokens
 It drafts for the base it grew on and no other; what it says is decided by that base, which verifies every word.
 """
 
-PROJECTOR_CARD = """---
-{head}---
+PROJECTOR_CARD = """
 # Projector of {base} behind {pruning} (R = {retained_tokens:g})
 
 The projector of the base, tuned while {pruning} leaves {retained_tokens:g} visual tokens of an image; everything else of the base stays as it is.

@@ -38,7 +38,10 @@ def write_results(job, last: Path, subject, prepared, made: dict, timing: dict) 
         subject.write(out, tensors, job.facts)
         job.skips.write()
         plot(told, out / CURVE, subject.title(job.facts))
-        write_text(card(subject.card, job.facts, rows, asdict(settings), facts, told), out / CARD)
+        named = facts | {"name": out.resolve().name}
+        write_text(
+            card(subject.card, job.facts, rows, asdict(settings), named, told, prepared.loaded.folder), out / CARD
+        )
         stored = read_json(out / checkpoints.RUN)
         stored["finished"] = facts | {"settings": asdict(settings), "last": told[-1] if told else {}}
         write_json(stored, out / checkpoints.RUN)
