@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 MAIN = "main"
+MESSAGE = "A twig, its description and its card"
 
 
 def check_name(name: str) -> None:
@@ -42,7 +43,7 @@ def upload(
     does). Raises InputError for a name or branch that cannot be and for a hub that refuses, RunError for one that cannot
     be reached.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -52,16 +53,20 @@ def upload(
 
     check_name(name)
     broken = HfHubHTTPError.__bases__  # of the HTTP library beneath, whichever it is
+    if create_pr and revision not in (None, MAIN):
+        raise InputError(
+            f"revision is {revision!r}, but a pull request goes to {MAIN}; give one of revision and create_pr"
+        )
+    files = [CommitOperationAdd(file.name, file) for file in sorted(folder.iterdir()) if file.is_file()]
     api = HfApi(token=token)
     try:
         if not create_pr:  # which goes to a repository of somebody else
             api.create_repo(name, private=private, repo_type="model", exist_ok=True)
             if revision not in (None, MAIN):
                 api.create_branch(name, branch=revision, exist_ok=True)
-        return api.upload_folder(
-            repo_id=name, folder_path=folder, commit_message=commit_message or "A twig, its description and its card",
-            revision=revision, create_pr=create_pr, repo_type="model",
-        )  # fmt: skip
+        return api.create_commit(
+            name, files, commit_message=commit_message or MESSAGE, revision=revision, create_pr=create_pr
+        )
     except HFValidationError as fault:
         raise InputError(f"{name}: {_line(fault)}") from fault
     except LocalTokenNotFoundError as fault:
