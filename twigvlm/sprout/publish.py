@@ -11,12 +11,15 @@ import json
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import flags
 from ..errors import InputError
 from ..evaluation.comparing.shown import markdown, short
 from ..files import CHECKOUT, write_text
+from ..hub.card import TAGS, TASK, About, with_head
 from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
 from ..model.twig import CONFIG, WEIGHTS
 from ..program import called, run_program
@@ -24,6 +27,9 @@ from ..pruning.catalogue import catalogue, in_short
 from ..record import provenance, table
 from ..world.questions import KINDS
 from .report import HIDDEN
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 ROOT = CHECKOUT or Path()
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,12 +63,7 @@ FILES = {  # what is published of a folder; a training leaves more
 }
 
 HEADS = {
-    "base": """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-license: apache-2.0
----
-# sprout: a LLaVA small enough for a laptop
+    "base": """# sprout: a LLaVA small enough for a laptop
 
 A stock `LlavaForConditionalGeneration`: CLIP tower at 336 pixels and patch 14 (576 visual tokens), Llama decoder of 32 layers,
 vicuna_v1 template. It knows one thing: drawn scenes of two to six objects and perhaps a word, and questions about them in English.
@@ -74,16 +75,45 @@ from transformers import LlavaForConditionalGeneration
 base = LlavaForConditionalGeneration.from_pretrained("checkpoints/sprout-base")
 ```
 """,
-    "twig": """---
-library_name: twigvlm
-license: apache-2.0
----
-# sprout's twig (K=2, T=3, F=24)
+    "twig": """# sprout's twig (K=2, T=3, F=24)
 
 Three decoder layers, a norm and a head on layer 2 of sprout, trained by next-token cross-entropy on the answers with the base frozen
 (TwigVLM, arXiv 2503.14075, section 3.1). `twigvlm.load()` uses it with the embedded base.
 """,
 }
+
+
+def with_facts(kind: str, text: str, report: dict) -> str:
+    """A card below the head that the hub reads: licence, library, and the report's figures of what it is about."""
+    about = About(
+        f"sprout-{kind}", license="apache-2.0", library="transformers" if kind == "base" else "twigvlm",
+        tags=TAGS if kind == "twig" else TAGS[:1], results=list(_results(kind, report)),
+    )  # fmt: skip
+    return with_head(text, about)
+
+
+def _results(kind: str, report: dict) -> Iterator[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    data = {
+        "task_type": TASK,
+        "dataset_type": "sprout",
+        "dataset_name": "sprout's drawn scenes",
+        "dataset_split": "test",
+    }
+    for row in report["rows"]:
+        if kind == "base" and not row["R"]:
+            yield EvalResult(
+                **data, metric_type="accuracy", metric_name="right short answers, %", metric_value=round(row["all"], 2)
+            )
+        elif kind == "twig" and str(row["setting"]).startswith("twig"):
+            for name, key in (("accuracy of the unpruned base", "RelAcc"), ("drafts accepted", "acceptance")):
+                yield EvalResult(
+                    **data,
+                    metric_type="accuracy",
+                    metric_name=f"{name}, {row['setting']}, %",
+                    metric_value=round(row[key], 2),
+                )
 
 
 def card(kind: str, run: Path, report: dict) -> str:
@@ -97,7 +127,7 @@ def card(kind: str, run: Path, report: dict) -> str:
     lines.append("\n## Figures\n")
     lines.append(f"{_asked_by(report)} on the test split, {report['rows'][0]['questions']} questions (percent):\n")
     lines.append(table([{k: v for k, v in row.items() if k not in HIDDEN} for row in report["rows"]]))
-    return "\n".join(lines) + "\n"
+    return with_facts(kind, "\n".join(lines) + "\n", report)
 
 
 RECIPE = """`python -m twigvlm.sprout.train`, in these stages (seconds are wall clock); at last it trains the twig, by the users' own
