@@ -125,9 +125,11 @@ def test_it_answers_scores_and_measures_alone(call):
     result = json.loads(asked.stdout.splitlines()[-1])
     assert result["questions"] == 2 and Path(result["answers"]).is_relative_to(call.cache)
     assert result["command"].startswith("twigvlm eval ") and result["commit"].startswith("v")
-    again = call(
-        "score", "--task", "gqa", "--data", str(call.cache / "sprout"), "--answers", result["answers"], "--json"
-    )
+    files = call.cache / "sprout" / "gqa"
+    questions = files / "llava_gqa_testdev_balanced.jsonl"
+    ids = [json.loads(line)["question_id"] for line in questions.read_text().splitlines()]
+    (call.work / "said.jsonl").write_text("".join(json.dumps({"question_id": i, "text": "yes"}) + "\n" for i in ids))
+    again = call("score", "--task", "gqa", "--questions", str(questions), "--annotations", str(files / "data"), "--answers", "said.jsonl", "--json")  # fmt: skip
     assert again.returncode == 0, again.stderr
     timed = call("speed", "--prompts", "1", "--repeats", "1", "--device", "cpu", "--max-new-tokens", "8")
     assert timed.returncode == 0 and timed.stdout.strip(), timed.stderr
