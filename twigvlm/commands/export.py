@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,8 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     setattr(model.config, MARK, facts)
     model.generation_config.suppress_tokens = wordless(model, twig) or None
     with whole_folder(args.out) as folder:
-        model.save_pretrained(folder, max_shard_size=args.max_shard_size)
+        with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed, if it is installed, then says its warnings
+            model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         write_processor(loaded, model, folder)
         (folder / "README.md").write_text(card(args, facts, loaded), encoding="utf-8")
         for file in folder.iterdir():
