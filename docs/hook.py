@@ -78,6 +78,7 @@ def pages(root: Path = ROOT) -> list[str]:
     found = []
     for folder, inner, files in os.walk(root):
         inner[:] = [d for d in inner if d not in IGNORED and not d.startswith(".") and not d.endswith(".egg-info")]
+        inner[:] = [d for d in inner if not Path(folder, d, "pyvenv.cfg").exists()]
         if Path(folder) == root / "playground":
             inner[:] = [d for d in inner if d != "data"]
         found += [Path(folder, f).relative_to(root).as_posix() for f in files if f.endswith(".md")]

@@ -89,6 +89,15 @@ def test_an_image_is_the_page_for_somebody_who_is_not_root(target):
     assert ("NVIDIA_VISIBLE_DEVICES=all" in environment) == (target == "cuda")
 
 
+def test_the_page_of_the_images_says_what_they_are():
+    lines = re.findall(r"^docker .*$", (ROOT / "docs" / "start.md").read_text("utf-8"), re.M)
+    assert {re.search(r"--target (\w+) ", line)[1] for line in lines if line.startswith("docker build")} == set(TARGETS)
+    served = [line for line in lines if "--publish" in line]
+    assert len(served) == len(TARGETS)
+    for line in served:
+        assert f"--publish 127.0.0.1:{PORT}:{PORT} " in line and f":{value('cpu', 'VOLUME')} " in line
+
+
 def test_a_plain_build_is_the_one_for_processors():
     assert list(stages())[-1] == "cpu" and set(TARGETS) < set(stages())
 
@@ -107,16 +116,18 @@ def test_bases_are_pinned_and_stages_known():
         names.append(name)
 
 
-def test_packages_are_chosen_before_any_source():
-    """So that an edit of the source builds the last layers alone."""
-    for target in TARGETS:
-        steps = steps_of(target)
-        installs = [i for i, (word, rest) in enumerate(steps) if word == "RUN" and "-r wanted.txt" in rest]
-        copies = [i for i, (word, _) in enumerate(steps) if word == "COPY"]
-        assert len(installs) == 1 and [i for i in copies if i < installs[0]] == copies[:1]
-        assert steps[copies[0]][1] == "pyproject.toml requirements.txt ./"
-        assert "-c requirements.txt" in steps[installs[0]][1]
-        assert steps[-4][1] == "--from=wheel /wheels /wheels" and "--no-deps" in steps[-3][1]
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_edit_of_the_source_installs_no_package_again(target):
+    """Nor does another pin install torch again: a step follows what it reads, and nothing else."""
+    found = [(word, rest) for word, rest in steps_of(target) if word in ("COPY", "RUN")][1:]  # behind the user's making
+    words = [word for word, _ in found]
+    torch, copied_torch = next(rest for word, rest in found if word == "RUN"), found[0][1]
+    assert words == ["COPY", "RUN"] * 3 and "-r torch.txt" in torch
+    assert copied_torch == "--from=chosen /packages/torch.txt ./"
+    assert found[2][1] == "--from=chosen /packages/wanted.txt /packages/requirements.txt ./"
+    assert found[3][1] == "pip install -c requirements.txt -r wanted.txt"
+    assert found[4][1].startswith("--from=wheel ") and "--no-deps" in found[5][1]
+    assert ("whl/cpu" in torch) == (target == "cpu")
 
 
 def test_what_is_copied_is_there_and_nothing_else_is_sent():
@@ -151,7 +162,7 @@ def chosen(tmp_path: Path) -> tuple[list[str], list[str]]:
         pytest.skip("the image's Python has tomllib")
     for name in ("pyproject.toml", "requirements.txt"):
         shutil.copy(ROOT / name, tmp_path)
-    (step,) = [rest for word, rest in stages()["base"][1] if word == "RUN" and "wanted.txt" in rest]
+    (step,) = [rest for word, rest in stages()["chosen"][1] if word == "RUN"]
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
