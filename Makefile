@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-nightly lint clean
+.PHONY: demo test test-all test-nightly lint docs clean
 
 demo: .venv/.ready
 	$(PY) -m twigvlm demo --stream --pruning twig-discount -R 64 --question "Describe the image in detail."
@@ -20,6 +20,15 @@ test-nightly: .venv/.ready
 lint: .venv/.ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+docs: build/docs/.ready
+	build/docs/bin/python -m mkdocs build --strict
+	@echo "build/site/index.html"
+
+build/docs/.ready: docs/requirements.txt
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	touch $@
 
 .venv/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv

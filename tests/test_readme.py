@@ -1,4 +1,4 @@
-"""README stays true: its commands run, its files exist."""
+"""README and the pages that it hands its readers to stay true: their commands run, their files exist."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/start.md", "docs/methods.md", "docs/training.md", "docs/evaluation.md")
+}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language: str, name: str | None = None) -> list[str]:
+    """Of one page, or of all."""
+    texts = [PAGES[name]] if name else PAGES.values()
+    return [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, re.S)]
 
 
 def commands(block: str) -> list[str]:
@@ -75,12 +80,12 @@ def test_make_target_exists(command, workplace):
 
 
 @pytest.mark.slow
-def test_python_example_runs(workplace):
+def test_python_examples_run(workplace):
     out = run([sys.executable, "-c", "\n".join(blocks("python"))], workplace)
     assert out.returncode == 0, out.stderr
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m (twigvlm[\w.]+)", README))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"python -m (twigvlm[\w.]+)", "\n".join(PAGES.values())))))
 def test_module_explains_itself(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         importlib.import_module(command).main(["--help"])
@@ -88,13 +93,18 @@ def test_module_explains_itself(command, capsys):
 
 
 def test_named_files_exist():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    tree = re.findall(r"^(\S+)  ", next(block for block in blocks("text") if block.startswith("cli_demo.py")), re.M)
-    for name in [*links, *(n for n in tree if "/" in n or "." in n)]:
+    drawn = next(block for block in blocks("text", "README.md") if block.startswith("cli_demo.py"))
+    tree = re.findall(r"^(\S+)  ", drawn, re.M)
+    assert "twigvlm/" in drawn and len(tree) > 5
+    for name in (n for n in tree if "/" in n or "." in n):
         assert (ROOT / name).exists(), name
 
 
 def test_no_command_overwrites_published_figures():
-    """Whoever repeats a command of the README measures into a place of their own."""
-    written = re.findall(r"--(?:out|plots|work)[ =](\S+)", README)
+    """Whoever repeats a command of a page measures into a place of their own."""
+    written = re.findall(r"--(?:out|plots|work)[ =](\S+)", "\n".join(PAGES.values()))
     assert not [place for place in written if place.startswith(("benchmarks", "checkpoints", "assets", "docs"))]
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].split()) < 1300

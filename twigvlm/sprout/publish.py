@@ -38,12 +38,10 @@ TOLD = (
     "unpruned",
     "fastv",
     "sparsevlm",
-    "mustdrop",
     "visionzip",
     "visionzip*",
     "sieve",
     "twig",
-    "twig + drafts",
     "twig-discount",
     "random",
 )  # in the README
@@ -180,8 +178,8 @@ def publish(run: Path, report: Path) -> None:
 
 def refresh(results: Path, root: Path = ROOT) -> None:
     """Rewrite what stands between the marks of README and docs from the result files, each with its command."""
-    _between_marks(root / "README.md", [_benchmarks(results) or _quality(results)])
-    _between_marks(root / "docs" / "results.md", _from_docs(_quality(results), _speed(results)))
+    _between_marks(root / "README.md", [_quality_in_short(results)])
+    _between_marks(root / "docs" / "results.md", _from_docs(_quality(results), _benchmarks(results), _speed(results)))
     refresh_methods(results, root)
 
 
@@ -221,8 +219,7 @@ def _compared_in_short(found: dict) -> str:
     return (
         f"`{_command(found)}`\n({_asked(found)}; [all methods](docs/results.md#pruning-methods-compared)):\n\n"
         f"{short(found, TOLD)}\n\n"
-        "RelAcc: % of the unpruned base, averaged over benchmarks (95 % interval); GFLOP and cache: of a prefill with 64 text tokens at "
-        "the smallest R, computed."
+        "RelAcc: % of the unpruned base, averaged over benchmarks (95 % interval); GFLOP, cache: of a prefill at the smallest R, computed."
     )
 
 
@@ -246,8 +243,25 @@ def _asked_by(report: dict) -> str:
     return " and ".join(f"`{command}`" for command in filter(None, (_command(report), report.get("also"))))
 
 
+def _report(results: Path) -> dict:
+    return json.loads((results / "sprout_report.json").read_text())
+
+
+def _quality_in_short(results: Path) -> str:
+    """Right short answers of the base and of what the report asked at its smallest R."""
+    report = _report(results)
+    base, *pruned = report["rows"]
+    least = min(row["R"] for row in pruned)
+    shares = [f"{row['setting'].split(' R=')[0]} {_between(row, 'all')}" for row in pruned if row["R"] == least]
+    return (
+        f"Right short answers of the embedded model, % ({base['questions']} questions, 95 % intervals): all tokens {_between(base, 'all')}; at R = "
+        f"{least:g} {', '.join(shares)}\n([JSON](benchmarks/results/sprout_report.json); [kinds, descriptions, speed, ablations, "
+        "memory](docs/results.md))."
+    )
+
+
 def _quality(results: Path) -> str:
-    report = json.loads((results / "sprout_report.json").read_text())
+    report = _report(results)
     base, *_ = report["rows"]
     rows = [
         {
