@@ -137,6 +137,18 @@ class ModelSettings:
     device: str | None = option(None, "cpu, cuda, cuda:N or mps (default: the best there is)")
     dtype: str | None = option(None, "float32, bfloat16 or float16 (default: what the device likes)")
     attn_implementation: str = option("sdpa", "sdpa, eager or flash_attention_2", metavar="NAME")
+    load_8bit: bool = option(False, "round the base's decoder layers to 8 bits while they are read (needs torchao)")
+    load_4bit: bool = option(False, "round them to 4 bits (needs torchao)")
+    draft_8bit: bool = option(False, "round the twig's layers to 8 bits (needs torchao)")
+
+    def __post_init__(self) -> None:
+        if self.load_8bit and self.load_4bit:
+            raise InputError("load_8bit and load_4bit are both asked for; the base is rounded once: give one of them")
+
+    @property
+    def bits(self) -> int | None:
+        """Of a weight in the base's decoder layers, where they are rounded."""
+        return 8 if self.load_8bit else 4 if self.load_4bit else None
 
     @property
     def has_twig(self) -> bool:

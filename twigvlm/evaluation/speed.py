@@ -32,7 +32,9 @@ from ..files import write_json
 from ..foresight import Wish, check
 from ..loading.base import Loaded
 from ..loading.device import pick_device, pick_dtype
+from ..loading.quantise import quantise
 from ..loading.random import random_base
+from ..model.packed import held_bytes
 from ..model.trunk import Trunk
 from ..model.twig import grow
 from ..program import print_json, run_program
@@ -247,7 +249,7 @@ def bandwidth(device: torch.device, repeats: int = 7) -> float:
 def weight_bytes(trunk: Trunk) -> int:
     """What one plain step reads: decoder layers, norm and head."""
     parts = (trunk.layers, trunk.decoder.norm, trunk.model.lm_head)
-    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    return sum(held_bytes(part) for part in parts)
 
 
 def step_costs(
@@ -266,10 +268,12 @@ def open_model(args: argparse.Namespace) -> TwigVLM:
     """The model that the flags name."""
     if args.random is None:
         return twigvlm.load(**vars(flags.model_settings(args)))
-    device = pick_device(args.device)
-    model = random_base(args.random, device, pick_dtype(args.dtype, device), args.attn_implementation)
+    device, bits = pick_device(args.device), flags.model_settings(args).bits
+    model = random_base(args.random, device, pick_dtype(args.dtype, device), args.attn_implementation, bits=bits)
     trunk = trunk_of(model)
     twig = grow(trunk, TwigConfig(trunk.L, DEFAULT_K if args.twig_K is None else args.twig_K, args.twig_T or DEFAULT_T))
+    if args.draft_8bit:
+        quantise(twig.layers, 8)
     return TwigVLM(Loaded(model, Path(), f"random {args.random}", True), twig)
 
 
