@@ -25,7 +25,7 @@ import twigvlm
 
 from .. import flags
 from ..config import AUTO, DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
-from ..decoding.pace import Parts, median, now
+from ..decoding.pace import Parts, now, times
 from ..errors import InputError
 from ..families import trunk_of
 from ..files import write_json
@@ -41,11 +41,13 @@ from ..program import print_json, run_program
 from ..record import provenance, table
 from ..threads import Clock
 from ..vlm import TwigVLM
+from .asking.ask import peak_memory
 from .coin import CoinChooser
 
 DESCRIPTION_TOKENS = 160
 DRAFT_LENGTH = GenerationSettings.draft_length  # any that is not 0: a tree says its own
 MIN_TOKENS = 64  # of a description, as it would be written without a limit
+ENOUGH = 10.0  # seconds for a part of a step: on a large model a few runs are as good
 LOADED = 0.25  # cores that may be wanted beyond those there are
 QUESTION, SHORT = "Describe the image in detail.", "How many objects are there?"
 
@@ -261,7 +263,8 @@ def step_costs(
         work = {f"verify {n} token{'s' if n > 1 else ''}": parts.verifying(n) for n in blocks}
         if vlm.twig:
             work = {"draft 1 token": parts.drafting()} | work
-        return {name: 1e3 * median(part, vlm.device, repeats, 3) for name, part in work.items()}
+        found = {name: times(part, vlm.device, repeats, 3, ENOUGH) for name, part in work.items()}
+        return {name: 1e3 * statistics.median(seconds) for name, seconds in found.items()}
 
 
 def open_model(args: argparse.Namespace) -> TwigVLM:
@@ -318,8 +321,10 @@ def measure(args: argparse.Namespace) -> dict:
     check_flags(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    start = Clock.now()
     vlm = open_model(args)
     before = Clock.now()
+    facts = {"load_seconds": round(before.wall - start.wall, 1)}
     endless = args.random is not None
     prompts = _random_prompts(vlm, args.prompts) if endless else _questions(vlm, args.prompts, args.short)
     bench = Bench(vlm, options_of(args), prompts, endless, args.assume_acceptance, trees_of(args))
@@ -327,7 +332,7 @@ def measure(args: argparse.Namespace) -> dict:
     taken = Clock.now().cores_taken(before)
     speed, needed = bandwidth(vlm.device), weight_bytes(vlm.trunk)
     plain = next(r for r in rows if r["method"] == "plain")
-    facts = {
+    facts |= {
         "model": vlm.base_name, "settings": flags.resolved(args), "letters": vars(vlm.config), "R": args.retained_tokens, "dtype": str(vlm.dtype).removeprefix("torch."),
         "attention": args.attn_implementation, "prompts": args.prompts, "repeats": args.repeats, "draft_length": bench.length, "short": args.short,
         "simulated_acceptance": args.assume_acceptance, "cores_taken_by_others": None if taken is None else round(taken, 2),
@@ -339,7 +344,8 @@ def measure(args: argparse.Namespace) -> dict:
         "limit_tokens_per_s": limit,
         "plain_share_of_limit": plain["decode tokens/s"] / limit if plain["decode tokens/s"] else None,
     }
-    return provenance() | facts | {"rows": rows, "step_ms": step_costs(vlm, vlm.config.V + 55)}
+    facts |= {"rows": rows, "step_ms": step_costs(vlm, vlm.config.V + 55)}
+    return provenance() | facts | {"peak_memory_GB": peak_memory(vlm.device) / 1e9}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -414,6 +420,7 @@ def show(facts: dict) -> None:
         f"\nmemory {b['measured_GB_per_s']:.1f} GB/s, weights {b['weights_GB']:.3f} GB: at most {b['limit_tokens_per_s']:.1f} "
         f"tokens/s at batch 1 without drafts; plain decoding reaches {share} of it"
     )
+    print(f"loaded in {facts['load_seconds']:.0f} s, {facts['peak_memory_GB']:.2f} GB at most")
     print("step costs in ms: " + ", ".join(f"{k} {v:.1f}" for k, v in facts["step_ms"].items()))
 
 
