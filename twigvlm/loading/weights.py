@@ -189,7 +189,7 @@ class Filling:
             if stored.name.endswith(QUANTISED) or (parameter is not None and stored.dtype not in FLOATS):
                 raise InputError(
                     f"{file}: key {stored.name} ({stored.dtype}) belongs to quantised weights; only float32, float16 and "
-                    "bfloat16 weights are read: give the checkpoint that this one was made from"
+                    "bfloat16 weights are read: give the checkpoint that this one was made from, with --load-8bit or --load-4bit"
                 )
             if parameter is None:
                 if name in self.filled:

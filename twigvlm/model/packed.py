@@ -24,7 +24,7 @@ SAMPLES = 16  # of a weight, by which a twig knows its base
 def sample(weight: torch.Tensor, samples: int = SAMPLES) -> list[float]:
     """A few numbers from all over a weight."""
     flat = weight.detach().flatten()
-    picks = torch.linspace(0, len(flat) - 1, samples).long()
+    picks = torch.linspace(0, len(flat) - 1, samples).long().clamp(max=len(flat) - 1)  # fp32 counts to 2^24 only
     return [round(float(w), 5) for w in flat[picks.to(flat.device)].float()]
 
 
