@@ -79,7 +79,11 @@ def _rounded(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> tuple[torch
 def _kernel_weight(weight: torch.Tensor, dtype: torch.dtype) -> nn.Parameter | None:
     """A weight that torch's 4-bit CUDA kernel multiplies with; None where it cannot."""
     group = next((n for n in KERNEL_GROUPS if weight.shape[1] % n == 0), None)
-    if group is None or dtype is not torch.bfloat16 or torch.cuda.get_device_capability(weight.device) < KERNEL_CAPABILITY:
+    if (
+        group is None
+        or dtype is not torch.bfloat16
+        or torch.cuda.get_device_capability(weight.device) < KERNEL_CAPABILITY
+    ):
         return None
     config = _torchao().Int4WeightOnlyConfig(group_size=group, int4_packing_format="tile_packed_to_4d")
     return _quantised(weight.to(dtype), config)

@@ -71,7 +71,9 @@ class PackedLinear(nn.Module):
         """The rounded weight [N, D]."""
         if self.codes is None:
             raise InputError("this weight lies in torchao's own layout and cannot be unpacked; use --load-8bit")
-        return self._unpack(slice(None), torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.codes.device))
+        return self._unpack(
+            slice(None), torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.codes.device)
+        )
 
     def _slabs(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         """Neighbouring rows of the weight, in memory that the next ones overwrite; all at once but on a CPU."""
