@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from . import threads
+from . import quiet, threads
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Output", "RunError", "Stats", "Step", "TwigConfig", "TwigVLM", "load"]
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 threads.settle()  # before anything here loads torch
+quiet.settle()
 
 
 def __getattr__(name: str):

@@ -186,12 +186,22 @@ class ModelSettings:
         None, "commit, branch or tag of the base on the hub, or of the twig where only that is there", metavar="REV"
     )
     twig_revision: str | None = option(None, "commit, branch or tag of the twig on the hub", metavar="REV")
+    load_8bit: bool = option(False, "round the base's decoder layers to 8 bits while they are read (needs torchao)")
+    load_4bit: bool = option(False, "round them to 4 bits (needs torchao)")
+    draft_8bit: bool = option(False, "round the twig's layers to 8 bits (needs torchao)")
 
     def __post_init__(self) -> None:
         """From here on a revision is a part of the name."""
         base, twig = pinned(self.base, self.twig, self.revision, self.twig_revision)
         for name, value in (("base", base), ("twig", twig), ("revision", None), ("twig_revision", None)):
             object.__setattr__(self, name, value)
+        if self.load_8bit and self.load_4bit:
+            raise InputError("load_8bit and load_4bit are both asked for; the base is rounded once: give one of them")
+
+    @property
+    def bits(self) -> int | None:
+        """Of a weight in the base's decoder layers, where they are rounded."""
+        return 8 if self.load_8bit else 4 if self.load_4bit else None
 
     @property
     def has_twig(self) -> bool:

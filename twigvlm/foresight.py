@@ -16,6 +16,7 @@ from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, ModelSettings, Twi
 from .loading.describe import EMBEDDED_TWIG, read_config, visual_tokens
 from .loading.device import check_attention, pick_device, pick_dtype
 from .loading.find import HUB_DESCRIPTION
+from .loading.quantise import check_quantisation
 from .loading.random import random_config
 from .loading.twig import read_twig_letters
 from .pruning import plan_for
@@ -76,6 +77,7 @@ def check(wish: Wish, *generations: Mapping[str, Any]) -> None:
     """Raise InputError for a model or for arguments of `TwigVLM.generate` that cannot be."""
     pick_dtype(wish.dtype, pick_device(wish.device))
     check_attention(wish.attn_implementation)
+    check_quantisation(wish, wish.has_twig or wish.shape is not None)
     settings = [GenerationSettings(**options) for options in generations]
     for one in settings:
         plan_for(one.pruning, None, 1, TwigConfig(L=10**6))  # the name alone needs no file

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig, pinned, takes
+from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, ModelSettings, TwigConfig, pinned, takes
 from .decoding import Decoder, Likelihood, Step, embed, score
 from .decoding.choose import Chooser
 from .decoding.drafting import Drafting
@@ -25,6 +25,7 @@ from .loading.base import Loaded, load_base
 from .loading.clip import TextTower, load_text_tower
 from .loading.describe import EMBEDDED_TWIG
 from .loading.device import pick_device, pick_dtype
+from .loading.quantise import check_quantisation, quantise
 from .loading.twig import load_twig
 from .model.finite import NotFinite, trace
 from .model.twig import Twig
@@ -357,6 +358,9 @@ def load(
     attn_implementation: str = "sdpa",
     revision: str | None = None,
     twig_revision: str | None = None,
+    load_8bit: bool = False,
+    load_4bit: bool = False,
+    draft_8bit: bool = False,
 ) -> TwigVLM:
     """Load a base and its twig: hub ids or folders; neither means the embedded model with its twig.
 
@@ -365,20 +369,26 @@ def load(
 
     K, T and the wipe layer F come from the twig's files; the release format does not store K and F:
     then K=2 and F=round(0.75 L) unless given. `wipe_layer` overrides a stored F. A base without a
-    twig is the plain baseline. Raises InputError for anything inconsistent, RunError when the hub
+    twig is the plain baseline. `load_8bit` and `load_4bit` round the base's decoder layers while they
+    are read, `draft_8bit` the twig's; they need torchao (docs/quantisation.md). Raises InputError for anything inconsistent, RunError when the hub
     cannot be reached.
     """
     for letter, value, least in (("K", K, 0), ("T", T, 1), ("wipe_layer", wipe_layer, 1)):
         if value is not None and value < least:
             raise InputError(f"{letter} is {value}; {least} or more is needed")
     base, twig = pinned(base, twig, revision, twig_revision)
-    where = pick_device(device)
-    loaded = load_base(base, where, pick_dtype(dtype, where), attn_implementation)
     if base is None and twig is None:
         twig = EMBEDDED_TWIG
+    rounding = ModelSettings(load_8bit=load_8bit, load_4bit=load_4bit, draft_8bit=draft_8bit)
+    check_quantisation(rounding, twig is not None)
+    where = pick_device(device)
+    loaded = load_base(base, where, pick_dtype(dtype, where), attn_implementation, bits=rounding.bits)
     trunk = trunk_of(loaded.model)
     if twig is not None:
-        return TwigVLM(loaded, load_twig(twig, trunk, K, T, wipe_layer, loaded))
+        grown = load_twig(twig, trunk, K, T, wipe_layer, loaded)
+        if draft_8bit:
+            quantise(grown.layers, 8)
+        return TwigVLM(loaded, grown)
     if all(v is None for v in (K, T, wipe_layer)):
         return TwigVLM(loaded, None)
     return TwigVLM(loaded, None, TwigConfig(trunk.L, DEFAULT_K if K is None else K, T or DEFAULT_T, wipe_layer or 0))

@@ -25,25 +25,30 @@ import twigvlm
 
 from .. import flags
 from ..config import AUTO, DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
-from ..decoding.pace import Parts, median, now
+from ..decoding.pace import Parts, now, times
 from ..errors import InputError
 from ..families import trunk_of
 from ..files import write_json
 from ..foresight import Wish, check
 from ..loading.base import Loaded
 from ..loading.device import pick_device, pick_dtype
+from ..loading.quantise import quantise
 from ..loading.random import random_base
+from ..model.packed import held_bytes
 from ..model.trunk import Trunk
 from ..model.twig import grow
 from ..program import called, print_json, run_program
 from ..record import provenance, table
 from ..threads import Clock
 from ..vlm import TwigVLM
+from .asking.ask import peak_memory
 from .coin import CoinChooser
 
 DESCRIPTION_TOKENS = 160
 DRAFT_LENGTH = GenerationSettings.draft_length  # any that is not 0: a tree says its own
 MIN_TOKENS = 64  # of a description, as it would be written without a limit
+ENOUGH = 10.0  # seconds for a part of a step: on a large model a few runs are as good
+SLOW = 20.0  # seconds of an answer beside which the first one's own costs are nothing: it counts
 LOADED = 0.25  # cores that may be wanted beyond those there are
 QUESTION, SHORT = "Describe the image in detail.", "How many objects are there?"
 
@@ -137,13 +142,14 @@ class Bench:
         """Medians per method over prompts x repeats, methods interleaved so that drift hits all alike."""
         methods = self.methods() if self.vlm.twig else dict(list(self.methods().items())[:2])
         timings: dict[str, list[Timing]] = {name: [] for name in methods}
-        for method in methods.values():
-            method(self.prompts[0])
-        for _ in tqdm(range(repeats), desc="speed", leave=False):
-            for prompt in self.prompts:
-                self.turn += 1
-                for name, method in methods.items():
-                    timings[name].append(method(prompt))
+        rounds = [prompt for _ in range(repeats) for prompt in self.prompts]
+        warm = {name: method(self.prompts[0]) for name, method in methods.items()}
+        if min(one.total for one in warm.values()) > SLOW:
+            timings, rounds = {name: [one] for name, one in warm.items()}, rounds[1:]
+        for prompt in tqdm(rounds, desc="speed", leave=False):
+            self.turn += 1
+            for name, method in methods.items():
+                timings[name].append(method(prompt))
         rows = [_summary(name, timings[name]) for name in methods]
         for row in rows:
             for other in list(methods)[:3]:
@@ -247,7 +253,7 @@ def bandwidth(device: torch.device, repeats: int = 7) -> float:
 def weight_bytes(trunk: Trunk) -> int:
     """What one plain step reads: decoder layers, norm and head."""
     parts = (trunk.layers, trunk.decoder.norm, trunk.model.lm_head)
-    return sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    return sum(held_bytes(part) for part in parts)
 
 
 def step_costs(
@@ -259,17 +265,20 @@ def step_costs(
         work = {f"verify {n} token{'s' if n > 1 else ''}": parts.verifying(n) for n in blocks}
         if vlm.twig:
             work = {"draft 1 token": parts.drafting()} | work
-        return {name: 1e3 * median(part, vlm.device, repeats, 3) for name, part in work.items()}
+        found = {name: times(part, vlm.device, repeats, 3, ENOUGH) for name, part in work.items()}
+        return {name: 1e3 * statistics.median(seconds) for name, seconds in found.items()}
 
 
 def open_model(args: argparse.Namespace) -> TwigVLM:
     """The model that the flags name."""
     if args.random is None:
         return twigvlm.load(**vars(flags.model_settings(args)))
-    device = pick_device(args.device)
-    model = random_base(args.random, device, pick_dtype(args.dtype, device), args.attn_implementation)
+    device, bits = pick_device(args.device), flags.model_settings(args).bits
+    model = random_base(args.random, device, pick_dtype(args.dtype, device), args.attn_implementation, bits=bits)
     trunk = trunk_of(model)
     twig = grow(trunk, TwigConfig(trunk.L, DEFAULT_K if args.twig_K is None else args.twig_K, args.twig_T or DEFAULT_T))
+    if args.draft_8bit:
+        quantise(twig.layers, 8)
     return TwigVLM(Loaded(model, Path(), f"random {args.random}", True), twig)
 
 
@@ -314,8 +323,10 @@ def measure(args: argparse.Namespace) -> dict:
     check_flags(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    start = Clock.now()
     vlm = open_model(args)
     before = Clock.now()
+    facts = {"load_seconds": round(before.wall - start.wall, 1)}
     endless = args.random is not None
     prompts = _random_prompts(vlm, args.prompts) if endless else _questions(vlm, args.prompts, args.short)
     bench = Bench(vlm, options_of(args), prompts, endless, args.assume_acceptance, trees_of(args))
@@ -323,7 +334,7 @@ def measure(args: argparse.Namespace) -> dict:
     taken = Clock.now().cores_taken(before)
     speed, needed = bandwidth(vlm.device), weight_bytes(vlm.trunk)
     plain = next(r for r in rows if r["method"] == "plain")
-    facts = {
+    facts |= {
         "model": vlm.base_name, "settings": flags.resolved(args), "letters": vars(vlm.config), "R": args.retained_tokens, "dtype": str(vlm.dtype).removeprefix("torch."),
         "attention": args.attn_implementation, "prompts": args.prompts, "repeats": args.repeats, "draft_length": bench.length, "short": args.short,
         "simulated_acceptance": args.assume_acceptance, "cores_taken_by_others": None if taken is None else round(taken, 2),
@@ -335,7 +346,8 @@ def measure(args: argparse.Namespace) -> dict:
         "limit_tokens_per_s": limit,
         "plain_share_of_limit": plain["decode tokens/s"] / limit if plain["decode tokens/s"] else None,
     }
-    return provenance() | facts | {"rows": rows, "step_ms": step_costs(vlm, vlm.config.V + 55)}
+    facts |= {"rows": rows, "step_ms": step_costs(vlm, vlm.config.V + 55)}
+    return provenance() | facts | {"peak_memory_GB": peak_memory(vlm.device) / 1e9}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -410,6 +422,7 @@ def show(facts: dict) -> None:
         f"\nmemory {b['measured_GB_per_s']:.1f} GB/s, weights {b['weights_GB']:.3f} GB: at most {b['limit_tokens_per_s']:.1f} "
         f"tokens/s at batch 1 without drafts; plain decoding reaches {share} of it"
     )
+    print(f"loaded in {facts['load_seconds']:.0f} s, {facts['peak_memory_GB']:.2f} GB at most")
     print("step costs in ms: " + ", ".join(f"{k} {v:.1f}" for k, v in facts["step_ms"].items()))
 
 

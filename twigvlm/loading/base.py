@@ -15,6 +15,7 @@ from ..errors import InputError
 from .describe import check_ends, find_base, find_tower, original_config, projector_only, stock_config
 from .device import check_attention, set_attention
 from .find import commit_of, fetch_weights, read_json, resolve
+from .quantise import prepare
 from .weights import Filling, materialise, read_tensors, weight_files
 
 MAX_PADDED_ROWS = 64  # Hugging Face conversions round LLaVA's vocabulary up by as much
@@ -42,12 +43,14 @@ def load_base(
     dtype: torch.dtype,
     attention: str,
     keep: Callable[[int], Sequence[int]] | None = None,
+    bits: int | None = None,
 ) -> Loaded:
     """Read a LLaVA model. Raises InputError for anything but a complete, consistent checkpoint.
 
     What its description says is judged before any weight is fetched, and the names and shapes of
     all weights before any is read. `keep` names, for a decoder of L layers, those that are wanted,
-    in their order: the others are neither made nor read from the disk.
+    in their order: the others are neither made nor read from the disk. `bits` rounds the decoder
+    layers' weights to 8 or 4 bits while they are read (`loading.quantise`).
     """
     name, folder, facts, original = find_base(base)
     tower, tower_facts = find_tower(folder, facts) if original else (None, {})
@@ -59,7 +62,7 @@ def load_base(
     folder = fetch_weights(base, folder, "base model")
     files = _weight_files(folder, _needs(select))
     try:
-        model = skeleton(config, device, dtype)
+        model = skeleton(config, device, dtype, bits)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as fault:
         raise InputError(
             f"{folder / 'config.json'}: no model can be made of this ({fault!r}); fetch it again"
@@ -171,9 +174,13 @@ def _tower_name(name: str) -> str | None:
     return name.removeprefix("vision_model.")
 
 
-def skeleton(config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+def skeleton(
+    config: LlavaConfig, device: torch.device, dtype: torch.dtype, bits: int | None = None
+) -> LlavaForConditionalGeneration:
     """A model of this configuration whose weights are still to come."""
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
+    if bits is not None:
+        prepare(model.model.language_model.layers, bits, device, dtype)
     materialise(model, device, dtype)
     return model

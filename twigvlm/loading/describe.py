@@ -210,7 +210,7 @@ def _check_quantisation(file: Path, facts: dict) -> None:
             method = found.get("quant_method") or ("bitsandbytes" if "load_in_4bit" in found else "unknown method")
             raise InputError(
                 f"{file}: its weights are quantised ({method}{f', {bits} bits' if bits else ''}); only float32, float16 and "
-                "bfloat16 weights are read: give the checkpoint that this one was made from"
+                "bfloat16 weights are read: give the checkpoint that this one was made from, with --load-8bit or --load-4bit"
             )
 
 

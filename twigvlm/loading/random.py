@@ -54,15 +54,19 @@ def random_base(
     attention: str = "sdpa",
     seed: int = 0,
     layers: int | None = None,
+    bits: int | None = None,
 ) -> LlavaForConditionalGeneration:
-    """Weights drawn straight on the device, in the wanted dtype; `layers` limits the decoder's layers."""
+    """Weights drawn straight on the device, in the wanted dtype; `layers` limits the decoder's layers, `bits` rounds them."""
     config = random_config(shape)
     config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
-    model = skeleton(config, device, dtype)
+    model = skeleton(config, device, dtype, bits)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
+        for name, parameter in list(model.named_parameters()):
+            if hasattr(parameter, "receive"):  # loading.quantise
+                drawn = torch.empty(parameter.shape, device=device)
+                parameter.receive(drawn.normal_(0, STD, generator=generator))
+            elif parameter.dim() > 1:
                 parameter.normal_(0, STD, generator=generator)
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)

@@ -112,6 +112,8 @@ def materialise(module: nn.Module, device: torch.device, dtype: torch.dtype) -> 
     """Give a module built on the meta device real, uninitialised parameters and its real buffers."""
     for owner in module.modules():
         for name, parameter in owner.named_parameters(recurse=False):
+            if hasattr(parameter, "receive"):  # of a packed layer: there is never a whole one
+                continue
             empty = torch.empty(parameter.shape, device=device, dtype=dtype)
             setattr(owner, name, nn.Parameter(empty, requires_grad=False))
         if any(b.is_meta for b in owner.buffers(recurse=False)):
@@ -187,7 +189,7 @@ class Filling:
             if stored.name.endswith(QUANTISED) or (parameter is not None and stored.dtype not in FLOATS):
                 raise InputError(
                     f"{file}: key {stored.name} ({stored.dtype}) belongs to quantised weights; only float32, float16 and "
-                    "bfloat16 weights are read: give the checkpoint that this one was made from"
+                    "bfloat16 weights are read: give the checkpoint that this one was made from, with --load-8bit or --load-4bit"
                 )
             if parameter is None:
                 if name in self.filled:
@@ -207,6 +209,9 @@ class Filling:
 
 def _copy(stored: Stored, parameter: nn.Parameter) -> None:
     with torch.no_grad():
+        if hasattr(parameter, "receive"):  # loading.quantise
+            parameter.receive(stored.read())
+            return
         if not stored.shape:
             parameter.copy_(stored.read())
             return

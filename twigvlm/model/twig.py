@@ -26,6 +26,7 @@ from ..errors import InputError
 from ..files import replacing, write_text
 from ..hub.card import CARD, About, twig_text, with_head
 from ..hub.upload import check_name, upload
+from .packed import PackedLinear, sample, unpack
 from .pruning_head import NAME as HEAD
 from .pruning_head import PruningHead, head_for
 from .skinny import quick
@@ -141,13 +142,13 @@ class Twig(nn.Module):
 def grow(trunk: Trunk, config: TwigConfig, init: Init = "base", copied: Sequence[nn.Module] | None = None) -> Twig:
     """A twig with the weights of base layers K..K+T-1 ("base"), of the last T ("last"), or random ones.
 
-    Nothing is shared with the base. `copied` are these layers, where the trunk has them at other places.
+    Nothing is shared with the base. Of a base in 8 or 4 bits it has the rounded weights in whole numbers of the base's type. `copied` are these layers, where the trunk has them at other places.
     Source: paper section 3.1 and its ablation of the initialisation.
     """
     first = config.L - config.T if init == "last" else config.K
     copied = trunk.layers[first : first + config.T] if copied is None else copied
     text = trunk.decoder.config  # shared, not copied: one place says which attention is used
-    layers = nn.ModuleList(copy.deepcopy(layer, {id(text): text}) for layer in copied)
+    layers = nn.ModuleList(unpack(copy.deepcopy(layer, {id(text): text}), trunk.dtype) for layer in copied)
     twig = Twig(config, layers, copy.deepcopy(trunk.decoder.norm), copy.deepcopy(trunk.model.lm_head))
     if twig.pruning_head is not None:
         like = layers[-1].self_attn.q_proj.weight
@@ -223,11 +224,10 @@ def write_twig(folder: Path, state: dict[str, torch.Tensor], facts: dict) -> Non
         save_file(state, weights, metadata={"format": "pt", **gates})
 
 
-def signature(trunk: Trunk, samples: int = 16) -> list[float]:
-    """A few weights of the base, by which a twig knows it again under any name, layout or dtype."""
-    weights = trunk.layers[0].self_attn.q_proj.weight.detach().flatten()
-    picks = torch.linspace(0, len(weights) - 1, samples).long()
-    return [round(float(w), 5) for w in weights[picks.to(weights.device)].float()]
+def signature(trunk: Trunk) -> list[float]:
+    """A few weights of the base, by which a twig knows it again under any name, layout or dtype, rounded or not."""
+    projection = trunk.layers[0].self_attn.q_proj
+    return projection.sample if isinstance(projection, PackedLinear) else sample(projection.weight)
 
 
 def recognised(known: Sequence[float], trunk: Trunk) -> bool:

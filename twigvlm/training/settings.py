@@ -7,8 +7,9 @@ in minutes what LLaVA learns in hours.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -30,6 +31,7 @@ LEARNING = ("twig", "projector")
 PREDICTIONS, TEACHERS = ("kl", "hybrid", "acceptance"), ("whole", "pruned")
 BASELINES, REWARDS = ("group", "leave-one-out"), ("answer", "fidelity")
 PRECISIONS = ("auto", "bf16", "fp32")
+ROUNDING = ("--load-8bit", "--load-4bit", "--draft-8bit")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 ROWS_PER_DEVICE = {"cuda": 4, "cpu": 8, "mps": 4}  # of a micro-batch, when nobody says
 HELD_OUT, HELD_OUT_SHARE = 64, 100  # samples, if there are at least 100 times as many
@@ -342,9 +344,20 @@ def split_batch(batch: int, processes: int, rows: int | None, usual: int) -> tup
 
 def parse(argv: list[str] | None, doc: str) -> tuple[Settings, Namespace]:
     """Settings and the flags that say what to do with them (--dry-run and its own)."""
+    refuse_rounding(sys.argv[1:] if argv is None else argv)
     groups = [flags.group(title, part) for title, part in PARTS.items()]
     args = flags.parse(flags.parser(called("twigvlm.training.train"), doc, *groups), argv)
     return Settings(**{one.name: getattr(args, one.name) for one in fields(Settings)}), args
+
+
+def refuse_rounding(argv: Sequence[str]) -> None:
+    """Raise InputError for flags that round weights: those of answering, which no training knows."""
+    for word in argv:
+        if word.split("=")[0].replace("_", "-") in ROUNDING:
+            raise InputError(
+                f"{word} is for answering; a training reads only the K + T lowest layers of the base, whole, and its twig "
+                "serves a rounded base as well: leave it away"
+            )
 
 
 def store(settings: Settings, out: Path) -> None:

@@ -51,7 +51,8 @@ def open_model(setting: Setting, local: int | None = None) -> TwigVLM:
         device = f"cuda:{local % torch.cuda.device_count()}"
     if setting.baseline:
         where = pick_device(device)
-        return TwigVLM(load_base(model.base, where, pick_dtype(model.dtype, where), model.attn_implementation), None)
+        dtype = pick_dtype(model.dtype, where)
+        return TwigVLM(load_base(model.base, where, dtype, model.attn_implementation, bits=model.bits), None)
     return load(**vars(model) | {"device": device})
 
 

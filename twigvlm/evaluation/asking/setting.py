@@ -29,6 +29,7 @@ REAL_DATA = (
     (CHECKOUT or Path()) / "playground" / "data" / "eval"
 )  # fetched by hand: in the working folder, as LLaVA has it
 WEIGHT_FILES = ("*.safetensors", "*.bin", "config.json", "twig_config.json")
+OF_THE_MODEL = ("wipe_layer", "load_8bit", "load_4bit", "draft_8bit")  # a rounded twig may choose other tokens to keep
 LATE = ("K", "T", "F", "dtype")
 OLDER = ("retained_tokens", "pruning", "max_new_tokens", "do_sample", "temperature", "top_p", "seed")
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16  # of a weight file: enough to notice other weights, little enough for 14 GB
@@ -98,6 +99,8 @@ class Setting:
             )
         if self.twig_name is None:
             object.__setattr__(self, "writing", replace(self.writing, draft_length=0))
+            if self.model.draft_8bit:
+                raise InputError("--draft-8bit rounds the twig's weights, and no twig is asked for; leave it away")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"--limit is {self.limit}; 1 or more is needed")
 
@@ -148,7 +151,8 @@ class Setting:
             name = "ssd" if self.speculation else "base" if self.baseline else "plain"
         else:
             name = f"{file_name(w.pruning)}-R{self.R:g}" + ("" if self.speculation else "-plain")
-        name += "".join(f"-{key.replace('_', '-')}-{value}" for key, value in self.unusual().items())
+        for key, value in self.unusual().items():
+            name += f"-{key.replace('_', '-')}" + ("" if value is True else f"-{value}")
         if w.do_sample:
             name += f"-t{w.temperature:g}" + (f"-p{w.top_p:g}" if w.top_p else "") + f"-seed{w.seed}"
         elif w.seed and self.R is not None and self._pruning.draws:
@@ -159,8 +163,8 @@ class Setting:
 
     def unusual(self) -> dict[str, Any]:
         """What changes answers, is not said by an older part of the name or the identity, and is not as it usually is."""
-        usual = {**{f.name: f.default for f in fields(GenerationSettings)}, "wipe_layer": None}
-        asked = {**vars(self.writing), "wipe_layer": self.model.wipe_layer}
+        usual = {f.name: f.default for kind in (GenerationSettings, ModelSettings) for f in fields(kind)}
+        asked = {**vars(self.writing), **{name: getattr(self.model, name) for name in OF_THE_MODEL}}
         if not self.speculation:
             asked = {k: v for k, v in asked.items() if k != "tree" and not k.startswith("draft_")}
         if self.R is None:

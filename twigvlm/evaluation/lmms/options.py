@@ -56,7 +56,7 @@ def _reader(one: Field, hint: Any) -> Reader:
 
         return parsed
     kinds = get_args(hint) or (hint,)
-    return next((reader for kind, reader in ((int, _whole), (float, _number)) if kind in kinds), _text)
+    return next((reader for kind, reader in ((bool, _switch), (int, _whole), (float, _number)) if kind in kinds), _text)
 
 
 def _readers(kind: type, leave: Collection[str] = ()) -> dict[str, Reader]:
