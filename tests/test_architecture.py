@@ -145,7 +145,7 @@ LOOKS_INTO: dict[str, set[str]] = {
 COMMANDS = {"twigvlm.pruning.show": {"", "vlm", "foresight"}}
 # Who else needs transformers: its warpers, its processors, its parser, its log.
 TRANSFORMERS = {"model", "loading", "prompt", "families", "training", "sprout"}
-ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run"}
+ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run", "serving.__main__"}
 
 
 def room(name: str) -> str:

@@ -191,6 +191,11 @@ class TwigVLM:
                 whole = [[*row, *target] for row, target in zip(ids, targets, strict=True)]
                 raise trace(self.trunk, self.twig, whole, pixel_values) from fault
 
+    def check(self, **options) -> None:
+        """Raise InputError for options of `generate` that this model cannot follow, whatever the prompt."""
+        settings = GenerationSettings(**options)
+        self._plan(settings.pruning, settings.retained_tokens, settings.query)
+
     def answer(self, image, question: str, history: Sequence = (), **settings) -> str:
         """The answer to a question about a picture (PIL image, path, URL, a list of them, or None).
 

@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> None:
     check(wish, options)
     with listen.bind(settings) as sock:  # before the model is read: a port that is taken is known at once
         if not settings.local and settings.key is None:
-            print(f"warning: anybody who reaches {settings.host} may ask; give --api-key to choose who", file=sys.stderr)
+            print(
+                f"warning: anybody who reaches {settings.host} may ask; give --api-key to choose who", file=sys.stderr
+            )
         desk = Desk(twigvlm.load(**vars(flags.model_settings(args))), options, settings)
         if desk.vlm.twig is None:
             print("No twig given (--twig-block): plain decoding, nothing pruned.", file=sys.stderr)

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from .chat import request
 from .chat.completion import Completions
+from .chat.reply import encoded
 from .chat.schema import document
 from .desk import Desk
 from .faults import MISSING, Fault
-from .gate import App, Gate
-from .http import Receive, Send, answer, answer_fault, answer_json
+from .gate import App, Gate, Told
+from .http import JSON, Receive, Send, answer, answer_json
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -29,7 +30,7 @@ def make_app(desk: Desk) -> App:
 
     ways = {CHAT: ("POST", Completions(desk)), MODELS: ("GET", Models(desk)), f"{MODELS}/{{name:path}}": ("GET", Models(desk)),
             HEALTH: ("GET", Health(desk)), METRICS: ("GET", Figures(desk)), PAGE: ("GET", Page(desk))}  # fmt: skip
-    routes = [Route(path, endpoint, methods=[method]) for path, (method, endpoint) in ways.items()]
+    routes = [Route(path, Told(endpoint), methods=[method]) for path, (method, endpoint) in ways.items()]
     app = FastAPI(
         routes=routes, openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False,
         exception_handlers={HTTPException: _wrong_way},
@@ -46,14 +47,11 @@ async def _wrong_way(asked: Request, fault: Any) -> Any:
         allowed = (fault.headers or {}).get("Allow", "")
         said = Fault(405, f"{where} is not possible; {allowed or 'another method'} is", None, "method_not_allowed")
     else:
-        said = Fault(fault.status_code, f"{where}: there is nothing here; {PAGE} says what is", None, "not_found", MISSING)
+        said = Fault(
+            fault.status_code, f"{where}: there is nothing here; {PAGE} says what is", None, "not_found", MISSING
+        )
 
-    class Said(Response):
-        async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
-            said.headers |= dict(fault.headers or {})
-            await answer_fault(send, said)
-
-    return Said()
+    return Response(encoded(said.body()), fault.status_code, fault.headers, JSON)
 
 
 class Models:

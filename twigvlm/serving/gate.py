@@ -19,8 +19,33 @@ OPEN = ("/health", "/metrics", "/openapi.json")  # to anybody, key or none
 GONE = 499  # what a client that hung up is counted as
 
 
+class Told:
+    """An ASGI application whose faults are answers, as long as none has begun."""
+
+    def __init__(self, app: App):
+        self.app = app
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noted)
+        except Gone:
+            return
+        except Exception as fault:
+            if not isinstance(fault, Fault):
+                traceback.print_exception(fault, file=sys.stderr)  # for who runs the server, not for who asks it
+            if not begun:
+                await answer_fault(send, of(fault))
+
+
 class Gate:
-    """An ASGI application around another one."""
+    """Around the whole application: the key, and how often what was answered."""
 
     def __init__(self, app: App, desk: Desk, paths: tuple[str, ...]):
         self.app, self.desk, self.paths = app, desk, paths
@@ -30,7 +55,7 @@ class Gate:
             if scope["type"] == "websocket":
                 await send({"type": "websocket.close", "code": 1008})
             return
-        status = 0
+        status = GONE
 
         async def counted(message: Message) -> None:
             nonlocal status
@@ -39,19 +64,14 @@ class Gate:
             await send(message)
 
         try:
-            self._check_key(scope)
-            await self.app(scope, receive, counted)
-        except Gone:
-            status = GONE
-        except Exception as fault:
-            if not isinstance(fault, Fault):
-                traceback.print_exception(fault, file=sys.stderr)  # for who runs the server, not for who asks it
-            if status:
-                raise
-            await answer_fault(counted, of(fault))
+            await Told(self._inside)(scope, receive, counted)
         finally:
             path = scope["path"] if scope["path"] in self.paths else "other"
-            self.desk.metrics.requests.labels(path, str(status or GONE)).inc()
+            self.desk.metrics.requests.labels(path, str(status)).inc()
+
+    async def _inside(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        self._check_key(scope)
+        await self.app(scope, receive, send)
 
     def _check_key(self, scope: Mapping[str, Any]) -> None:
         key = self.desk.settings.key
@@ -63,5 +83,10 @@ class Gate:
             return
         said = "the API key is wrong" if given else "no API key was given"
         raise Fault(
-            401, f"{said}; send Authorization: Bearer KEY", None, "invalid_api_key", AUTH, {"WWW-Authenticate": "Bearer"}
+            401,
+            f"{said}; send Authorization: Bearer KEY",
+            None,
+            "invalid_api_key",
+            AUTH,
+            {"WWW-Authenticate": "Bearer"},
         )

@@ -26,7 +26,9 @@ def headers_of(scope: Mapping[str, Any], name: str) -> list[bytes]:
 
 
 async def start(send: Send, status: int, kind: str, more: Mapping[str, str] | None = None) -> None:
-    headers = {"content-type": kind, "cache-control": "no-store", "x-content-type-options": "nosniff"} | dict(more or {})
+    headers = {"content-type": kind, "cache-control": "no-store", "x-content-type-options": "nosniff"} | dict(
+        more or {}
+    )
     raw = [(name.lower().encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": status, "headers": raw})
 

@@ -34,7 +34,9 @@ def bind(settings: ServerSettings) -> socket.socket:
     host, port = settings.host, settings.port
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, where = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except (OSError, UnicodeError) as fault:
         raise InputError(f"--host {host}: no address of this machine ({fault}); 127.0.0.1 is always one") from fault
     made = socket.socket(family, kind, protocol)
@@ -45,7 +47,9 @@ def bind(settings: ServerSettings) -> socket.socket:
     except OSError as fault:
         made.close()
         if fault.errno == errno.EADDRINUSE:
-            raise RunError(f"{shown} is taken by another program; choose another --port (0 takes a free one)") from fault
+            raise RunError(
+                f"{shown} is taken by another program; choose another --port (0 takes a free one)"
+            ) from fault
         if fault.errno == errno.EADDRNOTAVAIL:
             raise InputError(f"--host {host}: no address of this machine; 127.0.0.1 is always one") from fault
         raise RunError(f"cannot listen at {shown} ({fault.strerror or fault}); choose another --port") from fault

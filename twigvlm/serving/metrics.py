@@ -66,4 +66,6 @@ class _OfEngine:
             rows += size * sizes.get(size, 0)
             buckets.append((f"{size}.0", counted))
         buckets.append(("+Inf", counted))
-        yield HistogramMetricFamily("twigvlm_batch_size", "Requests that were answered together", buckets, sum_value=rows)
+        yield HistogramMetricFamily(
+            "twigvlm_batch_size", "Requests that were answered together", buckets, sum_value=rows
+        )

@@ -35,7 +35,9 @@ class Completions:
                 check_kind(scope)
                 body = await asyncio.wait_for(read_body(scope, receive, limits.body_bytes), limits.timeout)
             except asyncio.TimeoutError:
-                raise Fault(408, f"the body was not here after {limits.timeout:g} s; send it faster or less of it") from None
+                raise Fault(
+                    408, f"the body was not here after {limits.timeout:g} s; send it faster or less of it"
+                ) from None
             async with Job(self.desk, arrived, receive).watching() as job:
                 wanted = await job.prepare(body)
                 del body

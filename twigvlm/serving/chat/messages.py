@@ -77,16 +77,16 @@ def _message(given: Any, where: str) -> tuple[str, str, list[Picture]]:
     fields.unknown(message, ("role", "content", *ECHOED), where)
     for name in ECHOED:
         if message.get(name) not in EMPTY:
-            raise refused(
-                f"{where}.{name}", f"{where}.{name} is not supported; leave it away", "unsupported_parameter"
-            )
+            raise refused(f"{where}.{name}", f"{where}.{name} is not supported; leave it away", "unsupported_parameter")
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
         raise refused(f"{where}.role", f"{where}.role is {fields.shown(role)}; one of {', '.join(ROLES)} is needed")
     role = "system" if role in SYSTEM else role
     text, pictures = _content(message.get("content"), f"{where}.content")
     if pictures and role != "user":
-        raise refused(pictures[0].param, f"{pictures[0].param}: a picture in a message of role {role!r}; users show them")
+        raise refused(
+            pictures[0].param, f"{pictures[0].param}: a picture in a message of role {role!r}; users show them"
+        )
     return role, text, pictures
 
 

@@ -156,4 +156,3 @@ def _named(message: str) -> str:
 def within(options: Options, room: int) -> Options:
     """An answer ends where the context does, so that no number is too large."""
     return {**options, "max_new_tokens": min(options["max_new_tokens"], max(room, 1))}
-

@@ -56,7 +56,9 @@ def _inline(picture: Picture, url: str) -> bytes:
     try:
         return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
     except (binascii.Error, ValueError) as fault:
-        raise _fault(picture, f"is no base64 ({fault}); encode the whole file, without line numbers or quotes") from None
+        raise _fault(
+            picture, f"is no base64 ({fault}); encode the whole file, without line numbers or quotes"
+        ) from None
 
 
 def _fault(picture: Picture, said: str) -> Fault:

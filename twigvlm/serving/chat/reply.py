@@ -56,7 +56,9 @@ def usage(prompt: int, written: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
-def figures(answer: Answer, ids: list[int], trunk: Trunk, steps: list[Step], tokens: int, arrived: float) -> dict[str, Any]:
+def figures(
+    answer: Answer, ids: list[int], trunk: Trunk, steps: list[Step], tokens: int, arrived: float
+) -> dict[str, Any]:
     """The object `twig`: what was kept of the pictures, what was drafted, how fast it was; times in seconds."""
     shown = ids.count(trunk.image_token_id)
     kept = None if answer.kept is None or not shown else answer.kept.tolist()

@@ -95,7 +95,9 @@ def _counted(given: Any, stream: bool) -> bool:
     if not stream:
         raise refused("stream_options", "stream_options is given without a stream; leave it away or send stream: true")
     if asked.get("include_obfuscation") not in (None, False):
-        raise refused("stream_options.include_obfuscation", "stream_options.include_obfuscation is not supported; leave it away")
+        raise refused(
+            "stream_options.include_obfuscation", "stream_options.include_obfuscation is not supported; leave it away"
+        )
     return fields.flag(asked["include_usage"], "stream_options.include_usage") if asked.get("include_usage") is not None else False  # fmt: skip
 
 

@@ -158,7 +158,12 @@ def _messages() -> Schema:
 def _replies(model: str) -> Schema:
     usage = {"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tokens": COUNT}
     message = _object({"role": {"enum": ["assistant"]}, "content": TEXT, "refusal": {"type": "null"}})
-    choice = {"index": {"enum": [0]}, "message": message, "logprobs": {"type": "null"}, "finish_reason": {"enum": ["stop", "length"]}}
+    choice = {
+        "index": {"enum": [0]},
+        "message": message,
+        "logprobs": {"type": "null"},
+        "finish_reason": {"enum": ["stop", "length"]},
+    }
     head = {"id": TEXT, "object": {"enum": ["chat.completion"]}, "created": COUNT, "model": {"enum": [model]}}
     one = {"id": {"enum": [model]}, "object": {"enum": ["model"]}, "created": COUNT, "owned_by": TEXT}
     error = {"message": TEXT, "type": TEXT, "param": _or_null(TEXT), "code": _or_null(TEXT)}
@@ -178,5 +183,5 @@ def _figures() -> Schema:
     counts = ("visual_tokens", "visual_kept", "drafted", "accepted", "steps", "batch")
     times = ("time_to_first_token", "queue_time", "tokens_per_second", "visual_measured")
     return _object(
-        {name: COUNT for name in counts} | {name: time for name in times} | {"kept": _or_null({"type": "array", "items": COUNT})}
+        dict.fromkeys(counts, COUNT) | dict.fromkeys(times, time) | {"kept": _or_null({"type": "array", "items": COUNT})}
     )  # fmt: skip
