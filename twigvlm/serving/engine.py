@@ -71,14 +71,14 @@ class Ended:
 
 @dataclass(frozen=True)
 class Answer:
-    """One row's part of an `Output`; `stats` are its whole batch's."""
+    """One row's part of an `Output`; `stats` are its whole batch's, None for a row that was done before its batch was."""
 
     tokens: list[int]
     steps: list[Step]
     times: list[float]  # when each step was there, by `Clock`
     kept: torch.Tensor | None
     visual: float | None  # visual tokens of an image, average per base layer
-    stats: Stats | None  # None if it was cancelled before it began
+    stats: Stats | None  # None as well if it was cancelled before it began
     asked: float
     started: float | None
     ended: float
@@ -103,6 +103,7 @@ class Ticket:
         self.times: list[float] = []
         self.steps: list[Step] = []
         self.cancelled = False
+        self.started, self.rows = 0.0, 0
         self._engine, self._listener = engine, listener
         self._future: Future = Future()
 
@@ -144,7 +145,33 @@ class Ticket:
         self.steps.append(step)
         self.tell(Written(step, at))
 
+    def put_end(self, kept: torch.Tensor | None, visual: float | None) -> None:
+        """Who asked for few words does not wait for those of a batch who asked for many."""
+        if self.rows > 1:
+            tokens = [t for step in self.steps for t in step.tokens]
+            more = {"cancelled": self.cancelled, "limited": len(tokens) >= self.room}
+            self.finish(
+                Answer(
+                    tokens,
+                    self.steps,
+                    self.times,
+                    kept,
+                    visual,
+                    None,
+                    self.asked,
+                    self.started,
+                    self.times[-1],
+                    self.rows,
+                    **more,
+                )
+            )
+
     # ------------------------------------------------------------------ its end
+
+    @property
+    def room(self) -> int:
+        """Tokens that its answer may have."""
+        return min(self.limit, self._engine.vlm.trunk.context - len(self.ask.ids))
 
     def tell(self, event: Any) -> None:
         if self._listener is None:
@@ -280,6 +307,7 @@ class Engine:
         started = Clock()
         self.batches[len(batch)] += 1
         for ticket in batch:
+            ticket.started, ticket.rows = started, len(batch)
             ticket.tell(Started(started))
         try:
             out = self._generate(batch)
@@ -294,7 +322,7 @@ class Engine:
                 batch[0].finish(None, fault)
             return
         for row, ticket in enumerate(batch):
-            ticket.finish(_part(out, row, ticket, started, len(batch), self.vlm))
+            ticket.finish(_part(out, row, ticket, started, len(batch)))
 
     def _generate(self, batch: Sequence[Ticket]) -> Output:
         prompts = [{"input_ids": torch.tensor([t.ask.ids]), "pixel_values": t.ask.pixels} for t in batch]
@@ -309,9 +337,8 @@ class Engine:
         return self.vlm.generate(**together(prompts), streamer=list(batch), stopping_criteria=over, **options)
 
 
-def _part(out: Output, row: int, ticket: Ticket, started: float, rows: int, vlm: TwigVLM) -> Answer:
+def _part(out: Output, row: int, ticket: Ticket, started: float, rows: int) -> Answer:
     tokens = out.tokens[row]
-    room = min(ticket.limit, vlm.trunk.context - len(ticket.ask.ids))
     return Answer(
         tokens=tokens,
         steps=out.steps[row],
@@ -324,5 +351,5 @@ def _part(out: Output, row: int, ticket: Ticket, started: float, rows: int, vlm:
         ended=ticket.times[-1],
         rows=rows,
         cancelled=ticket.cancelled,
-        limited=len(tokens) >= room,
+        limited=len(tokens) >= ticket.room,
     )
