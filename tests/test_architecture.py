@@ -142,10 +142,13 @@ LOOKS_INTO: dict[str, set[str]] = {
     },
 }
 # Programs that lie in the room which they are about and look at more than the room may: nothing imports them.
-COMMANDS = {"twigvlm.pruning.show": {"", "vlm", "foresight"}}
+COMMANDS = {
+    "twigvlm.pruning.show": {"", "vlm", "foresight"},
+    "twigvlm.serving.benchmark": {"evaluation", "world"},
+}
 # Who else needs transformers: its warpers, its processors, its parser, its log.
 TRANSFORMERS = {"model", "loading", "prompt", "families", "training", "sprout"}
-ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run", "serving.__main__"}
+ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run", "serving.__main__", "serving.benchmark"}
 
 
 def room(name: str) -> str:

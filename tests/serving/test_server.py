@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -22,7 +23,8 @@ import twigvlm
 from serving.conftest import CHAT, desk_of, shown
 from serving.test_chat import fault
 from twigvlm.prompt.images import open_image
-from twigvlm.serving import listen
+from twigvlm.serving import __main__ as serving
+from twigvlm.serving import benchmark, listen
 from twigvlm.serving.settings import ServerSettings
 
 PICTURE = ROOT / "assets" / "image.png"
@@ -107,31 +109,36 @@ def test_two_hundred_at_once(server):
     """Nothing is lost, nothing is mixed up: each asks for another number of tokens of the same answer."""
     import httpx
 
-    whole = openai_at(server).chat.completions.create(model="sprout", messages=SAID).choices[0].message.content
+    kinds = []  # with a picture and without
+    for said in (SAID, [{"role": "user", "content": "Is there a star?"}]):
+        told = openai_at(server).chat.completions.create(model="sprout", messages=said, max_tokens=20)
+        kinds.append((said, told.choices[0].message.content))
     limits = httpx.Limits(max_connections=200)
     start = threading.Barrier(200)
 
-    def one(number: int) -> tuple[int, str, str]:
+    def one(number: int) -> tuple[int, int, str, str]:
         start.wait(60)
-        body = {"model": "sprout", "messages": SAID, "max_tokens": 1 + number % 8, "stream": number % 2 == 1}
+        said, _ = kinds[number % 5 > 0]
+        body = {"model": "sprout", "messages": said, "max_tokens": 1 + number % 8, "stream": number % 2 == 1}
         found = client.post(f"{server}{CHAT}", json=body)
         assert found.status_code == 200, found.text
         if not body["stream"]:
             choice = found.json()["choices"][0]
-            assert found.json()["usage"]["completion_tokens"] == body["max_tokens"]
-            return body["max_tokens"], choice["message"]["content"], choice["finish_reason"]
+            return number, body["max_tokens"], choice["message"]["content"], choice["finish_reason"]
         chunks = [json.loads(line[6:]) for line in found.text.splitlines() if line.startswith("data: {")]
         text = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks)
-        return body["max_tokens"], text, chunks[-1]["choices"][0]["finish_reason"]
+        return number, body["max_tokens"], text, chunks[-1]["choices"][0]["finish_reason"]
 
     with httpx.Client(limits=limits, timeout=300) as client, ThreadPoolExecutor(200) as pool:
         found = list(pool.map(one, range(200)))
         figures = client.get(f"{server}/metrics").text
-    texts: dict[int, set[str]] = {}
-    for tokens, text, reason in found:
-        texts.setdefault(tokens, set()).add(text)
-        assert reason == "length" and whole.startswith(text)
-    assert len(found) == 200 and all(len(same) == 1 for same in texts.values()) and len(texts) == 8
+    texts: dict[tuple, set[tuple]] = {}
+    for number, tokens, text, reason in found:
+        kind = number % 5 > 0
+        texts.setdefault((kind, tokens), set()).add((text, reason))
+        assert kinds[kind][1].startswith(text)
+    assert len(found) == 200 and all(len(same) == 1 for same in texts.values()) and len(texts) == 16
+    assert {reason for tokens in range(1, 9) for _, reason in texts[False, tokens]} == {"length"}
     told = dict(line.rsplit(" ", 1) for line in figures.splitlines() if not line.startswith("#"))
     assert float(told["twigvlm_batch_size_sum"]) / float(told["twigvlm_batch_size_count"]) > 2, "not answered together"
 
@@ -378,3 +385,60 @@ def test_ports():
     for host in ("no.such.host.invalid", "203.0.113.7", "a b"):
         with pytest.raises(twigvlm.InputError, match="no address of this machine"):
             listen.bind(ServerSettings(host=host, port=0))
+
+
+@pytest.mark.slow
+def test_the_page_does_what_it_says(tmp_path):
+    """docs/serving.md: the server as it starts there, curl and OpenAI's client as they ask there."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    start, ask = re.findall(r"```bash\n(.*?)```", page, flags=re.S)
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    command = next(line for line in start.splitlines() if line.startswith("python")).partition("#")[0].split()
+    assert command == ["python", "-m", "twigvlm.serving"]
+    with program() as (_, address):
+        here = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+        out = subprocess.run(["bash", "-c", ask.replace("http://127.0.0.1:8000", address)], **here)
+        assert out.returncode == 0 and out.stdout.rstrip().endswith("data: [DONE]"), out.stdout + out.stderr
+        out = subprocess.run([sys.executable, "-c", code.replace("http://127.0.0.1:8000", address)], **here)
+        assert out.returncode == 0 and "objects" in out.stdout, out.stderr
+    with pytest.raises(SystemExit):
+        serving.parse(["--help"])
+    flags = set(re.findall(r"`(--[\w-]+)`? ?", page))
+    assert {"--max-queue", "--timeout", "--max-body", "--grace"} <= flags
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures(tmp_path, capsys):
+    file = tmp_path / "serving.json"
+    flags = [
+        "--random",
+        "64x8",
+        "-R",
+        "144",
+        "--clients",
+        "1",
+        "2",
+        "--requests",
+        "4",
+        "--tokens",
+        "4",
+        "--device",
+        "cpu",
+    ]
+    assert benchmark.main([*flags, "--out", str(file), "--json"]) == 0
+    facts = json.loads(file.read_text())
+    assert [(row["clients"], row["answered"]) for row in facts["rows"]] == [
+        (1, "one by one"),
+        (2, "one by one"),
+        (2, "together"),
+    ]
+    assert all(row["tokens/s"] > 0 and row["first token s median"] <= row["answer s median"] for row in facts["rows"])
+    assert facts["rows"][1]["rows a batch"] == 1 < facts["rows"][2]["rows a batch"] <= 2
+    assert facts["rows"][0]["x one by one"] == 1 and "commit" in facts
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == facts
+
+
+@pytest.mark.parametrize(("flags", "part"), [(["--requests", "0"], "--requests is 0"), (["--clients", "0"], "--clients are 0"), (["--random", "7"], "random shape")])  # fmt: skip
+def test_benchmark_flags_that_cannot_be(flags, part, capsys):
+    assert benchmark.main(flags) == 2
+    assert part in capsys.readouterr().err
