@@ -327,7 +327,7 @@ PICTURES = {
     "": "is empty; a data URL is needed",
     "/etc/passwd": "is /etc/passwd; a data URL is needed",
     "file:///etc/passwd": "a data URL is needed",
-    "data:image/png;base64": "a comma stands before its content",
+    "data:image/png;base64": "its head ends with a comma",
     "data:image/png;base64,????": "is no base64",
     "data:image/png;base64,AAAA": "a picture of 3 bytes: not a picture",
     "data:image/png;base64,": "a picture of 0 bytes: not a picture",

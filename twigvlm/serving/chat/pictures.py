@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
@@ -15,7 +14,7 @@ from ...prompt.web import download, is_url
 from ..faults import Fault, refused
 from .messages import Picture
 
-DATA = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
+LONGEST_HEAD = 1000  # letters of a data URL before its content
 SHOWN = 60  # letters of an address in a message
 REMEDY = "send the picture itself: data:image/png;base64,…"
 
@@ -41,14 +40,14 @@ def _fetched(picture: Picture, url: str, remote: bool) -> bytes:
 
 def _inline(picture: Picture, url: str) -> bytes:
     """The bytes of a data URL."""
-    found = DATA.match(url)
-    if found is None:
-        known = "a data URL is needed" if not url.lower().startswith("data:") else "a comma stands before its content"
+    scheme, colon, rest = url.partition(":")
+    head, comma, content = rest.partition(",")
+    if not colon or scheme.lower() != "data" or not comma or len(head) > LONGEST_HEAD:
+        known = "its head ends with a comma" if scheme.lower() == "data" else "a data URL is needed"
         raise _fault(picture, f"is {_short(url) or 'empty'}; {known}, {REMEDY}")
-    kind, words = found[1].strip().lower(), [word.strip().lower() for word in found[2].split(";")]
+    kind, *words = [word.strip().lower() for word in head.split(";")]
     if kind and not kind.startswith("image/") and kind != "application/octet-stream":
         raise _fault(picture, f"is of type {kind[:SHOWN]}; an image is needed, {REMEDY}")
-    content = url[found.end() :]
     if "base64" not in words:
         return unquote_to_bytes(content)
     letters = "".join(content.split())
