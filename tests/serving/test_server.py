@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import re
@@ -148,6 +149,7 @@ def test_schemathesis_finds_nothing(server):
     """Requests that the interface's own description makes up, good ones and bad ones."""
     schemathesis = pytest.importorskip("schemathesis")
     from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import Unsatisfiable
     from schemathesis.checks import CHECKS
 
     # The description cannot say that user and assistant take turns.
@@ -167,7 +169,8 @@ def test_schemathesis_finds_nothing(server):
                 answer = case.call_and_validate(checks=every)
                 seen.append(answer.status_code)
 
-            try_out()
+            with contextlib.suppress(Unsatisfiable):  # what takes nothing cannot be asked wrongly
+                try_out()
     assert seen and max(seen) < 500 and {200, 400} <= set(seen), sorted(set(seen))
 
 
@@ -402,7 +405,23 @@ def test_the_page_does_what_it_says(tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_measures(tmp_path, capsys):
     file = tmp_path / "serving.json"
-    flags = ["--random", "64x8", "-R", "144", "--clients", "1", "4", "--requests", "8", "--tokens", "4", "--device", "cpu", "--max-wait-ms", "50"]
+    flags = [
+        "--random",
+        "64x8",
+        "-R",
+        "144",
+        "--clients",
+        "1",
+        "4",
+        "--requests",
+        "8",
+        "--tokens",
+        "4",
+        "--device",
+        "cpu",
+        "--max-wait-ms",
+        "50",
+    ]
     assert benchmark.main([*flags, "--out", str(file), "--json"]) == 0
     facts = json.loads(file.read_text())
     assert [(row["clients"], row["answered"]) for row in facts["rows"]] == [
