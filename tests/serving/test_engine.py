@@ -110,6 +110,24 @@ def test_few_words_do_not_wait_for_many(vlm):
     assert answer.visual == out.stats.visual_rows[0]
 
 
+def test_who_was_answered_may_come_again(vlm):
+    """A batch waits from the end of the one before, unless nobody else is near."""
+    for lonely, rows in ((False, 3), (True, 2)):
+        engine, gate = Engine(vlm, max_batch=3, max_wait=10, lonely=lambda lonely=lonely: lonely), Gate()
+        first = [engine.submit(ask(vlm, layout), gate) for layout in LAYOUTS[:3]]
+        assert gate.reached.wait(20)
+        again = [engine.submit(ask(vlm, layout)) for layout in LAYOUTS[:2]]
+        if lonely:
+            gate.open.set()
+            assert [t.result(20).rows for t in again][-1] <= rows
+        else:
+            gate.open.set()
+            first[0].result(20)
+            again.append(engine.submit(ask(vlm, LAYOUTS[2])))
+            assert [t.result(20).rows for t in again] == [rows] * 3
+        engine.close(10)
+
+
 def test_a_full_queue_and_a_closed_engine(vlm):
     engine, gate = Engine(vlm, max_queue=2), Gate()
     engine.submit(ask(vlm, LAYOUTS[0]), gate)

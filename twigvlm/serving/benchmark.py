@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--requests", type=int, default=32, help="requests in all for each number of clients (default %(default)s)")
     add("--tokens", type=int, default=64, help="longest answer (default %(default)s); exactly so long with --random")
     add("--max-batch", type=int, default=16, help="requests that are answered together (default %(default)s)")
-    add("--max-wait-ms", type=float, default=5.0, help="milliseconds to wait for others (default %(default)s)")
+    add("--max-wait-ms", type=float, default=25.0, help="milliseconds to wait for others (default %(default)s)")
     add("--threads", type=int, help="CPU threads (default: all)")
     add("--out", type=Path, help="also write the JSON to this file")
     add("--json", action="store_true", help="end with the JSON line on a terminal too")

@@ -33,12 +33,13 @@ class Desk:
         self.vlm, self.settings = vlm, settings
         self.defaults = {f.name: f.default for f in fields(GenerationSettings)} | dict(defaults)
         self.model = settings.model_name or name_of(vlm)
-        self.engine = Engine(vlm, settings.max_batch, settings.max_wait_ms / 1000, settings.max_queue)
+        self.open, self.ending = 0, False
+        wait = settings.max_wait_ms / 1000
+        self.engine = Engine(vlm, settings.max_batch, wait, settings.max_queue, lambda: self.open <= 1)
         self.metrics = Metrics(self.engine)
         self.check = options.checker(vlm, self.model)
         self.jobs: set[Job] = set()
         self.started = int(time.time())
-        self.open, self.ending = 0, False
         self._pool = ThreadPoolExecutor(min(THREADS, cores()), "reading")
         vlm.prompts, vlm.tokenizer  # noqa: B018 (made once, before threads ask for them)
 

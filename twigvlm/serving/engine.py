@@ -194,15 +194,24 @@ class Ticket:
 class Engine:
     """A queue of at most `max_queue` asks before one worker, who takes up to `max_batch` at once.
 
-    The first of a batch waits up to `max_wait` seconds for others that agree with it. Raises InputError for limits that
-    cannot be.
+    The first of a batch waits up to `max_wait` seconds for others that agree with it, counted from the end of the batch
+    before, whose askers may come again; where `lonely` says that nobody else is near, it does not wait. Raises InputError
+    for limits that cannot be.
     """
 
-    def __init__(self, vlm: TwigVLM, max_batch: int = 8, max_wait: float = 0.005, max_queue: int = 64):
+    def __init__(
+        self,
+        vlm: TwigVLM,
+        max_batch: int = 8,
+        max_wait: float = 0.005,
+        max_queue: int = 64,
+        lonely: Callable[[], bool] | None = None,
+    ):
         for name, value, least in (("max_batch", max_batch, 1), ("max_queue", max_queue, 1), ("max_wait", max_wait, 0)):
             if not value >= least:
                 raise InputError(f"{name} is {value}; {least} or more is needed")
         self.vlm, self.max_batch, self.max_wait, self.max_queue = vlm, max_batch, max_wait, max_queue
+        self._lonely, self._free = lonely, 0.0  # when the last batch ended
         self.batches: Counter[int] = Counter()  # rows → how many batches had so many
         self._queue: deque[Ticket] = deque()
         self._running: list[Ticket] = []
@@ -272,7 +281,7 @@ class Engine:
         while batch := self._next():
             self._answer(batch)
             with self._change:
-                self._running = []
+                self._running, self._free = [], Clock()
 
     def _next(self) -> list[Ticket]:
         """The oldest ask and those that agree with it; nothing once the engine is closed and nobody waits."""
@@ -297,7 +306,9 @@ class Engine:
     def _left(self) -> float:
         """Seconds that the oldest ask may still wait for others."""
         first = self._queue[0]
-        return 0.0 if not first.agrees(first) else max(0.0, first.asked + self.max_wait - Clock())
+        if not first.agrees(first) or (self._lonely is not None and self._lonely()):
+            return 0.0
+        return max(0.0, max(first.asked, self._free) + self.max_wait - Clock())
 
     def _full(self) -> bool:
         return not self._queue or self._closed or len(self._batch()) >= self.max_batch

@@ -27,7 +27,9 @@ class ServerSettings:
         None, "what clients call the model (default: sprout, the hub id, or the folder's last name)", metavar="NAME"
     )
     max_batch: int = option(8, "requests that are answered together at most", metavar="N")
-    max_wait_ms: float = option(5.0, "milliseconds that a request waits for others like it", metavar="X")
+    max_wait_ms: float = option(
+        25.0, "milliseconds that a request waits for others like it, while others are being served", metavar="X"
+    )
     max_queue: int = option(256, "requests that may wait; more are told to come again (429)", metavar="N")
     timeout: float = option(300.0, "seconds that a request may take, waiting included (504)", metavar="X")
     max_body: float = option(64.0, "MiB that a request may have, its pictures included (413)", metavar="X")
