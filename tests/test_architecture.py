@@ -147,10 +147,14 @@ LOOKS_INTO: dict[str, set[str]] = {
 LOOKS_INTO["commands"] = LOOKS_INTO["evaluation"] | {"hub"}
 LOOKS_INTO["__main__"] = {""}  # its commands are names until they are asked for
 # Programs that lie in the room which they are about and look at more than the room may: nothing imports them.
-COMMANDS = {"twigvlm.pruning.show": {"", "vlm", "foresight"}}
+COMMANDS = {
+    "twigvlm.pruning.show": {"", "vlm", "foresight"},
+    "twigvlm.serving.benchmark": {"evaluation", "world"},
+}
 # Who else needs transformers: its warpers, its processors, its parser, its log.
 TRANSFORMERS = {"model", "loading", "prompt", "families", "training", "sprout"}
 ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run", "commands.demo", "commands.export"}
+ALSO_TRANSFORMERS |= {"serving.__main__", "serving.benchmark"}
 
 
 def room(name: str) -> str:

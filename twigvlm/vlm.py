@@ -192,6 +192,11 @@ class TwigVLM:
                 whole = [[*row, *target] for row, target in zip(ids, targets, strict=True)]
                 raise trace(self.trunk, self.twig, whole, pixel_values) from fault
 
+    def check(self, **options) -> None:
+        """Raise InputError for options of `generate` that this model cannot follow, whatever the prompt."""
+        settings = GenerationSettings(**options)
+        self._plan(settings.pruning, settings.retained_tokens, settings.query)
+
     def answer(self, image, question: str, history: Sequence = (), **settings) -> str:
         """The answer to a question about a picture (PIL image, path, URL, a list of them, or None).
 
@@ -242,6 +247,7 @@ class TwigVLM:
                     rows[row].append(step)
                     if streamers:
                         feed(streamers[row], step)
+                _tell_ends(decoder, streamers)
         except NotFinite as fault:
             histories = [[*ids[b], *(t for step in steps for t in step.tokens)] for b, steps in enumerate(rows)]
             raise trace(self.trunk, self.twig, histories, pixel_values) from fault
@@ -345,6 +351,15 @@ class TwigVLM:
 
     def _now(self) -> float:
         return now(self.device)
+
+
+def _tell_ends(decoder: Decoder, streamers: Sequence) -> None:
+    """A streamer that has `put_end` hears that its row is written, while others may not be: what was kept, and visual tokens an image."""
+    for row in decoder.rows:
+        if row.done and streamers and hasattr(streamers[row.index], "put_end"):
+            kept = None if decoder.state.kept is None else decoder.state.kept[row.index].cpu()
+            kept = None if kept is None else kept[kept >= 0]
+            streamers[row.index].put_end(kept, decoder.state.per_image()[row.index])
 
 
 def load(

@@ -89,6 +89,45 @@ def test_who_waits_is_answered_in_one_batch(vlm):
     assert rows == [1, 3, 3, 3, 1, 1, 1]
 
 
+def test_few_words_do_not_wait_for_many(vlm):
+    """A row that is written is answered, with what was kept for it, while its batch goes on."""
+    engine, gate = Engine(vlm, max_batch=2, max_wait=5), Gate()
+    wish = {"retained_tokens": 2.0}
+    many = engine.submit(ask(vlm, LAYOUTS[0], max_new_tokens=60, **wish), gate)
+    ends: list[bool] = []
+    few = engine.submit(
+        ask(vlm, LAYOUTS[1], max_new_tokens=1, **wish),
+        lambda event: ends.append(many.done()) if isinstance(event, Ended) else None,
+    )
+    assert gate.reached.wait(20)
+    gate.open.set()
+    answer, whole = few.result(20), many.result(20)
+    engine.close(10)
+    assert answer.rows == whole.rows == 2 and answer.limited and ends == [False]
+    wish = ask(vlm, LAYOUTS[1], max_new_tokens=1, **wish)
+    out = vlm.generate(torch.tensor([wish.ids]), wish.pixels, **wish.options)
+    assert answer.tokens == out.tokens[0] and answer.kept.tolist() == out.kept[0].tolist()
+    assert answer.visual == out.stats.visual_rows[0]
+
+
+def test_who_was_answered_may_come_again(vlm):
+    """A batch waits from the end of the one before, unless nobody else is near."""
+    for lonely, rows in ((False, 3), (True, 2)):
+        engine, gate = Engine(vlm, max_batch=3, max_wait=10, lonely=lambda lonely=lonely: lonely), Gate()
+        first = [engine.submit(ask(vlm, layout), gate) for layout in LAYOUTS[:3]]
+        assert gate.reached.wait(20)
+        again = [engine.submit(ask(vlm, layout)) for layout in LAYOUTS[:2]]
+        if lonely:
+            gate.open.set()
+            assert [t.result(20).rows for t in again][-1] <= rows
+        else:
+            gate.open.set()
+            first[0].result(20)
+            again.append(engine.submit(ask(vlm, LAYOUTS[2])))
+            assert [t.result(20).rows for t in again] == [rows] * 3
+        engine.close(10)
+
+
 def test_a_full_queue_and_a_closed_engine(vlm):
     engine, gate = Engine(vlm, max_queue=2), Gate()
     engine.submit(ask(vlm, LAYOUTS[0]), gate)

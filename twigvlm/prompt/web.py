@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import ipaddress
 import socket
 import threading
 import time
@@ -22,13 +23,16 @@ def is_url(name: str) -> bool:
     return name.lower().startswith(SCHEMES)
 
 
-def download(url: str) -> bytes:
+def download(url: str, public: bool = False) -> bytes:
     """What stands at an http(s) address.
+
+    `public`: for an address that somebody else names. Only machines on the public internet are asked then, and no
+    proxy: every address that a name leads to is judged, after each redirect again, and the judged one is connected to.
 
     Raises InputError for an address that is none, a server that says no, a redirect to anything but
     http(s), what is not complete after TIMEOUT seconds, and more than MAX_BYTES.
     """
-    fetching = _Fetch(url, time.monotonic() + TIMEOUT)
+    fetching = _Fetch(url, time.monotonic() + TIMEOUT, public)
     thread = threading.Thread(target=fetching.run, daemon=True)  # nothing else bounds the look-up of a name
     thread.start()
     thread.join(TIMEOUT)
@@ -40,11 +44,44 @@ def download(url: str) -> bytes:
     return fetching.data
 
 
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet: not private, of this machine, of this link, shared, reserved."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if found.version == 6:
+        if found.ipv4_mapped is not None:
+            return is_public(str(found.ipv4_mapped))
+        if found.is_site_local or found.sixtofour is not None or found.teredo is not None:
+            return False  # the last two lead through others' machines to addresses within
+    return found.is_global and not (found.is_multicast or found.is_reserved or found.is_unspecified)
+
+
+def _connect_publicly(address: tuple[str, int], timeout=None, source_address=None) -> socket.socket:
+    """What http.client does by `socket.create_connection`, to addresses that were judged and no others.
+
+    The name is looked up once: who answers otherwise the next time gains nothing. Raises InputError.
+    """
+    host, port = address
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if not found or not all(is_public(str(where[0])) for *_, where in found):
+        raise InputError(f"{host} is not on the public internet; only pictures that are can be fetched")
+    fault: OSError | None = None
+    for family, kind, protocol, _, where in found:
+        one = socket.socket(family, kind, protocol)
+        try:
+            one.settimeout(timeout)
+            one.connect(where)
+            return one
+        except OSError as failed:
+            one.close()
+            fault = failed
+    raise fault
+
+
 class _Fetch:
     """One download, by a thread of its own: `data` or `fault` when it has ended."""
 
-    def __init__(self, url: str, end: float):
-        self.url, self.end = url, end
+    def __init__(self, url: str, end: float, public: bool = False):
+        self.url, self.end, self.public = url, end, public
         self.data: bytes | None = None
         self.fault: InputError | None = None
         self.sockets: list[socket.socket] = []
@@ -67,7 +104,7 @@ class _Fetch:
 
     def _read(self) -> bytes:
         request = urllib.request.Request(self.url, headers={"User-Agent": "twigvlm"})
-        with _opener(self.sockets).open(request, timeout=TIMEOUT + 1) as answer:
+        with _opener(self.sockets, self.public).open(request, timeout=TIMEOUT + 1) as answer:
             data = bytearray()
             while chunk := answer.read1(CHUNK):
                 data += chunk
@@ -89,18 +126,24 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _opener(sockets: list[socket.socket]) -> urllib.request.OpenerDirector:
+def _opener(sockets: list[socket.socket], public: bool) -> urllib.request.OpenerDirector:
     """Knows http and https and nothing else; the sockets that it opens are added to `sockets`."""
 
-    class Plain(http.client.HTTPConnection):
+    class Kept:
+        def __init__(self, *arguments, **more):
+            super().__init__(*arguments, **more)
+            if public:
+                self._create_connection = _connect_publicly
+
         def connect(self):
             super().connect()
             sockets.append(self.sock)
 
-    class Secure(http.client.HTTPSConnection):
-        def connect(self):
-            super().connect()
-            sockets.append(self.sock)
+    class Plain(Kept, http.client.HTTPConnection):
+        pass
+
+    class Secure(Kept, http.client.HTTPSConnection):
+        pass
 
     class Http(urllib.request.HTTPHandler):
         def http_open(self, req):
@@ -112,6 +155,7 @@ def _opener(sockets: list[socket.socket]) -> urllib.request.OpenerDirector:
 
     opener = urllib.request.OpenerDirector()
     proxies = {kind: url for kind, url in urllib.request.getproxies().items() if kind in ("http", "https", "no")}
+    proxies = {} if public else proxies  # a proxy looks names up by itself
     for handler in (
         urllib.request.ProxyHandler(proxies),
         Http(),

@@ -71,14 +71,14 @@ class Ended:
 
 @dataclass(frozen=True)
 class Answer:
-    """One row's part of an `Output`; `stats` are its whole batch's."""
+    """One row's part of an `Output`; `stats` are its whole batch's, None for a row that was done before its batch was."""
 
     tokens: list[int]
     steps: list[Step]
     times: list[float]  # when each step was there, by `Clock`
     kept: torch.Tensor | None
     visual: float | None  # visual tokens of an image, average per base layer
-    stats: Stats | None  # None if it was cancelled before it began
+    stats: Stats | None  # None as well if it was cancelled before it began
     asked: float
     started: float | None
     ended: float
@@ -103,6 +103,7 @@ class Ticket:
         self.times: list[float] = []
         self.steps: list[Step] = []
         self.cancelled = False
+        self.started, self.rows = 0.0, 0
         self._engine, self._listener = engine, listener
         self._future: Future = Future()
 
@@ -144,7 +145,33 @@ class Ticket:
         self.steps.append(step)
         self.tell(Written(step, at))
 
+    def put_end(self, kept: torch.Tensor | None, visual: float | None) -> None:
+        """Who asked for few words does not wait for those of a batch who asked for many."""
+        if self.rows > 1:
+            tokens = [t for step in self.steps for t in step.tokens]
+            more = {"cancelled": self.cancelled, "limited": len(tokens) >= self.room}
+            self.finish(
+                Answer(
+                    tokens,
+                    self.steps,
+                    self.times,
+                    kept,
+                    visual,
+                    None,
+                    self.asked,
+                    self.started,
+                    self.times[-1],
+                    self.rows,
+                    **more,
+                )
+            )
+
     # ------------------------------------------------------------------ its end
+
+    @property
+    def room(self) -> int:
+        """Tokens that its answer may have."""
+        return min(self.limit, self._engine.vlm.trunk.context - len(self.ask.ids))
 
     def tell(self, event: Any) -> None:
         if self._listener is None:
@@ -167,15 +194,24 @@ class Ticket:
 class Engine:
     """A queue of at most `max_queue` asks before one worker, who takes up to `max_batch` at once.
 
-    The first of a batch waits up to `max_wait` seconds for others that agree with it. Raises InputError for limits that
-    cannot be.
+    The first of a batch waits up to `max_wait` seconds for others that agree with it, counted from the end of the batch
+    before, whose askers may come again; where `lonely` says that nobody else is near, it does not wait. Raises InputError
+    for limits that cannot be.
     """
 
-    def __init__(self, vlm: TwigVLM, max_batch: int = 8, max_wait: float = 0.005, max_queue: int = 64):
+    def __init__(
+        self,
+        vlm: TwigVLM,
+        max_batch: int = 8,
+        max_wait: float = 0.005,
+        max_queue: int = 64,
+        lonely: Callable[[], bool] | None = None,
+    ):
         for name, value, least in (("max_batch", max_batch, 1), ("max_queue", max_queue, 1), ("max_wait", max_wait, 0)):
             if not value >= least:
                 raise InputError(f"{name} is {value}; {least} or more is needed")
         self.vlm, self.max_batch, self.max_wait, self.max_queue = vlm, max_batch, max_wait, max_queue
+        self._lonely, self._free = lonely, 0.0  # when the last batch ended
         self.batches: Counter[int] = Counter()  # rows → how many batches had so many
         self._queue: deque[Ticket] = deque()
         self._running: list[Ticket] = []
@@ -245,7 +281,7 @@ class Engine:
         while batch := self._next():
             self._answer(batch)
             with self._change:
-                self._running = []
+                self._running, self._free = [], Clock()
 
     def _next(self) -> list[Ticket]:
         """The oldest ask and those that agree with it; nothing once the engine is closed and nobody waits."""
@@ -270,7 +306,9 @@ class Engine:
     def _left(self) -> float:
         """Seconds that the oldest ask may still wait for others."""
         first = self._queue[0]
-        return 0.0 if not first.agrees(first) else max(0.0, first.asked + self.max_wait - Clock())
+        if not first.agrees(first) or (self._lonely is not None and self._lonely()):
+            return 0.0
+        return max(0.0, max(first.asked, self._free) + self.max_wait - Clock())
 
     def _full(self) -> bool:
         return not self._queue or self._closed or len(self._batch()) >= self.max_batch
@@ -280,6 +318,7 @@ class Engine:
         started = Clock()
         self.batches[len(batch)] += 1
         for ticket in batch:
+            ticket.started, ticket.rows = started, len(batch)
             ticket.tell(Started(started))
         try:
             out = self._generate(batch)
@@ -294,7 +333,7 @@ class Engine:
                 batch[0].finish(None, fault)
             return
         for row, ticket in enumerate(batch):
-            ticket.finish(_part(out, row, ticket, started, len(batch), self.vlm))
+            ticket.finish(_part(out, row, ticket, started, len(batch)))
 
     def _generate(self, batch: Sequence[Ticket]) -> Output:
         prompts = [{"input_ids": torch.tensor([t.ask.ids]), "pixel_values": t.ask.pixels} for t in batch]
@@ -309,9 +348,8 @@ class Engine:
         return self.vlm.generate(**together(prompts), streamer=list(batch), stopping_criteria=over, **options)
 
 
-def _part(out: Output, row: int, ticket: Ticket, started: float, rows: int, vlm: TwigVLM) -> Answer:
+def _part(out: Output, row: int, ticket: Ticket, started: float, rows: int) -> Answer:
     tokens = out.tokens[row]
-    room = min(ticket.limit, vlm.trunk.context - len(ticket.ask.ids))
     return Answer(
         tokens=tokens,
         steps=out.steps[row],
@@ -324,5 +362,5 @@ def _part(out: Output, row: int, ticket: Ticket, started: float, rows: int, vlm:
         ended=ticket.times[-1],
         rows=rows,
         cancelled=ticket.cancelled,
-        limited=len(tokens) >= room,
+        limited=len(tokens) >= ticket.room,
     )
