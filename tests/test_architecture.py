@@ -102,6 +102,7 @@ LOOKS_INTO: dict[str, set[str]] = {
     "vlm": {"decoding", "families", "loading", "model", "prompt", "pruning"},
     "flags": {"pruning"},
     "foresight": {"loading", "pruning"},
+    "web": {"vlm", "flags", "foresight", "serving", "decoding", "prompt", "pruning", "world"},
     "serving": {"vlm", "flags", "foresight", "decoding", "loading", "model", "prompt", "pruning"},
     "evaluation": {
         "vlm",
@@ -145,7 +146,7 @@ LOOKS_INTO: dict[str, set[str]] = {
 COMMANDS = {"twigvlm.pruning.show": {"", "vlm", "foresight"}}
 # Who else needs transformers: its warpers, its processors, its parser, its log.
 TRANSFORMERS = {"model", "loading", "prompt", "families", "training", "sprout"}
-ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run"}
+ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run", "web.__main__"}
 
 
 def room(name: str) -> str:
