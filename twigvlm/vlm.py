@@ -46,7 +46,9 @@ class Output:
     kept: list[torch.Tensor] | None  # visual tokens (0..V-1, over all images) between K and F
     steps: list[list[Step]]
     stats: Stats
-    scores: list[torch.Tensor] | None = None  # of the visual tokens, by the first cut's probe (`State.scores`); if `traced`
+    scores: list[torch.Tensor] | None = (
+        None  # of the visual tokens, by the first cut's probe (`State.scores`); if `traced`
+    )
 
 
 class TwigVLM:

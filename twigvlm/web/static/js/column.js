@@ -23,7 +23,7 @@ export class Column {
       make("header", { class: "column-head" }, make("h3", {}, method.spec), this.state),
       make("div", {}, this.patches.canvas, this.patches.detail),
       make("div", {}, this.words.place, this.words.detail),
-      this.wrong, this.badge, this.figures);
+      make("div", {}, this.wrong, this.badge), this.figures);
     this.words.empty("The answer will stand here.");
     this.say(method.drafts ? "with drafts" : "without drafts");
   }

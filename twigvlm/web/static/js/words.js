@@ -11,7 +11,7 @@ export class Words {
     this.at = null;
     this.detail = make("p", { class: "detail", "aria-live": "polite" });
     this.place = make("p", { class: "answer", tabindex: "0", role: "group", "aria-label": `${name}: the answer; arrow keys walk word by word` });
-    this.place.addEventListener("pointerover", (event) => this.point(this.spans.indexOf(event.target)));
+    this.place.addEventListener("pointerover", (event) => this.point(this.spans.indexOf(event.target.closest(".word"))));
     this.place.addEventListener("pointerleave", () => this.point(-1));
     this.place.addEventListener("blur", () => this.point(-1));
     this.place.addEventListener("keydown", (event) => this.walk(event));
@@ -44,7 +44,9 @@ export class Words {
   }
 
   span(piece, step, index) {
-    const span = make("span", { class: piece.drafted ? "word drafted" : "word" }, piece.text);
+    const span = make("span", { class: piece.drafted ? "word drafted" : "word" });
+    const space = piece.drafted && !this.spans.at(-1)?.classList.contains("drafted") ? piece.text.match(/^\s*/)[0] : "";
+    span.append(space, piece.drafted ? make("u", {}, piece.text.slice(space.length)) : piece.text); // no line under a gap before
     span.told = this.tell(piece, step, index);
     this.spans.push(span);
     return span;
