@@ -338,6 +338,14 @@ def open_run(place: str, **more) -> socket.socket:
     return link
 
 
+def heard(link: socket.socket, what: bytes, before: bytes = b"") -> bytes:
+    """All that comes until `what` is among it."""
+    link.settimeout(10)
+    while what not in before:
+        before += link.recv(4096)
+    return before
+
+
 def until(true, seconds: float = 5.0) -> None:
     end = time.monotonic() + seconds
     while not true():
@@ -371,18 +379,13 @@ def test_who_waits_is_told_the_place_and_may_leave():
         until(lambda: len(engine.queue) == 1)
         third = open_run(place, draft_length=0)
         until(lambda: len(engine.queue) == 2)
-        second.settimeout(5)
-        assert b'"before": 1' in second.recv(4096) + second.recv(4096)
+        heard(second, b'"before": 1')
         second.close()
         until(lambda: len(engine.queue) == 1)
-        third.settimeout(5)
-        heard = third.recv(4096)
-        while b'"before": 1' not in heard:
-            heard += third.recv(4096)
+        told = heard(third, b'"before": 1')
+        assert b'"before": 2' in told and b"started" not in told
         engine.go.set()
-        while b"started" not in heard:
-            heard += third.recv(4096)
-        assert heard.index(b'"before": 2') < heard.index(b'"before": 1') < heard.index(b"started")
+        heard(third, b"started", told)
         first.close()
         third.close()
 
