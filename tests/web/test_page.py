@@ -1,5 +1,6 @@
 """The page in a real browser: what people see and do, with the mouse and without."""
 
+# ruff: noqa: F811 (fixtures come from another file)
 from __future__ import annotations
 
 import base64
@@ -362,7 +363,18 @@ def test_by_keyboard_alone(place, visit):
             break
         reached.add(name)
         assert ring != "none" or name == "file" or name == "", name
-    assert {"file", "question", "add", "budget", "budget-number", "draft-kind", "run", "heat", "patches", "answer"} <= reached
+    assert {
+        "file",
+        "question",
+        "add",
+        "budget",
+        "budget-number",
+        "draft-kind",
+        "run",
+        "heat",
+        "patches",
+        "answer",
+    } <= reached
     page.focus("#question")
     page.keyboard.press("Control+Enter")
     done(page)
@@ -427,5 +439,3 @@ def test_a_server_that_ends_by_ctrl_c():
     with program() as (server, _):
         server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0
-
-

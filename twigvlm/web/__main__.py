@@ -30,9 +30,8 @@ def parse(argv: Sequence[str] | None) -> Namespace:
 
 def run(args: Namespace) -> int:
     try:
+        import fastapi  # noqa: F401 (asked early, before a model is loaded)
         import uvicorn
-
-        from .app import make_app
     except ModuleNotFoundError as fault:
         raise InputError(f"{fault}; the page needs the extra [web]: pip install -e '.[web]'") from fault
     from transformers.utils import logging
@@ -40,6 +39,7 @@ def run(args: Namespace) -> int:
     from .. import load
     from ..foresight import Wish, check
     from ..serving.engine import Engine
+    from .app import make_app
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

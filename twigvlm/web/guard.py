@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from urllib.parse import urlsplit
 
-from starlette.exceptions import HTTPException
-
 from .settings import PageSettings
 
 LARGEST = 20 * 2**20  # bytes of a body
@@ -50,6 +48,8 @@ class Guard:
             message = await receive()
             size += len(message.get("body", b""))
             if size > LARGEST:
+                from starlette.exceptions import HTTPException  # which FastAPI lets through
+
                 raise HTTPException(413, too_large(size))
             return message
 

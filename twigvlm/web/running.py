@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import Response
 
 from ..config import GenerationSettings
 from ..errors import InputError
@@ -21,18 +19,33 @@ LONGEST_QUESTION, LONGEST_ANSWER = 4000, 1024  # letters, tokens
 POLL = 0.25  # seconds between two looks at the queue
 
 
-class Run(BaseModel):
-    """What is asked. `R` counts for pruning methods alone; `draft_length` 0 is plain decoding."""
+@dataclass
+class Run:
+    """What is asked: `picture` is a sample's name or the id of a picture that was sent, `method` unpruned or one of the
+    catalogue with its settings, `R` the average of visual tokens per layer (for those alone), `draft_length` the tokens
+    drafted a step at most (0: none) or auto, `tree` E,W,D,N or auto instead; `check` decodes again without drafts.
 
-    model_config = ConfigDict(extra="forbid")
-    picture: str = Field(description="a sample's name, or the id of a picture that was sent")
-    question: str = Field(max_length=LONGEST_QUESTION)
-    method: str = Field(UNPRUNED, description="unpruned, or a method of the catalogue with its settings")
-    R: float | None = Field(None, description="average of visual tokens per layer")
-    draft_length: int | str = Field(5, description="drafted tokens a step at most, or auto")
-    tree: str | None = Field(None, description="drafts that branch: E,W,D,N, or auto")
-    max_new_tokens: int = Field(128, ge=1, le=LONGEST_ANSWER)
-    check: bool = Field(False, description="decode again without drafts and compare")
+    Raises InputError for texts and numbers outside their range.
+    """
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 (FastAPI makes a schema of this class)
+
+    picture: str
+    question: str
+    method: str = UNPRUNED
+    R: float | None = None
+    draft_length: int | str = 5
+    tree: str | None = None
+    max_new_tokens: int = 128
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.question) > LONGEST_QUESTION:
+            raise InputError(
+                f"question is of {len(self.question)} letters; at most {LONGEST_QUESTION} are read, shorten it"
+            )
+        if not 1 <= self.max_new_tokens <= LONGEST_ANSWER:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; 1 to {LONGEST_ANSWER} is possible here")
 
     @property
     def drafts(self) -> bool:
@@ -146,18 +159,15 @@ class Work:
                 yield {"event": "checked", "same": place is None, "differs_at": place, "tokens": len(what.tokens)}
 
 
-class Lines(Response):
-    """JSON lines, each sent when it is there. A reader that leaves ends the work behind them at once."""
-
-    media_type = "application/x-ndjson"
+class Lines:
+    """JSON lines as an ASGI answer, each sent when it is there. A reader that leaves ends the work behind them at once."""
 
     def __init__(self, lines: AsyncIterator[dict], leave: Callable[[], None], explain: Callable[[Exception], str]):
-        super().__init__()
         self.lines, self.leave, self.explain = lines, leave, explain
-        del self.headers["content-length"]
 
-    async def __call__(self, scope, receive, send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+    async def __call__(self, _scope, receive, send) -> None:
+        heads = [(b"content-type", b"application/x-ndjson"), (b"x-accel-buffering", b"no")]
+        await send({"type": "http.response.start", "status": 200, "headers": heads})
         watch = asyncio.create_task(self._watch(receive))
         try:
             async with contextlib.aclosing(self._told()) as lines:
