@@ -151,7 +151,7 @@ export class Patches {
     const words = [`row ${Math.floor(at / side) + 1}, column ${(at % side) + 1}`];
     if (this.kept) words.push(this.kept.has(at) ? "kept" : "dropped");
     const score = this.scores?.[at];
-    if (score !== null && score !== undefined) words.push(`rank ${this.ranks[at]} of ${all}, score ${score.toPrecision(3)}`);
+    if (score !== null && score !== undefined) words.push(`rank ${this.ranks[at]} of ${all}, score ${score >= 1e-4 ? score.toPrecision(3) : score.toExponential(2)}`);
     else if (this.scores) words.push("gone before it was scored");
     else if (this.kept) words.push("no score by patch");
     this.detail.textContent = words.join(" · ");

@@ -54,10 +54,10 @@ export class Words {
 
   tell(piece, step, index) {
     const words = [`“${piece.text.trim() || "␠"}”`];
-    if (piece.drafted) words.push(`drafted, the twig gave it ${piece.probability === null ? "–" : percent(piece.probability)}`);
-    else words.push("the base's own, probability –");
+    if (piece.drafted) words.push(`drafted, ${piece.probability === null ? "–" : percent(piece.probability)} sure`);
+    else words.push("the base's own, –");
     if (step) {
-      words.push(`step ${index}: ${step.accepted} of ${step.drafted} drafted were right`);
+      words.push(`step ${index}, ${step.accepted} of ${step.drafted} right`);
       if (step.rejected.length) words.push(`rejected “${step.rejected.map((r) => r.text).join("").trim()}”`);
     }
     return words.join(" · ");
