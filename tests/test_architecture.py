@@ -103,6 +103,7 @@ LOOKS_INTO: dict[str, set[str]] = {
     "vlm": {"decoding", "families", "loading", "model", "prompt", "pruning"},
     "flags": {"pruning"},
     "foresight": {"loading", "pruning"},
+    "web": {"vlm", "flags", "foresight", "serving", "decoding", "prompt", "pruning", "world"},
     "serving": {"vlm", "flags", "foresight", "decoding", "loading", "model", "prompt", "pruning"},
     "evaluation": {
         "vlm",
@@ -154,7 +155,7 @@ COMMANDS = {
 # Who else needs transformers: its warpers, its processors, its parser, its log.
 TRANSFORMERS = {"model", "loading", "prompt", "families", "training", "sprout"}
 ALSO_TRANSFORMERS = {"decoding.choose", "flags", "evaluation.run", "commands.demo", "commands.export"}
-ALSO_TRANSFORMERS |= {"serving.__main__", "serving.benchmark"}
+ALSO_TRANSFORMERS |= {"serving.__main__", "serving.benchmark", "web.__main__"}
 
 
 def room(name: str) -> str:

@@ -52,7 +52,7 @@ def test_every_option_of_generate_reaches_every_program(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         importlib.import_module(command).parse(["--help"])
     shown = capsys.readouterr().out
-    left = {"do_sample", *(("max_new_tokens", "temperature", "top_k", "top_p") if "speed" in command else ())}
+    left = {"do_sample", "traced", *(("max_new_tokens", "temperature", "top_k", "top_p") if "speed" in command else ())}
     for one in fields(GenerationSettings):
         assert (f"--{one.name.replace('_', '-')} " in shown) == (one.name not in left), one.name
     for one in fields(ModelSettings):

@@ -47,6 +47,9 @@ class Output:
     kept: list[torch.Tensor] | None  # visual tokens (0..V-1, over all images) between K and F
     steps: list[list[Step]]
     stats: Stats
+    scores: list[torch.Tensor] | None = (
+        None  # of the visual tokens, by the first cut's probe (`State.scores`); if `traced`
+    )
 
 
 class TwigVLM:
@@ -123,7 +126,8 @@ class TwigVLM:
         many tokens as pay on this machine (measured at the first call); `tree` (E, W, D, N) drafts trees instead of chains
         (`decoding.tree`), "auto" as wide and deep ones as pay; `seed` repeats an answer: sampling and
         random pruning draw from it, row b from seed + b, or from the b-th of a list; random pruning draws from the
-        row's pictures too, and without a seed from the number of this call; and draft_confidence,
+        row's pictures too, and without a seed from the number of this call; `traced` notes what a picture of the road
+        needs (`Output.scores`, `Step.seconds`), which synchronises the device twice a round; and draft_confidence,
         max_new_tokens (one number, or one a row), do_sample, temperature, top_k, top_p. `eos_token_id` None means the
         generation config's. `streamer` is one for one row, or a list with one a row. Stopping criteria are asked after
         every token of a row; one that has a parameter `row` is told which. The prompt and the answer share the
@@ -260,7 +264,8 @@ class TwigVLM:
         kept = None if kept is None else [row[row >= 0] for row in kept.cpu()]
         seconds = first - start, end - first
         stats = measure(decoder, self.config, rows, kept, sum(map(len, ids)), seconds, drafts)
-        return Output(tokens, kept, rows, stats)
+        scores = decoder.state.scores() if decoder.settings.traced else None
+        return Output(tokens, kept, rows, stats, scores)
 
     def _rows(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
         """Each prompt as a list of token ids."""

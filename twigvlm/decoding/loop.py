@@ -23,7 +23,7 @@ from ..model.twig import Twig
 from ..pruning.plan import Plan
 from .choose import NO_TOKEN, Chooser, Voice
 from .draft import DraftTree, chain, walk
-from .pace import PATIENCE, Pace
+from .pace import PATIENCE, Pace, now
 from .prefill import Prompts, State, read
 
 SEED_SPACE = 2**63
@@ -45,6 +45,7 @@ class Step:
         default_factory=list
     )  # the drafted token that each stands behind; -1 is what was written
     path: list[int] = field(default_factory=list)  # the drafted tokens that were accepted
+    seconds: tuple[float, float] | None = None  # of the round: drafting, and the base's forward; where it is traced
 
     @property
     def offered(self) -> int:
@@ -118,6 +119,7 @@ class Decoder:
         self.grow = grow or Decoder.draft_chain
         self.state: State | None = None
         self.rows: list[Row] = []
+        self._clock = 0.0
 
     @torch.inference_mode()
     def steps(self, prompts: Prompts) -> Iterator[list[tuple[int, Step]]]:
@@ -127,17 +129,34 @@ class Decoder:
         if not self.speculative:
             state.above = state.hint = None  # it has pruned, and is not needed again
         self.place = state.length - 1  # B, of the newest token
+        self._lap()
         first = True
         while self.rows:
             # What is evicted after prefill must be gone before a draft is read.
             draft = self.no_draft() if first and self.plan.evict is not None else self.grow(self)
+            drafting = self._lap()
             top, root = self._verify(draft)
             verdict = self._judge(top, root, draft, first)
-            yield self._write(verdict)
+            seconds = self._split(draft, drafting, self._lap())
+            yield self._write(verdict, seconds)
+            self._lap()  # whoever consumes the steps took this one
             if first and self.plan.evict is not None:
                 state.evict()
             first = False
             self._go_on(draft, verdict)
+
+    def _lap(self) -> float:
+        """Seconds since the last call, the device synchronised; nothing is measured unless the settings ask for it."""
+        if not self.settings.traced:
+            return 0.0
+        before, self._clock = self._clock, now(self.trunk.device)
+        return self._clock - before
+
+    def _split(self, draft: Draft, drafting: float, verifying: float) -> tuple[float, float] | None:
+        """A round's seconds; where nothing was drafted, the newest token's way through the low layers is the base's."""
+        if not self.settings.traced:
+            return None
+        return (drafting, verifying) if draft.nodes is not None else (0.0, drafting + verifying)
 
     def _rows(self, prompts: Prompts) -> list[Row]:
         rows = []
@@ -263,13 +282,13 @@ class Decoder:
 
     # ------------------------------------------------------------------ write and go on
 
-    def _write(self, verdict: Verdict) -> list[tuple[int, Step]]:
+    def _write(self, verdict: Verdict, seconds: tuple[float, float] | None) -> list[tuple[int, Step]]:
         """Append to the answers, each up to its end."""
         out = []
         for b, row in enumerate(self.rows):
             drafted, path = verdict.drafted[b], verdict.path[b]
             written = self._append(row, [*(drafted[node] for node in path), verdict.token[b]])
-            step = Step(drafted, len(path), written, verdict.probabilities[b], verdict.parents[b], path)
+            step = Step(drafted, len(path), written, verdict.probabilities[b], verdict.parents[b], path, seconds)
             out.append((row.index, step))
         if self.pace is not None:
             self.pace.note([step for _, step in out])

@@ -67,6 +67,7 @@ class State:
         self.hint: torch.Tensor | None = None  # B D, the twig's state of the newest token
         self.kept: torch.Tensor | None = None
         self._uncut = True  # no stage has acted yet
+        self._probed: tuple[torch.Tensor, torch.Tensor] | None = None  # scores and ordinals, B V'
         self.entered: list[tuple[int, torch.Tensor]] = []
         self._pending = list(plan.stages)
         self._scores: dict[Probe, torch.Tensor] = {}  # fp32 B Q P
@@ -83,6 +84,7 @@ class State:
         self.awaiting = self.entry = stream  # about to enter the next segment; and what entered the first
         if plan.tower is not None:
             self.kept = stream.place[:, :0] if reduced is None else reduced.source
+            self._probed = None if reduced is None else reduced.scores
         if reduced is not None:
             self.awaiting = self.entry = self._compact(reduced.stream, 0)
             if self.above is not None:
@@ -222,8 +224,9 @@ class State:
         width, _ = fit(image, max(self._room))
         order = front(image, width)
         part = stream.take(order)
-        chosen = rule(self._seen(rule.probe, stream, part))
-        self._remember(part.place, chosen.keep)
+        seen = self._seen(rule.probe, stream, part)
+        chosen = rule(seen)
+        self._remember(part.place, chosen.keep, seen.scores)
         self._room = [min(n, rule.most(t)) for n, t in zip(self._room, self.entering, strict=True)]
         return self._carry_out(stream, order, chosen, rule.exact, layer, tree)
 
@@ -342,11 +345,25 @@ class State:
         if self.plan.evict is not None:
             segment.places = stream.place, stream.visual
 
-    def _remember(self, place: torch.Tensor, keep: torch.Tensor) -> None:
+    def _remember(self, place: torch.Tensor, keep: torch.Tensor, scores: torch.Tensor | None = None) -> None:
         if self._uncut:
             self._uncut = False
             ordinal = self._ordinal.gather(1, place.clamp(min=0))
             self.kept = torch.where(keep & (place >= 0), ordinal, -1)
+            self._probed = None if scores is None else (scores.sum(1), ordinal.masked_fill(place < 0, -1))
+
+    def scores(self) -> list[torch.Tensor] | None:
+        """What the first cut's probe gave the visual tokens of each row, fp32 [all of its images], summed over the rows asked.
+
+        NaN for those that it was not shown; None where nothing is asked. Reads the device.
+        """
+        if self._probed is None:
+            return None
+        scores, ordinal = self._probed
+        most = max(self.totals)
+        table = scores.new_full((len(scores), most + 1), torch.nan)
+        table = table.scatter(1, torch.where(ordinal < 0, most, ordinal), scores).cpu()
+        return [row[:n] for row, n in zip(table, self.totals, strict=True)]
 
     def _segments(self, above: int) -> list[Segment]:
         L = self.trunk.L

@@ -23,6 +23,7 @@ class Reduced:
     source: torch.Tensor  # B W, the patches (0.. over a row's images) that are left, -1 is none
     room: list[int]  # visual tokens of each row, at most
     marks: dict[str, torch.Tensor]  # bool B S, over the places of the prompt
+    scores: tuple[torch.Tensor, torch.Tensor] | None = None  # fp32 B W' of the patches (0.. over a row's images) beside
 
 
 def reduce(
@@ -56,7 +57,8 @@ def reduce(
     )
     room = [len(cols) // V * reducer.most(V) for cols in columns]
     most = [len(row) - len(cols) + n for row, cols, n in zip(ids, columns, room, strict=True)]
-    return _put(stream, reducer(view), blocks, room, most, reducer.exact)
+    reduced = _put(stream, reducer(view), blocks, room, most, reducer.exact)
+    return replace(reduced, scores=_scores(view, [b for b, _, _ in images], len(ids)))
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,24 @@ def _put(stream: Stream, tokens: Tokens, at: Blocks, room: list[int], most: list
     nothing = torch.zeros_like(stream.place, dtype=torch.bool)
     marks = {name: nothing.index_put((at.row, places), mark & there) for name, mark in tokens.marks.items()}
     return Reduced(moved.keep(keep, width, full), source, room, marks)
+
+
+def _scores(view: View, rows: Sequence[int], count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What the class token looked at in the layer that is read, where the reducer listened to it alone, and whose it is."""
+    tap = view.taps.get(view.read)
+    if tap is None or not view.class_tokens or tap.rows.shape[1] != 1:
+        return None
+    heat, V, seen = view.attention().mean(1), view.V, [0] * count  # I V
+    if heat.shape[1] != V:  # merged on the way: no patches any more
+        return None
+    scores = heat.new_zeros(count, V * max(rows.count(b) for b in set(rows)))
+    ordinal = torch.full_like(scores, -1, dtype=torch.long)
+    steps = torch.arange(V, device=heat.device)
+    for image, b in enumerate(rows):
+        part = slice(seen[b] * V, (seen[b] + 1) * V)
+        scores[b, part], ordinal[b, part] = heat[image], steps + seen[b] * V
+        seen[b] += 1
+    return scores, ordinal
 
 
 def _seats(source: torch.Tensor, there: torch.Tensor, V: int) -> torch.Tensor:

@@ -85,6 +85,7 @@ class Answer:
     rows: int  # of its batch
     cancelled: bool = False
     limited: bool = False  # ended by max_new_tokens or by the context
+    scores: torch.Tensor | None = None  # of the visual tokens, where `traced` was asked for and a probe gave some
 
     @property
     def first_token_seconds(self) -> float | None:
@@ -355,6 +356,7 @@ def _part(out: Output, row: int, ticket: Ticket, started: float, rows: int) -> A
         steps=out.steps[row],
         times=ticket.times,
         kept=out.kept[row] if out.kept else None,
+        scores=out.scores[row] if out.scores else None,
         visual=out.stats.visual_rows[row],
         stats=out.stats,
         asked=ticket.asked,
