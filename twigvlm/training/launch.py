@@ -1,8 +1,8 @@
 """Start a training on what is here: `python -m twigvlm.training.launch` with the flags of the training.
 
 One process on one device, torchrun for several, DeepSpeed's launcher for a hostfile, nothing of its
-own under Slurm (`srun`), torchrun or DeepSpeed. Before that it draws the embedded base's data and
-asks the base for its words on the held-out samples, once. Environment: NPROC_PER_NODE, HOSTFILE,
+own under Slurm (`srun`), torchrun or DeepSpeed. Before that it draws the embedded base's data, asks the
+base for its words on the held-out samples and, with --on-policy, has it answer samples, once. Environment: NPROC_PER_NODE, HOSTFILE,
 NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 """
 
@@ -28,7 +28,7 @@ from .data.loading import fill_in, with_start
 from .data.records import Records
 from .settings import HELD_OUT, HELD_OUT_SHARE, STOPPED, Settings, check_accelerate, parse
 
-TRAIN, ASK = "twigvlm.training.train", "twigvlm.training.agreement"
+TRAIN, ASK, ANSWER = (f"twigvlm.training.{name}" for name in ("train", "agreement", "on_policy"))
 SAVING_TIME = 1800  # seconds that processes have to save after SIGTERM, before they are killed
 
 
@@ -54,6 +54,8 @@ def start(settings: Settings, argv: list[str]) -> int:
     if rank == 0 and int(env.get("NODE_RANK", "0")) == 0:
         settings = fill_in(settings)
         _ask_base(settings, argv)
+    if settings.on_policy and int(env.get("NODE_RANK", "0")) == 0 and (code := _write_answers(settings, argv)):
+        return code
     processes, nodes = _processes(settings), int(env.get("NNODES", "1"))
     launched = _launched() is not None
     command = ["-m", TRAIN, *argv]
@@ -146,6 +148,13 @@ def _ask_base(settings: Settings, argv: list[str]) -> None:
     code = subprocess.run([sys.executable, "-m", ASK, *argv], check=False).returncode
     if code:
         print("the base could not be asked (see above); agreement is measured with the labels", file=sys.stderr)
+
+
+def _write_answers(settings: Settings, argv: list[str]) -> int:
+    """The base's own answers, by processes of their own: one a device, or this one's share where others stand beside it."""
+    processes = 1 if _launched() else _processes(settings)
+    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    return subprocess.run([sys.executable, "-m", *several, ANSWER, *argv], check=False).returncode
 
 
 def _small(data: str | None) -> bool:

@@ -7,6 +7,7 @@ in minutes what LLaVA learns in hours.
 from __future__ import annotations
 
 import importlib.util
+import math
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -126,6 +127,12 @@ class DataPart:
     held_out_data: str | None = option(None, "a file of its own for that")
     held_out_images: str | None = option(None, "and its image folder (default: that of --images)")
     workers: int | None = option(None, "processes that load samples, per device (default: 1, on GPUs 4)")
+    on_policy: int = option(0, "samples that are learnt with the base's own answers, which it writes once before the training")
+    on_policy_tokens: int = option(512, "with --on-policy: tokens of an answer; one that is longer is cut and ends its sample")
+    on_policy_temperature: float = option(0.0, "with --on-policy: the answers are drawn at this temperature; 0 is greedy")
+    on_policy_batch: int | None = option(
+        None, "with --on-policy: conversations that the base answers at once (default: 8, on GPUs 32)"
+    )
 
 
 @dataclass
@@ -238,6 +245,18 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
         check(self.attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)} is needed")
         if self.base is not None and self.random is not None:
             raise InputError(f"base {self.base} and random {self.random}: give one of them")
+        self._check_on_policy(check)
+
+    def _check_on_policy(self, check: Callable[[bool, str, str], None]) -> None:
+        check(self.on_policy >= 0, "on_policy", "0 (none) or more samples are needed")
+        check(self.on_policy_tokens >= 1, "on_policy_tokens", "1 or more is needed")
+        good = math.isfinite(self.on_policy_temperature) and self.on_policy_temperature >= 0
+        check(good, "on_policy_temperature", "0 (greedy) or more is needed")
+        check(self.on_policy_batch is None or self.on_policy_batch >= 1, "on_policy_batch", "1 or more is needed")
+        for name in ("on_policy_tokens", "on_policy_temperature", "on_policy_batch"):
+            usual = next(one.default for one in fields(DataPart) if one.name == name)
+            check(bool(self.on_policy) or getattr(self, name) == usual, name, "it is for --on-policy: leave it out")
+        check(not (self.on_policy and self.random), "on_policy", "a base with random weights has nothing to say: leave it out")
 
     def _check_stage(self, check: Callable[[bool, str, str], None]) -> None:
         check(self.stage in (0, 1, 2), "stage", "0, 1 or 2 is needed")
