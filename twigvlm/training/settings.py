@@ -27,7 +27,7 @@ SKIPPED = "skipped.jsonl"
 STOPPED = "stopped.json"  # a training that a signal stopped leaves this
 LEARNING = ("twig", "projector")
 PREDICTIONS, TEACHERS = ("kl", "hybrid", "acceptance"), ("whole", "pruned")
-BASELINES, REWARDS = ("group", "leave-one-out"), ("answer", "fidelity")
+BASELINES, REWARDS, REWARD_TURNS = ("group", "leave-one-out"), ("answer", "fidelity"), ("all", "first", "random")
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
 ROWS_PER_DEVICE = {"cuda": 4, "cpu": 8, "mps": 4}  # of a micro-batch, when nobody says
@@ -42,7 +42,9 @@ BELONGS = {
     "head_init": (1,), "prediction_weight": (1,), "prediction_loss": (1,), "temperature": (1,), "teacher": (1,),
     "attention_turns": (1,), "attention_weight": (1, 2), "attention_layer": (1, 2), "groups": (2,), "sets_at_once": (2,),
     "baseline": (2,), "reward": (2,), "reward_turns": (2,), "budget": (2,),
+    "advantage_floor": (2,), "policy_temperature": (2,), "by_token": (2,), "antithetic": (2,),
 }  # fmt: skip
+LATER = ("advantage_floor", "policy_temperature", "by_token", "antithetic")  # of them came when runs of the others were there
 
 
 def _places(text: str) -> tuple[int, ...]:
@@ -109,7 +111,16 @@ class PlusPart:
     reward: str = option(
         "answer", "stage 2: likelihood of the reference answer, or fidelity to the unpruned base", choices=REWARDS
     )
-    reward_turns: str = option("all", "stage 2: which answers count", choices=("all", "first"))
+    reward_turns: str = option(
+        "all", "stage 2: which answers count: all, the first, or one that is drawn, before which the head is asked then",
+        choices=REWARD_TURNS,
+    )  # fmt: skip
+    advantage_floor: float = option(0.0, "stage 2: samples whose rewards spread by less (in nat) teach nothing")
+    policy_temperature: float = option(
+        1.0, "stage 2: divides the logarithm of the score that sets are drawn from; below 1 they are closer to the best set"
+    )
+    by_token: bool = option(False, "stage 2: divide a set's log-probability by its tokens")
+    antithetic: bool = option(False, "stage 2: draw the sets in pairs of opposite noise")
     budget: float | None = option(None, "stage 2: R of every set (default: the paper's schedule from 192 to 64 of 576)")
 
 
@@ -267,7 +278,9 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
             check(fits, name, f"it is for --stage {' or '.join(map(str, stages))}: leave it out")
         for name in ("prediction_weight", "attention_weight"):
             check((getattr(self, name) or 0) >= 0, name, "0 or more is needed")
-        check(self.temperature > 0, "temperature", "a number above 0 is needed")
+        check(math.isfinite(self.advantage_floor) and self.advantage_floor >= 0, "advantage_floor", "0 or more is needed")
+        for name in ("temperature", "policy_temperature"):
+            check(0 < getattr(self, name) < math.inf, name, "a number above 0 is needed")
         check(self.sets_at_once >= 1, "sets_at_once", "1 or more is needed")
         check(
             self.groups is None or self.groups >= 2, "groups", "2 or more are needed: a set is measured against others"
@@ -285,10 +298,10 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
             ("teacher", TEACHERS),
             ("baseline", BASELINES),
             ("reward", REWARDS),
+            ("reward_turns", REWARD_TURNS),
         ):
             check(getattr(self, name) in legal, name, f"one of {', '.join(legal)} is needed")
-        for name in ("attention_turns", "reward_turns"):
-            check(getattr(self, name) in ("first", "all"), name, "first or all is needed")
+        check(self.attention_turns in ("first", "all"), "attention_turns", "first or all is needed")
 
     @property
     def embedded(self) -> bool:

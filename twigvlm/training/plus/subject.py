@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ...model.trunk import Trunk
 from ...model.twig import Twig
 from ..run.device import Run
 from ..run.timing import StepTimes
-from ..settings import BELONGS, Settings
+from ..settings import BELONGS, LATER, PlusPart, Settings
 from ..subject import TwigSubject, start_of
 from ..twig import INITS, Prepared, TwigLesson
 from .budgets import Budgets
@@ -37,13 +37,16 @@ def distil_of(settings: Settings) -> Distil:
 def policy_of(settings: Settings) -> Policy:
     return Policy(
         settings.groups, settings.baseline, settings.reward, settings.reward_turns, settings.budget,
-        settings.attention_weight, settings.attention_layer, settings.sets_at_once,
+        settings.attention_weight, settings.attention_layer, settings.sets_at_once, settings.advantage_floor,
+        settings.policy_temperature, settings.by_token, settings.antithetic,
     )  # fmt: skip
 
 
 def stage_identity(settings: Settings) -> dict[str, Any]:
-    """The stage and the settings that belong to it."""
+    """The stage and the settings that belong to it; those of LATER only where they are in use, as runs before them have none."""
+    usual = {one.name: one.default for one in fields(PlusPart)}
     names = [name for name, stages in BELONGS.items() if settings.stage in stages and name != "sets_at_once"]
+    names = [name for name in names if name not in LATER or getattr(settings, name) != usual[name]]
     return {"stage": settings.stage, **{name: getattr(settings, name) for name in names}}
 
 
