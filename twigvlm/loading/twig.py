@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..model.pruning_head import NAME as PRUNING_HEAD
 from ..model.pruning_head import STARTS
 from ..model.trunk import Trunk
-from ..model.twig import CONFIG, START, WEIGHTS, Twig, signature, twig_skeleton
+from ..model.twig import CONFIG, START, TUNED, WEIGHTS, Twig, signature, twig_skeleton
 from .base import HEAD, MAX_PADDED_ROWS
 from .find import HUB_FILES, read_json, resolve
 from .weights import Filling, materialise, read_index, read_tensors, weight_files
@@ -42,6 +42,8 @@ def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: i
     fill_twig(module, files, trunk.device)
     if "base_signature" in facts:
         _check_signature(folder / CONFIG, facts, trunk)
+    if tuned := facts.get(TUNED):
+        print(f"{folder}: this twig learnt behind {tuned}; it is at its best with pruning {tuned}+twig", file=sys.stderr)
     return module.eval()
 
 

@@ -28,6 +28,7 @@ from .trunk import Trunk
 
 WEIGHTS, CONFIG = "model.safetensors", "twig_config.json"
 START = "pruning_head"  # how the pruning head began, in the description and in the metadata of the weights
+TUNED = "tower_pruning"  # the method before the decoder that the twig learnt behind, in the description
 Init = Literal["base", "last", "random"]
 
 

@@ -77,7 +77,7 @@ def foresee(settings: Settings) -> None:
     from .plus.subject import foresee_stage
     from .settings import ROWS_PER_DEVICE, split_batch
     from .train import check_export
-    from .twig import INITS, Start
+    from .twig import INITS, Start, reducer_of
 
     Start(settings.K, settings.T, settings.F, settings.init)
     if settings.data is None and settings.base is not None:
@@ -86,7 +86,9 @@ def foresee(settings: Settings) -> None:
     check_export(settings.export_release)
     device = pick_device(settings.device)
     wish = Wish(settings.base, shape=settings.random)
-    foresee_stage(settings, wish.base_letters(settings.K, settings.T, settings.F), wish.V)
+    letters = wish.base_letters(settings.K, settings.T, settings.F)
+    reducer_of(settings.tower_pruning, letters, wish.V)
+    foresee_stage(settings, letters, wish.V)
     if settings.init not in INITS:
         stored = read_json(Path(settings.init) / CONFIG)
         check_letters(Path(settings.init) / CONFIG, {"K": settings.K, "T": settings.T}, stored)

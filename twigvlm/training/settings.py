@@ -66,6 +66,9 @@ class ModelPart:
     T: int = option(DEFAULT_T, "layers of the twig")
     F: int = option(0, "layer before which the image is wiped when decoding (default: three quarters of L)")
     init: str = option("base", "what the twig starts from: base (layers K..K+T-1), last, random, or a twig's folder")
+    tower_pruning: str | None = option(
+        None, "the twig learns behind a method before the decoder, NAME:keep=N (visionzip:keep=288), for --pruning NAME:keep=N+twig"
+    )
     attention: str = option("sdpa", "attention implementation", choices=BACKENDS)
     learn: str = option(
         "twig", "what learns: a twig, or the base's projector while tokens are pruned", choices=LEARNING
@@ -256,6 +259,11 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
         check(self.attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)} is needed")
         if self.base is not None and self.random is not None:
             raise InputError(f"base {self.base} and random {self.random}: give one of them")
+        check(
+            self.tower_pruning is None or self.learn == "twig",
+            "tower_pruning",
+            "it is for twigs; a projector learns behind --pruning: leave it out",
+        )
         self._check_on_policy(check)
 
     def _check_on_policy(self, check: Callable[[bool, str, str], None]) -> None:

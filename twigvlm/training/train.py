@@ -317,7 +317,7 @@ def _job(
 ) -> Job:
     settings, ranks, answers = one.settings, one.ranks, None
     if settings.agreement == "base":
-        answers = load_answers(one.out / ANSWERS, prepared.signature, data)
+        answers = load_answers(one.out / ANSWERS, prepared.signature, data, settings.tower_pruning)
     held_out = hold_out(data, shares.rows, ranks, answers)
     facts = subject.describe(prepared)
     report = None

@@ -62,11 +62,12 @@ class Policy:
     temperature: float = 1.0
     by_token: bool = False
     antithetic: bool = False
+    visual: int | None = None  # tokens of an image in layer 0; None: all of the base's
 
     asks_base = True
 
     def budgets(self, twig: Twig, base: Trunk) -> Budgets:
-        return Budgets.of(twig.config, base.V, self.budget)
+        return Budgets.of(twig.config, self.visual or base.V, self.budget)
 
     def __call__(
         self, states: Stream, labels: torch.Tensor, twig: Twig, base: Trunk, progress: float = 1.0
@@ -87,7 +88,7 @@ class Policy:
             none = torch.zeros((), device=device)
             figures = {"answers": none.long(), "right": none.long(), "means": {"reward": none, "spread": none}}
             return score, figures
-        images = ((columns >= 0).sum(1) // base.V).tolist()
+        images = (part.visual.max(1).values + 1).tolist()
         numbers = random.Random(int(torch.randint(2**62, ())))
         each = budgets.draw(progress, numbers, len(images)) if learns else [budgets.r[0]] * len(images)
         most = torch.tensor(budgets.most(images, each), device=device)
