@@ -49,7 +49,9 @@ def dataset(world, vlm):
     from twigvlm.training.data.examples import Records, TwigDataset
 
     processor = vlm.processor
-    return TwigDataset(Records(world / "data.json"), world / "images", processor.tokenizer, processor.image_processor, 300, V)
+    return TwigDataset(
+        Records(world / "data.json"), world / "images", processor.tokenizer, processor.image_processor, 300, V
+    )
 
 
 def by_hand(vlm, example: Example, writing: Writing, end: int) -> tuple[list[list[int]], bool]:
@@ -108,7 +110,9 @@ def test_an_answer_that_is_almost_the_datas_is_taken_over_as_far_as_it_goes(vlm,
     n, at = next((n, len(s) // 2) for n, s in enumerate(said) if len(s) > 3)
     drafted[n][at] = 7 if drafted[n][at] != 7 else 8
     begun, real = [], ask._write
-    monkeypatch.setattr(ask, "_write", lambda vlm, both, *rest: (begun.extend(w for _, w in both), real(vlm, both, *rest)))
+    monkeypatch.setattr(
+        ask, "_write", lambda vlm, both, *rest: (begun.extend(w for _, w in both), real(vlm, both, *rest))
+    )
     (talk,) = answer(vlm, [_again(respoken(example, drafted, V), example)], writing, end)
     assert talk.said == said
     assert begun == [said[n][: at + 1]]
@@ -163,7 +167,14 @@ def write(world, tmp_path, capfd):
     """The program in this process: write(name, flags...) gives (exit code, what it said)."""
 
     def go(name: str, *flags: str, data: str | Path = "") -> tuple[int, str]:
-        argv = ["--base", str(world / "base"), "--data", str(data or world / "data.json"), "--images", str(world / "images")]
+        argv = [
+            "--base",
+            str(world / "base"),
+            "--data",
+            str(data or world / "data.json"),
+            "--images",
+            str(world / "images"),
+        ]
         argv += ["--out", str(tmp_path / name), "--device", "cpu", "--workers", "0"]
         code = on_policy.main([*argv, *(["--on-policy-batch", "3"] * ("0" not in flags)), *flags])
         said = capfd.readouterr()
@@ -199,7 +210,10 @@ def test_a_training_learns_what_generate_writes(world, vlm, write, run, tmp_path
     assert code == 0 and "14 of them with the base's own answers" in said, said
     assert len(seen) == 20
     own = {line["index"]: line for line in answers}
-    texts = {i: [t["value"] for t in r["conversations"] if t["from"] == "gpt"] for i, r in enumerate(json.loads((world / "data.json").read_text()))}
+    texts = {
+        i: [t["value"] for t in r["conversations"] if t["from"] == "gpt"]
+        for i, r in enumerate(json.loads((world / "data.json").read_text()))
+    }
     processor = vlm.processor
     for i, (ids, labels) in seen.items():
         learnt = [t for t in labels if t != IGNORE]
@@ -209,7 +223,9 @@ def test_a_training_learns_what_generate_writes(world, vlm, write, run, tmp_path
         assert learnt == [t for one in own[i]["answers"] for t in one]
         # Each answer is what generate writes behind all that stands before it.
         picture = world / f"images/{i}.png"
-        pixels = processor.image_processor([Image.open(picture)], return_tensors="pt")["pixel_values"] if i % 4 else None
+        pixels = (
+            processor.image_processor([Image.open(picture)], return_tensors="pt")["pixel_values"] if i % 4 else None
+        )
         place = 0
         for one in own[i]["answers"]:
             place = next(n for n in range(place, len(labels)) if labels[n] != IGNORE)
@@ -278,7 +294,11 @@ def test_a_broken_picture_is_left_to_the_training(world, write, tmp_path):
     code, said = write("out", "--on-policy", "5", data=data)
     assert code == 0, said
     found = {line["index"]: line for line in lines(tmp_path / "out/on_policy.jsonl")[1:]}
-    assert found[1]["answers"] == [] and found[1]["skipped"] == "image broken" and all(found[i]["answers"] for i in (0, 2, 3, 4))
+    assert (
+        found[1]["answers"] == []
+        and found[1]["skipped"] == "image broken"
+        and all(found[i]["answers"] for i in (0, 2, 3, 4))
+    )
 
 
 def test_several_processes_share_and_one_file_is_left(world, write, tmp_path, monkeypatch):
@@ -361,7 +381,10 @@ def test_held_out_samples_stay_as_they_are_and_lengths_are_the_new_ones(world, v
     assert len(places) == 14 and not places & set(found.held_out.tolist())
     for i in range(24):
         if i in places:
-            assert found.found.learnt[i] == sum(map(len, found.dataset.spoken[i])) and found.found.lengths[i] == found.dataset[i].length
+            assert (
+                found.found.learnt[i] == sum(map(len, found.dataset.spoken[i]))
+                and found.found.lengths[i] == found.dataset[i].length
+            )
         else:
             assert found.found.learnt[i] == before[i]
     assert found.fingerprint() != data.fingerprint() and "on_policy" in found.fingerprint()
@@ -375,5 +398,7 @@ def test_the_launcher_has_the_base_answer_first(world, tmp_path):
     more = ["--on-policy", "10", "--on-policy-tokens", "8", "--max-steps", "2"]
     code, said = finish(start(python("twigvlm.training.launch", *flags_into(world, tmp_path / "out", *more))))
     assert code == 0 and "own answers to 10 of 10" in said and "10 of them with" in said, said
-    code, said = finish(start(python("twigvlm.training.launch", *flags_into(world, tmp_path / "bad", "--on-policy", "99"))))
+    code, said = finish(
+        start(python("twigvlm.training.launch", *flags_into(world, tmp_path / "bad", "--on-policy", "99")))
+    )
     assert code == 2 and said.count("error:") == 1 and "choose 24 or less" in said and "Traceback" not in said

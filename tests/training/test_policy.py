@@ -589,7 +589,9 @@ def test_a_drawn_turn_is_asked_and_rewarded_alone(world, prepared):
     labels = batch["labels"]
     begins = ((labels[:, 1:] != IGNORE) & (labels[:, :-1] == IGNORE)).nonzero()[:, 1].tolist()
     assert len(begins) == 3
-    sizes = [int(n) for n in torch.diff(torch.tensor([0, *((labels != IGNORE).long().cumsum(1)[0, [*[b for b in begins[1:]], -1]]).tolist()]))]
+    said = (labels[0] != IGNORE).long().cumsum(0)
+    ends = [int(said[n]) for n in (*begins[1:], -1)]
+    sizes = [end - before for before, end in zip([0, *ends], ends, strict=False)]
     seen: Counter = Counter()
 
     class Spy(Policy):
@@ -610,7 +612,16 @@ def test_a_drawn_turn_is_asked_and_rewarded_alone(world, prepared):
 
 
 def test_a_run_with_all_of_them(run, first, tmp_path):
-    more = ("--reward-turns", "random", "--advantage-floor", "0.0001", "--policy-temperature", "0.5", "--by-token", "--antithetic")
+    more = (
+        "--reward-turns",
+        "random",
+        "--advantage-floor",
+        "0.0001",
+        "--policy-temperature",
+        "0.5",
+        "--by-token",
+        "--antithetic",
+    )
     code, said = run("out", *FLAGS, "--init", str(first), *more)
     assert code == 0, said
     identity = json.loads((tmp_path / "out/run.json").read_text())["identity"]

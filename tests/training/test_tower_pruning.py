@@ -54,7 +54,9 @@ def test_the_training_sees_what_inference_sees(world, spec):
     assert (states.visual >= 0).sum(1).tolist() == [keep, 0, keep, keep]
     for b, n in enumerate(states.count().tolist()):
         assert torch.equal(states.visual[b, :n], stream.visual[b, :n])
-        assert torch.equal(states.positions[0, 0 if len(states.positions[0]) == 1 else b, :n], stream.positions[0, b, :n])
+        assert torch.equal(
+            states.positions[0, 0 if len(states.positions[0]) == 1 else b, :n], stream.positions[0, b, :n]
+        )
         torch.testing.assert_close(states.hidden[b, :n], stream.hidden[b, :n], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(twig[b, :n], wanted[b, :n], rtol=1e-5, atol=1e-5)
         row = batch["labels"][b]
@@ -77,9 +79,13 @@ def test_rewards_are_likelihoods_under_that_pruning(world, spec):
     first = int((labels != IGNORE).nonzero()[0])
     config = prepared.twig.config
     R = (config.K * keep + config.F - config.K) / config.L
-    found = vlm.score(ids[None, :first], [ids[first:].tolist()], batch["pixel_values"], retained_tokens=R, pruning=f"{spec}+twig")
+    found = vlm.score(
+        ids[None, :first], [ids[first:].tolist()], batch["pixel_values"], retained_tokens=R, pruning=f"{spec}+twig"
+    )
     learnt = labels[first:] != IGNORE
-    assert figures["means"]["reward"].item() == pytest.approx(found[0].log_probabilities[learnt].mean().item(), abs=1e-5)
+    assert figures["means"]["reward"].item() == pytest.approx(
+        found[0].log_probabilities[learnt].mean().item(), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("teacher", ["whole", "pruned"])
@@ -130,16 +136,25 @@ def test_a_run_of_every_stage(world, run, tmp_path, capfd):
     code, said = run("plain", *FLAGS, "--agreement", "labels")
     assert code == 0 and "behind visionzip:keep=3" in said, said
     facts = json.loads((tmp_path / "plain/twig_config.json").read_text())
-    assert facts["tower_pruning"] == "visionzip:keep=3" and "visionzip:keep=3+twig" in (tmp_path / "plain/README.md").read_text()
+    assert (
+        facts["tower_pruning"] == "visionzip:keep=3"
+        and "visionzip:keep=3+twig" in (tmp_path / "plain/README.md").read_text()
+    )
     vlm = twigvlm.load(world / "base", tmp_path / "plain", device="cpu", dtype="float32")
-    assert "learnt behind visionzip:keep=3; it is at its best with pruning visionzip:keep=3+twig" in capfd.readouterr().err
+    assert (
+        "learnt behind visionzip:keep=3; it is at its best with pruning visionzip:keep=3+twig" in capfd.readouterr().err
+    )
     ids = torch.tensor([[1, *[vlm.image_token_id] * 4, 9, 8, 7]])
-    out = vlm.generate(**padded(ids.tolist(), [torch.randn(1, 3, 28, 28)]), pruning="visionzip:keep=3+twig", retained_tokens=1.5)
+    out = vlm.generate(
+        **padded(ids.tolist(), [torch.randn(1, 3, 28, 28)]), pruning="visionzip:keep=3+twig", retained_tokens=1.5
+    )
     assert out.stats.visual_by_layer[0] == 3
     assert run("one", *FLAGS, "--agreement", "labels", "--stage", "1")[0] == 0
     more = ("--stage", "2", "--init", str(tmp_path / "one"), "--groups", "2", "--agreement", "labels")
     code, said = run("two", *FLAGS, *more)
-    assert code == 0 and json.loads((tmp_path / "two/twig_config.json").read_text())["tower_pruning"] == "visionzip:keep=3", said
+    assert (
+        code == 0 and json.loads((tmp_path / "two/twig_config.json").read_text())["tower_pruning"] == "visionzip:keep=3"
+    ), said
     assert json.loads((tmp_path / "two/run.json").read_text())["identity"]["tower_pruning"] == "visionzip:keep=3"
     for flags, match in (
         ((*FLAGS[:-1], "visionzip:keep=5"), "1 to 4 tokens"),

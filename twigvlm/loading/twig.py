@@ -43,7 +43,9 @@ def load_twig(twig: str | Path, trunk: Trunk, K: int | None, T: int | None, F: i
     if "base_signature" in facts:
         _check_signature(folder / CONFIG, facts, trunk)
     if tuned := facts.get(TUNED):
-        print(f"{folder}: this twig learnt behind {tuned}; it is at its best with pruning {tuned}+twig", file=sys.stderr)
+        print(
+            f"{folder}: this twig learnt behind {tuned}; it is at its best with pruning {tuned}+twig", file=sys.stderr
+        )
     return module.eval()
 
 

@@ -295,7 +295,9 @@ def _answering(counts: Counts, settings: Settings, samples: int, answers: int) -
     the data say, and a prompt and a forward a word for each turn.
     """
     if settings.on_policy > samples:
-        raise InputError(f"on_policy is {settings.on_policy}, but there are {samples} samples; choose {samples} or less")
+        raise InputError(
+            f"on_policy is {settings.on_policy}, but there are {samples} samples; choose {samples} or less"
+        )
     layer, L, tokens = counts.layers // settings.T, counts.L, min(settings.max_length, counts.patches + TEXT)
     tower = flops(counts, 0, 0, tokens, 0, False)["tower"]
 
@@ -304,7 +306,12 @@ def _answering(counts: Counts, settings: Settings, samples: int, answers: int) -
 
     said = 2 * counts.head * answers
     least = tower + through(tokens) + said
-    most = TURNS * (tower + through(tokens)) + through(answers, tokens) + said + (0 if settings.on_policy_temperature else least)
+    most = (
+        TURNS * (tower + through(tokens))
+        + through(answers, tokens)
+        + said
+        + (0 if settings.on_policy_temperature else least)
+    )
     kept = HALF * 2 * counts.D * L * (settings.max_length)  # keys and values of a conversation
     weights = HALF * (counts.tower + counts.projector + counts.embeddings + L * layer + counts.norm + counts.head)
     return {

@@ -155,7 +155,9 @@ def _ask_base(settings: Settings, argv: list[str]) -> None:
 def _write_answers(settings: Settings, argv: list[str]) -> int:
     """The base's own answers, by processes of their own: one a device, or this one's share where others stand beside it."""
     processes = 1 if _launched() else _processes(settings)
-    several = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    several = (
+        ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    )
     return subprocess.run([sys.executable, "-m", *several, ANSWER, *argv], check=False).returncode
 
 

@@ -44,7 +44,12 @@ BELONGS = {
     "baseline": (2,), "reward": (2,), "reward_turns": (2,), "budget": (2,),
     "advantage_floor": (2,), "policy_temperature": (2,), "by_token": (2,), "antithetic": (2,),
 }  # fmt: skip
-LATER = ("advantage_floor", "policy_temperature", "by_token", "antithetic")  # of them came when runs of the others were there
+LATER = (
+    "advantage_floor",
+    "policy_temperature",
+    "by_token",
+    "antithetic",
+)  # of them came when runs of the others were there
 
 
 def _places(text: str) -> tuple[int, ...]:
@@ -67,7 +72,8 @@ class ModelPart:
     F: int = option(0, "layer before which the image is wiped when decoding (default: three quarters of L)")
     init: str = option("base", "what the twig starts from: base (layers K..K+T-1), last, random, or a twig's folder")
     tower_pruning: str | None = option(
-        None, "the twig learns behind a method before the decoder, NAME:keep=N (visionzip:keep=288), for --pruning NAME:keep=N+twig"
+        None,
+        "the twig learns behind a method before the decoder, NAME:keep=N (visionzip:keep=288), for --pruning NAME:keep=N+twig",
     )
     attention: str = option("sdpa", "attention implementation", choices=BACKENDS)
     learn: str = option(
@@ -120,7 +126,8 @@ class PlusPart:
     )  # fmt: skip
     advantage_floor: float = option(0.0, "stage 2: samples whose rewards spread by less (in nat) teach nothing")
     policy_temperature: float = option(
-        1.0, "stage 2: divides the logarithm of the score that sets are drawn from; below 1 they are closer to the best set"
+        1.0,
+        "stage 2: divides the logarithm of the score that sets are drawn from; below 1 they are closer to the best set",
     )
     by_token: bool = option(False, "stage 2: divide a set's log-probability by its tokens")
     antithetic: bool = option(False, "stage 2: draw the sets in pairs of opposite noise")
@@ -141,9 +148,15 @@ class DataPart:
     held_out_data: str | None = option(None, "a file of its own for that")
     held_out_images: str | None = option(None, "and its image folder (default: that of --images)")
     workers: int | None = option(None, "processes that load samples, per device (default: 1, on GPUs 4)")
-    on_policy: int = option(0, "samples that are learnt with the base's own answers, which it writes once before the training")
-    on_policy_tokens: int = option(512, "with --on-policy: tokens of an answer; one that is longer is cut and ends its sample")
-    on_policy_temperature: float = option(0.0, "with --on-policy: the answers are drawn at this temperature; 0 is greedy")
+    on_policy: int = option(
+        0, "samples that are learnt with the base's own answers, which it writes once before the training"
+    )
+    on_policy_tokens: int = option(
+        512, "with --on-policy: tokens of an answer; one that is longer is cut and ends its sample"
+    )
+    on_policy_temperature: float = option(
+        0.0, "with --on-policy: the answers are drawn at this temperature; 0 is greedy"
+    )
     on_policy_batch: int | None = option(
         None, "with --on-policy: conversations that the base answers at once (default: 8, on GPUs 32)"
     )
@@ -275,7 +288,11 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
         for name in ("on_policy_tokens", "on_policy_temperature", "on_policy_batch"):
             usual = next(one.default for one in fields(DataPart) if one.name == name)
             check(bool(self.on_policy) or getattr(self, name) == usual, name, "it is for --on-policy: leave it out")
-        check(not (self.on_policy and self.random), "on_policy", "a base with random weights has nothing to say: leave it out")
+        check(
+            not (self.on_policy and self.random),
+            "on_policy",
+            "a base with random weights has nothing to say: leave it out",
+        )
 
     def _check_stage(self, check: Callable[[bool, str, str], None]) -> None:
         check(self.stage in (0, 1, 2), "stage", "0, 1 or 2 is needed")
@@ -286,7 +303,9 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
             check(fits, name, f"it is for --stage {' or '.join(map(str, stages))}: leave it out")
         for name in ("prediction_weight", "attention_weight"):
             check((getattr(self, name) or 0) >= 0, name, "0 or more is needed")
-        check(math.isfinite(self.advantage_floor) and self.advantage_floor >= 0, "advantage_floor", "0 or more is needed")
+        check(
+            math.isfinite(self.advantage_floor) and self.advantage_floor >= 0, "advantage_floor", "0 or more is needed"
+        )
         for name in ("temperature", "policy_temperature"):
             check(0 < getattr(self, name) < math.inf, name, "a number above 0 is needed")
         check(self.sets_at_once >= 1, "sets_at_once", "1 or more is needed")

@@ -147,7 +147,9 @@ def tower_method(spec: str) -> TowerMethod:
     """What `--tower-pruning` says. Raises InputError unless it is a method before the decoder that keeps a number of tokens."""
     method = find_method(spec)
     if not isinstance(method, TowerMethod) or method.keep is None:
-        raise InputError(f"tower_pruning is {spec!r}; a method before the decoder with keep=N is needed: visionzip:keep=288")
+        raise InputError(
+            f"tower_pruning is {spec!r}; a method before the decoder with keep=N is needed: visionzip:keep=288"
+        )
     return method
 
 
@@ -163,7 +165,9 @@ def reducer_of(spec: str | None, config: TwigConfig, V: int) -> Reducer | None:
         raise InputError(f"tower_pruning is {spec!r}; 1 to {V} tokens of an image can stay")
     reducer = method.reducer(method.keep, Shape(config.L, V, config.K, config.F))
     if type(reducer).bind is not Reducer.bind:
-        raise InputError(f"tower_pruning is {spec!r}, which needs weights beside the base's; choose another: visionzip:keep=288")
+        raise InputError(
+            f"tower_pruning is {spec!r}, which needs weights beside the base's; choose another: visionzip:keep=288"
+        )
     return reducer
 
 

@@ -63,9 +63,7 @@ def _answer_all(
     settings: Settings, vlm: TwigVLM, data: TrainingData, places: Sequence[int], done: int, file: Writer, shown: bool
 ) -> None:
     size = settings.on_policy_batch or AT_ONCE.get(vlm.device.type, CPU_AT_ONCE)
-    writing = Writing(
-        settings.on_policy_tokens, data.dataset.max_length, settings.on_policy_temperature, settings.seed
-    )
+    writing = Writing(settings.on_policy_tokens, data.dataset.max_length, settings.on_policy_temperature, settings.seed)
     # Alike in length, so that little is padded; the longest come first, since what does not fit fails at once.
     order = sorted(places, key=lambda i: -int(data.found.lengths[i]))
     parts = [order[i : i + size] for i in range(0, len(order), size)]
@@ -77,7 +75,9 @@ def _answer_all(
                 talks = answer(vlm, examples, writing, data.dataset.text.eos) if examples else []
             except (torch.OutOfMemoryError, MemoryError) as fault:
                 raise RunError(f"{len(batch)} conversations at once do not fit; lower --on-policy-batch") from fault
-            file.write([_line(vlm, talk) for talk in talks] + [_none(item) for item in batch if isinstance(item, Skipped)])
+            file.write(
+                [_line(vlm, talk) for talk in talks] + [_none(item) for item in batch if isinstance(item, Skipped)]
+            )
             bar.update(len(batch))
 
 

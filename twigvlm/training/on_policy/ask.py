@@ -87,7 +87,9 @@ def answer(vlm: TwigVLM, examples: Sequence[Example], writing: Writing, end: int
     talks = [Talk(example, writing, vlm.config.V) for example in examples]
     while True:
         for talk in talks:
-            talk.cut = talk.cut or (not talk.done and talk.room(len(talk.asked())) < 1)  # the next question does not fit
+            talk.cut = talk.cut or (
+                not talk.done and talk.room(len(talk.asked())) < 1
+            )  # the next question does not fit
         going = [talk for talk in talks if not talk.done]
         if not going:
             return talks
@@ -121,9 +123,7 @@ def _take_over(talk: Talk, ids: Sequence[int], begins: Sequence[int], said: Sequ
     return []
 
 
-def _likeliest(
-    vlm: TwigVLM, talks: Sequence[Talk], rest: Sequence[tuple[list[int], list[int]]]
-) -> list[list[int]]:
+def _likeliest(vlm: TwigVLM, talks: Sequence[Talk], rest: Sequence[tuple[list[int], list[int]]]) -> list[list[int]]:
     """Of each row (ids, where answers begin): the base's most probable word at every place from the first begin to behind the end."""
     rows, trunk = [ids for ids, _ in rest], vlm.trunk
     shown = [talk.pixels(len(talk.said) + len(begins)) for talk, (_, begins) in zip(talks, rest, strict=True)]

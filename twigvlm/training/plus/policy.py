@@ -143,9 +143,7 @@ class Policy:
         return Scored(reward, right, (targets != IGNORE).sum(1))
 
 
-def _targets(
-    labels: torch.Tensor, part: Stream, turns: RewardTurns, asked: torch.Tensor | None = None
-) -> torch.Tensor:
+def _targets(labels: torch.Tensor, part: Stream, turns: RewardTurns, asked: torch.Tensor | None = None) -> torch.Tensor:
     """[B, S]: at each text token behind the first image the word to be said next, IGNORE where none is rewarded.
 
     `asked` [B, 1]: the rows before the answers that count, for "random".
@@ -160,7 +158,9 @@ def _targets(
     number = begins.long().cumsum(1)
     if turns == "first" or asked is None:
         return following.masked_fill(number != 1, IGNORE)
-    wanted = number.gather(1, asked) + (~learnt.gather(1, asked)).long()  # behind an image the answer's first word may be unsaid
+    wanted = (
+        number.gather(1, asked) + (~learnt.gather(1, asked)).long()
+    )  # behind an image the answer's first word may be unsaid
     return following.masked_fill(number != wanted, IGNORE)
 
 
