@@ -398,7 +398,14 @@ def test_the_launcher_has_the_base_answer_first(world, tmp_path):
     more = ["--on-policy", "10", "--on-policy-tokens", "8", "--max-steps", "2"]
     code, said = finish(start(python("twigvlm.training.launch", *flags_into(world, tmp_path / "out", *more))))
     assert code == 0 and "own answers to 10 of 10" in said and "10 of them with" in said, said
+    several = {"NPROC_PER_NODE": "2"}
     code, said = finish(
-        start(python("twigvlm.training.launch", *flags_into(world, tmp_path / "bad", "--on-policy", "99")))
+        start(python("twigvlm.training.launch", *flags_into(world, tmp_path / "two", *more)), **several)
+    )
+    assert code == 0 and len(spoken.files(tmp_path / "two")) == 1, said
+    one, two = (sorted(lines(tmp_path / n / "on_policy.jsonl")[1:], key=lambda x: x["index"]) for n in ("out", "two"))
+    assert one == two
+    code, said = finish(
+        start(python("twigvlm.training.launch", *flags_into(world, tmp_path / "bad", "--on-policy", "99")), **several)
     )
     assert code == 2 and said.count("error:") == 1 and "choose 24 or less" in said and "Traceback" not in said

@@ -8,12 +8,14 @@ NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from ..loading.device import check_attention, pick_device
 from ..loading.find import read_json
 from ..loading.twig import check_letters
 from ..model.twig import CONFIG
+from ..processes import PARENT
 from ..program import run_program
 from .agreement import FILE as ANSWERS
 from .data.loading import fill_in, with_start
@@ -154,11 +157,25 @@ def _ask_base(settings: Settings, argv: list[str]) -> None:
 
 def _write_answers(settings: Settings, argv: list[str]) -> int:
     """The base's own answers, by processes of their own: one a device, or this one's share where others stand beside it."""
-    processes = 1 if _launched() else _processes(settings)
-    several = (
-        ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
-    )
-    return subprocess.run([sys.executable, "-m", *several, ANSWER, *argv], check=False).returncode
+    count, command = 1 if _launched() else _processes(settings), [sys.executable, "-m", ANSWER, *argv]
+    env = dict(os.environ) | {PARENT: str(os.getpid())}
+    if count == 1:
+        return subprocess.run(command, env=env, check=False).returncode
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with contextlib.ExitStack() as files:
+        said = [files.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
+        started = [
+            subprocess.Popen(
+                command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(count)}, stderr=said[r] if r else None
+            )
+            for r in range(count)
+        ]  # fmt: skip
+        codes = [one.wait() for one in started]
+        if not codes[0] and (failed := next((r for r, code in enumerate(codes) if code), None)) is not None:
+            said[failed].seek(0)  # what all would say the first has said
+            last = said[failed].read().decode(errors="replace").strip().rpartition("\n")[2]
+            print(last or f"error: process {failed} ended with exit code {codes[failed]}", file=sys.stderr)
+    return next((code if code > 0 else 1 for code in codes if code), 0)
 
 
 def _small(data: str | None) -> bool:

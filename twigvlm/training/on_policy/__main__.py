@@ -19,7 +19,7 @@ from ...loading.base import load_base
 from ...loading.device import pick_dtype
 from ...loading.twig import load_twig
 from ...model.twig import signature
-from ...program import run_program
+from ...processes import Stop, guarded
 from ...prompt.template import decode
 from ...vlm import TwigVLM
 from ...workers import batches, loader
@@ -37,7 +37,8 @@ CPU_AT_ONCE = 8
 AHEAD = 2  # batches that a worker prepares in advance
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, stop: Stop) -> int:
+    """The exit code; a signal ends it behind a batch."""
     if not settings.on_policy:
         raise InputError("on_policy is 0; say how many samples the base is to answer: --on-policy N")
     settings, ranks = fill_in(settings), find()
@@ -53,21 +54,32 @@ def run(settings: Settings) -> None:
         twig = None if settings.init in INITS else load_twig(settings.init, trunk, settings.K, settings.T, None)
         name = FILE if ranks.first else PARTS.format(ranks.rank)
         with Writer(out / name, head) as file:
-            _answer_all(settings, TwigVLM(loaded, twig), data, mine, len(done.keys() & set(places)), file, ranks.first)
+            shown = len(done.keys() & set(places)) if ranks.first else None
+            _answer_all(settings, TwigVLM(loaded, twig), data, mine, file, stop, shown)
     count = gather(out, head, places)
-    if ranks.first or count == len(places):
-        print(f"{out / FILE}: the base's own answers to {count} of {len(places)} samples")
+    if ranks.first or count == len(places) or stop:
+        again = "; stopped, the same command goes on" if stop else ""
+        print(f"{out / FILE}: the base's own answers to {count} of {len(places)} samples{again}")
+    return stop.code if stop else 0
 
 
 def _answer_all(
-    settings: Settings, vlm: TwigVLM, data: TrainingData, places: Sequence[int], done: int, file: Writer, shown: bool
+    settings: Settings,
+    vlm: TwigVLM,
+    data: TrainingData,
+    places: Sequence[int],
+    file: Writer,
+    stop: Stop,
+    done: int | None,
 ) -> None:
+    """`done`: samples that were answered before, for a bar; None shows none."""
     size = settings.on_policy_batch or AT_ONCE.get(vlm.device.type, CPU_AT_ONCE)
     writing = Writing(settings.on_policy_tokens, data.dataset.max_length, settings.on_policy_temperature, settings.seed)
     # Alike in length, so that little is padded; the longest come first, since what does not fit fails at once.
     order = sorted(places, key=lambda i: -int(data.found.lengths[i]))
     parts = [order[i : i + size] for i in range(0, len(order), size)]
-    bar = tqdm(total=done + len(places), initial=done, desc="The base answers", unit=" samples", disable=not shown)
+    begun = done or 0
+    bar = tqdm(total=begun + len(places), initial=begun, desc="The base answers", unit=" samples", disable=done is None)
     with bar:
         for batch in _batches(data.dataset, parts, settings.workers):
             examples = [item for item in batch if isinstance(item, Example)]
@@ -79,6 +91,8 @@ def _answer_all(
                 [_line(vlm, talk) for talk in talks] + [_none(item) for item in batch if isinstance(item, Skipped)]
             )
             bar.update(len(batch))
+            if stop:
+                return
 
 
 def _batches(dataset: TwigDataset, parts: Sequence[Sequence[int]], workers: int | None) -> Iterator[list]:
@@ -109,7 +123,7 @@ def _none(item: Skipped) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_program(lambda: run(parse(argv, __doc__)[0]))
+    return guarded(lambda stop: run(parse(argv, __doc__)[0], stop))
 
 
 if __name__ == "__main__":
