@@ -68,8 +68,8 @@ def by_hand(vlm, example: Example, writing: Writing, end: int) -> tuple[list[lis
             return said, True
         pixels = example.pixels[shown] if shown else None
         tokens = vlm.generate(torch.tensor([ids]), pixels, max_new_tokens=room, eos_token_id=end).tokens[0]
-        cut = len(tokens) >= room
-        said.append(tokens + [end] * (not cut))
+        cut = len(tokens) >= room or vlm.image_token_id in tokens
+        said.append([t for t in tokens if t != vlm.image_token_id] + [end] * (not cut))
         if cut:
             return said, True
         ids += said[-1]
@@ -124,6 +124,12 @@ def test_a_conversation_stays_within_its_length(vlm, dataset):
             if talk.said:
                 found = respoken(talk.example, talk.said, V)
                 assert found.length <= length and found.learnt == sum(map(len, talk.said))
+
+
+def test_a_picture_that_is_said_cuts_an_answer():
+    talk = ask.Talk(Example([1, 5, 6, 2], [IGNORE, IGNORE, 6, 2], (), 4), Writing(9, 99), V, 63)
+    talk.add([7, 63, 8, 2], True)
+    assert talk.said == [[7]] and talk.done and talk.cut
 
 
 def test_drawn_answers_do_not_depend_on_company(vlm, dataset):

@@ -109,8 +109,11 @@ class TwigSubject:
 
     def rows(self, facts: dict, settings: dict) -> dict[str, str]:
         rows = {"Twig": f"K = {facts['K']}, T = {facts['T']}, F = {facts['F']}; started from `{settings['init']}`"}
-        tuned = facts.get(TUNED)
-        return rows | ({"Tuned behind": f"`{tuned}`: ask with `--pruning {tuned}+twig`"} if tuned else {})
+        if tuned := facts.get(TUNED):
+            rows |= {"Learnt behind": f"`{tuned}`: ask with `--pruning {tuned}+twig`"}
+        if own := settings.get("on_policy"):
+            rows |= {"Answers": f"the base's own to {own:,} samples"}
+        return rows
 
     def title(self, facts: dict) -> str:
         return f"Twig of {facts['base']}, K = {facts['K']}, T = {facts['T']}"

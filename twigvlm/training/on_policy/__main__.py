@@ -23,6 +23,7 @@ from ...processes import Stop, guarded
 from ...prompt.template import decode
 from ...vlm import TwigVLM
 from ...workers import batches, loader
+from ..cost import print_plan
 from ..data.examples import Example, Skipped, TwigDataset
 from ..data.loading import TrainingData, fill_in, read_data
 from ..run.device import device_of
@@ -123,7 +124,11 @@ def _none(item: Skipped) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return guarded(lambda stop: run(parse(argv, __doc__)[0], stop))
+    def body(stop: Stop) -> int:
+        settings, args = parse(argv, __doc__)
+        return print_plan(settings, args.devices, args.samples) if args.dry_run else run(settings, stop)
+
+    return guarded(body)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ class Talk:
 
     example: Example
     writing: Writing
-    visual: int
+    visual: int  # tokens of a picture
+    image: int  # the token of a picture
     turns: list[Turn] = field(default_factory=list)
     said: list[list[int]] = field(default_factory=list)
     cut: bool = False  # its last answer found no end: what would follow is not asked
@@ -69,6 +70,14 @@ class Talk:
             ids += self.said[n] if n < len(self.said) else turn.drafted
         return ids[: self.writing.length], begins
 
+    def add(self, words: list[int], ended: bool) -> None:
+        """The next answer; a picture, which some models name by mistake, is no word and cuts it."""
+        if self.image in words:
+            words, ended = words[: words.index(self.image)], False
+        if words:
+            self.said.append(words)
+        self.cut = not ended
+
     def room(self, used: int) -> int:
         """New tokens of an answer behind so many of the conversation."""
         return min(self.writing.tokens, self.writing.length - used)
@@ -84,12 +93,11 @@ class Talk:
 
 def answer(vlm: TwigVLM, examples: Sequence[Example], writing: Writing, end: int) -> list[Talk]:
     """Answer these conversations together; `end` is the token that ends an answer."""
-    talks = [Talk(example, writing, vlm.config.V) for example in examples]
+    talks = [Talk(example, writing, vlm.config.V, vlm.image_token_id) for example in examples]
     while True:
         for talk in talks:
-            talk.cut = talk.cut or (
-                not talk.done and talk.room(len(talk.asked())) < 1
-            )  # the next question does not fit
+            if not talk.done and talk.room(len(talk.asked())) < 1:  # the next question does not fit
+                talk.cut = True
         going = [talk for talk in talks if not talk.done]
         if not going:
             return talks
@@ -107,7 +115,9 @@ def _agreed(vlm: TwigVLM, talks: Sequence[Talk], end: int) -> list[list[int]]:
 
 
 def _take_over(talk: Talk, ids: Sequence[int], begins: Sequence[int], said: Sequence[int], end: int) -> list[int]:
-    """`said[i]`: the base's word at place begins[0] + i of the conversation `ids`, were all before it as it stands there."""
+    """How the first answer begins that the base would not end as it stands in `ids`; those before it are `talk`'s now.
+
+    `said[i]`: the base's word at place begins[0] + i of the conversation `ids`, were all before it as it stands there."""
     for begin in begins:
         drafted, room, words = talk.turns[len(talk.said)].drafted, talk.room(begin), []
         while len(words) < room and begin + len(words) <= len(ids):
@@ -116,8 +126,7 @@ def _take_over(talk: Talk, ids: Sequence[int], begins: Sequence[int], said: Sequ
                 break
         if words[-1] != end and len(words) < room:
             return words
-        talk.said.append(words)
-        talk.cut = words[-1] != end
+        talk.add(words, words[-1] == end)
         if talk.cut or words != drafted:  # what was read behind it is void
             return []
     return []
@@ -139,14 +148,14 @@ def _write(vlm: TwigVLM, begun: Sequence[tuple[Talk, list[int]]], writing: Writi
     ids, mask = _padded(vlm, [[*talk.asked(), *words] for talk, words in begun])
     pixels = _joined([talk.pixels(len(talk.said) + 1) for talk, _ in begun])
     rooms = [talk.room(len(talk.asked())) - len(words) for talk, words in begun]
-    options: dict = {"max_new_tokens": max(rooms)}
+    options: dict = {"max_new_tokens": rooms}
     if writing.temperature:
         seeds = [_seed(writing.seed, talk) for talk, _ in begun]
         options |= {"do_sample": True, "temperature": writing.temperature, "seed": seeds}
     out = vlm.generate(ids, pixels, mask, eos_token_id=end, **options)
     for (talk, words), tokens, room in zip(begun, out.tokens, rooms, strict=True):
-        talk.cut = len(tokens) >= room
-        talk.said.append([*words, *tokens[:room], *([] if talk.cut else [end])])
+        ended = len(tokens) < room
+        talk.add([*words, *tokens, *([end] if ended else [])], ended)
 
 
 def _padded(vlm: TwigVLM, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
