@@ -390,9 +390,9 @@ def _lines(plan: dict) -> list[str]:
         lines.append(f"image      {plan['tower_pruning']} leaves {plan['visual_tokens']} tokens of it before layer 0")
     if told := plan["on_policy"]:
         lines.append(
-            f"answers    of the whole base to {told['samples']:,} samples first: {told['flops_least'] / 1e18:.2g} to "
-            f"{told['flops_most'] / 1e18:.2g} EFLOP ({100 * told['flops_least'] / plan['flops_total']:.0f} to "
-            f"{100 * told['flops_most'] / plan['flops_total']:.0f} % of the training), {_giga(told['base_bytes']):.1f} GB of weights and "
+            f"answers    of the whole base to {told['samples']:,} samples first: {told['flops_least'] / 1e15:,.2f} to "
+            f"{told['flops_most'] / 1e15:,.2f} PFLOP ({100 * told['flops_least'] / plan['flops_total']:.0f} to "
+            f"{100 * told['flops_most'] / plan['flops_total']:.0f} % of the training), {_giga(told['base_bytes']):.2f} GB of weights and "
             f"{_giga(told['bytes_a_conversation']):.2f} GB a conversation at once"
         )
     lines.append(f"disk       {_giga(plan['checkpoint_bytes']):.2f} GB a checkpoint")
