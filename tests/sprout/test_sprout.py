@@ -17,6 +17,7 @@ from twigvlm.prompt.template import encode
 from twigvlm.sprout import ablate, plus, publish, report
 from twigvlm.sprout.recipe.base import base_config, build
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
+from twigvlm.training.settings import parse
 from twigvlm.world.draw import IMAGE_SIZE, draw, patch_labels
 from twigvlm.world.questions import KINDS, ask, describe
 from twigvlm.world.scenes import COLOURS, PLACES, SHAPES, SPLITS, WORDS, allowed_pairs, sample_scene
@@ -252,6 +253,24 @@ def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd):
     assert "ask for one of them" in capfd.readouterr().err
     assert report.main([*flags, "--base", "elsewhere"]) == 2
     assert "leave --base and --twig out" in capfd.readouterr().err
+
+
+def test_a_recipe_may_ask_anothers_twig_otherwise(tmp_path, monkeypatch):
+    """It is trained once; every recipe starts from one that is there."""
+    trained: list[tuple] = []
+    monkeypatch.setattr(plus, "trained", lambda folder, flags, *rest: trained.append((folder.name, *flags)) or folder)
+    study = plus.Study(tmp_path, 3)
+    names = {recipe.name for recipe in plus.RECIPES}
+    assert len(names) == len(plus.RECIPES) and len({recipe.folder for recipe in plus.RECIPES}) == len(names)
+    for recipe in plus.RECIPES:
+        assert {recipe.start, recipe.of} - {None} <= names
+    (behind,) = (recipe for recipe in plus.RECIPES if recipe.of)
+    assert study.train(behind) == study.train(plus.by_name("twig")) and {name for name, *_ in trained} == {"twig"}
+    tuned = next(recipe for recipe in plus.RECIPES if "--tower-pruning" in recipe.flags)
+    assert tuned.pruning == behind.pruning == f"{tuned.flags[1]}+twig"
+    for recipe in plus.RECIPES:  # the flags are those of the training
+        if recipe.of is None:
+            parse([*recipe.flags, *(["--init", "base"] if recipe.start else [])], "")
 
 
 def test_the_same_answers_are_all_of_them():

@@ -528,3 +528,109 @@ def test_stage_2_finds_what_stage_1_left(tmp_path, monkeypatch):
     assert with_start(settings).init == "runs/twig-llava-K1-T3-stage1"
     assert with_start(Settings(stage=1, base="some/llava", K=1)).init == "base"
     assert with_start(Settings(stage=2, base="some/llava", K=1, init="other")).init == "other"
+
+
+# ---------------------------------------------------------------------- beyond the released code
+
+
+def test_samples_without_spread_teach_nothing():
+    rewards = torch.tensor([[1.0, 1.001, 0.999], [1.0, 2.0, 6.0]])
+    for baseline in ("group", "leave-one-out"):
+        gains, usual = advantage(rewards, baseline, 0.02), advantage(rewards, baseline)
+        assert not gains[0].any() and usual[0].any() and torch.equal(gains[1], usual[1])
+
+
+def test_a_log_probability_by_token():
+    log_s = torch.randn(2, 9).log_softmax(-1)
+    picks = draw(log_s, torch.tensor([4, 2]), 6)
+    gains = torch.randn(2, 6)
+    found = policy_loss(log_s, picks, gains, by_token=True)
+    torch.testing.assert_close(found, policy_loss(log_s, picks, gains) / torch.tensor([4.0, 2.0]))
+
+
+def test_antithetic_sets_are_drawn_as_they_would_be_and_oppose_each_other():
+    """Chi-square as above over the second of each pair; pairs share fewer tokens than strangers do."""
+    torch.manual_seed(0)
+    count = 30_000
+    drawn = draw(S.log()[None], torch.tensor([2]), 2 * count, antithetic=True)[0]
+    pairs = list(itertools.permutations(range(6), 2))
+    expected = [count * by_hand(S, pair) for pair in pairs]
+    for half in (drawn[::2], drawn[1::2]):
+        seen = Counter(map(tuple, half.tolist()))
+        assert sum((seen[p] - e) ** 2 / e for p, e in zip(pairs, expected, strict=True)) < 58.3
+    shared = (drawn[::2, :, None] == drawn[1::2, None]).any(2).float().mean()
+    strangers = (drawn[::2, :, None] == drawn[1::2].roll(1, 0)[:, None]).any(2).float().mean()
+    assert shared < 0.8 * strangers
+    assert draw(S.log()[None], torch.tensor([2]), 5, antithetic=True).shape == (1, 5, 2)
+
+
+def test_a_lower_temperature_draws_closer_to_the_best_set(world, prepared):
+    batch, seen = a_batch(world, prepared.base, [1, 2, 3]), {}
+    for temperature in (1e-4, 1.0, 50.0):
+
+        class Spy(Policy):
+            def _reward(self, part, labels, kept, *rest):
+                seen.setdefault(self.temperature, []).append(kept)
+                return super()._reward(part, labels, kept, *rest)
+
+        torch.manual_seed(0)
+        lesson = PolicyLesson(prepared.base, prepared.twig, Spy(groups=64, budget=1.6, temperature=temperature))
+        lesson({**batch, "progress": 1.0})[0].backward()
+    with torch.no_grad():
+        lesson(batch)
+    best = seen[50.0][-1]
+    hits = [(seen[t][0] & best).sum() / seen[t][0].sum() for t in (1e-4, 1.0, 50.0)]
+    assert hits[0] > 0.9 > hits[1] >= hits[2] - 0.05
+
+
+def test_a_drawn_turn_is_asked_and_rewarded_alone(world, prepared):
+    """A sample of three turns: each is drawn, its row is asked, its answer alone is counted; measured, it is the first."""
+    batch = a_batch(world, prepared.base, [5])
+    labels = batch["labels"]
+    begins = ((labels[:, 1:] != IGNORE) & (labels[:, :-1] == IGNORE)).nonzero()[:, 1].tolist()
+    assert len(begins) == 3
+    said = (labels[0] != IGNORE).long().cumsum(0)
+    ends = [int(said[n]) for n in (*begins[1:], -1)]
+    sizes = [end - before for before, end in zip([0, *ends], ends, strict=False)]
+    seen: Counter = Counter()
+
+    class Spy(Policy):
+        def _reward(self, part, labels, kept, most, twig, base, asked=None):
+            found = super()._reward(part, labels, kept, most, twig, base, asked)
+            seen[int(asked), int(found.answers)] += 1
+            return found
+
+    torch.manual_seed(0)
+    lesson = PolicyLesson(prepared.base, prepared.twig, Spy(groups=2, turns="random"))
+    for _ in range(30):
+        lesson({**batch, "progress": 0.5})
+    assert set(seen) == set(zip(begins, sizes, strict=True)) and min(seen.values()) >= 4
+    seen.clear()
+    with torch.no_grad():
+        lesson(batch)
+    assert set(seen) == {(begins[0], sizes[0])}
+
+
+def test_a_run_with_all_of_them(run, first, tmp_path):
+    more = (
+        "--reward-turns",
+        "random",
+        "--advantage-floor",
+        "0.0001",
+        "--policy-temperature",
+        "0.5",
+        "--by-token",
+        "--antithetic",
+    )
+    code, said = run("out", *FLAGS, "--init", str(first), *more)
+    assert code == 0, said
+    identity = json.loads((tmp_path / "out/run.json").read_text())["identity"]
+    assert identity["policy_temperature"] == 0.5 and identity["by_token"] and identity["reward_turns"] == "random"
+    for flags, match in (
+        (("--policy-temperature", "0"), "policy_temperature is 0.0; a number above 0"),
+        (("--advantage-floor", "-1"), "advantage_floor is -1.0; 0 or more"),
+    ):
+        code, said = run("refused", *FLAGS, "--init", str(first), *flags)
+        assert code == 2 and match in said, said
+    code, said = run("refused", "--stage", "1", "--antithetic")
+    assert code == 2 and "antithetic is True; it is for --stage 2" in said

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..model.pruning_head import NAME as PRUNING_HEAD
 from ..model.pruning_head import STARTS
 from ..model.trunk import Trunk
-from ..model.twig import CONFIG, START, WEIGHTS, Origin, Twig, recognised, signature, twig_skeleton
+from ..model.twig import CONFIG, START, TUNED, WEIGHTS, Origin, Twig, recognised, signature, twig_skeleton
 from .base import HEAD, MAX_PADDED_ROWS, Loaded
 from .find import HUB_FILES, read_json, resolve
 from .weights import Filling, materialise, read_index, read_tensors, weight_files
@@ -56,6 +56,10 @@ def load_twig(
         name = split_name(loaded.name)[0] or loaded.name
         module.origin = Origin(name, loaded.revision, signature(trunk), loaded.folder, folder)
         _compare_revisions(folder / CONFIG, facts, module.origin)
+    if tuned := facts.get(TUNED):
+        print(
+            f"{folder}: this twig learnt behind {tuned}; it is at its best with pruning {tuned}+twig", file=sys.stderr
+        )
     return module.eval()
 
 

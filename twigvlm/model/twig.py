@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 WEIGHTS, CONFIG = "model.safetensors", "twig_config.json"
 PICTURE = "curve.png"  # of the training, which its card shows
 START = "pruning_head"  # how the pruning head began, in the description and in the metadata of the weights
+TUNED = "tower_pruning"  # the method before the decoder that the twig learnt behind, in the description
 Init = Literal["base", "last", "random"]
 
 

@@ -39,6 +39,8 @@ class Recipe:
     flags: tuple[str, ...] = ()
     start: str | None = None
     options: bool = False  # beyond the paper's table
+    pruning: str = "twig"  # how it is asked at an R
+    of: str | None = None  # the recipe whose twig it is, where it has none of its own
 
     @property
     def folder(self) -> str:
@@ -46,6 +48,7 @@ class Recipe:
 
 
 STAGE_2 = ("--stage", "2")
+ZIP = "visionzip:keep=288"
 RECIPES = (
     Recipe("twig"),
     Recipe("stage 1", ("--stage", "1")),
@@ -59,6 +62,14 @@ RECIPES = (
     Recipe("stage 2, leave-one-out", (*STAGE_2, "--baseline", "leave-one-out"), "stage 1", options=True),
     Recipe("stage 2, fidelity", (*STAGE_2, "--reward", "fidelity"), "stage 1", options=True),
     Recipe("stage 2, first turn", (*STAGE_2, "--reward-turns", "first"), "stage 1", options=True),
+    Recipe("stage 2, random turn", (*STAGE_2, "--reward-turns", "random"), "stage 1", options=True),
+    Recipe("stage 2, temperature 0.5", (*STAGE_2, "--policy-temperature", "0.5"), "stage 1", options=True),
+    Recipe("stage 2, spread floor", (*STAGE_2, "--advantage-floor", "0.02"), "stage 1", options=True),
+    Recipe("stage 2, by token", (*STAGE_2, "--by-token"), "stage 1", options=True),
+    Recipe("stage 2, antithetic", (*STAGE_2, "--antithetic"), "stage 1", options=True),
+    Recipe("twig, on-policy", ("--on-policy", "960"), options=True),
+    Recipe(f"twig, {ZIP}", ("--tower-pruning", ZIP), options=True, pruning=f"{ZIP}+twig"),
+    Recipe(f"twig asked behind {ZIP}", options=True, pruning=f"{ZIP}+twig", of="twig"),
 )
 
 
@@ -72,6 +83,8 @@ class Study:
 
     def train(self, recipe: Recipe) -> Path:
         """The folder of a twig, trained at the first call. Raises RunError where its training fails."""
+        if recipe.of:
+            return self.train(by_name(recipe.of))
         folder = self.work / recipe.folder
         start = (
             ["--init", str(self.train(by_name(recipe.start)).resolve())]
@@ -87,6 +100,8 @@ def by_name(name: str) -> Recipe:
 
 def seconds(study: Study, recipe: Recipe) -> float | None:
     """Of training: its own and that of what it starts from. None for so few steps that they were not timed."""
+    if recipe.of:
+        return seconds(study, by_name(recipe.of))
     facts = json.loads((study.work / recipe.folder / RUN).read_text(encoding="utf-8"))["finished"]
     before = seconds(study, by_name(recipe.start)) if recipe.start else 0.0
     step = facts["clock"].get("step_seconds")
@@ -127,12 +142,13 @@ def study(one: Study, asked: Sequence[tuple[Scene, list[Question]]], budgets: Se
     def figures(recipe: Recipe, R: float | None) -> dict:
         def measure() -> dict:
             vlm = twigvlm.load(None, one.train(recipe), device=one.device)
-            setting = Setting(R=R)
+            setting = Setting(recipe.pruning, R)
             found = {"short": short_answers(vlm, asked, setting), **asdict(descriptions(vlm, scenes, setting))}
             return found | {"speed": relative_speed(vlm, scenes[:TIMED], setting)}
 
         name = f"{recipe.folder}-{'whole' if R is None else f'R{R:g}'}.json"
-        return kept(one.work / "figures" / name, told | {"flags": list(recipe.flags)}, measure)
+        asked_how = {} if recipe.pruning == "twig" else {"pruning": recipe.pruning}
+        return kept(one.work / "figures" / name, told | {"flags": list(recipe.flags)} | asked_how, measure)
 
     rows, base = [], figures(RECIPES[0], None)
     for recipe in tqdm(recipes, desc="twigs"):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..config import TwigConfig
 from ..errors import InputError
 from ..families import trunk_of
 from ..loading.base import load_base
@@ -30,6 +31,7 @@ from .data.examples import IGNORE, Collator, Example, TwigDataset
 from .data.loading import TrainingData, fill_in, read_data
 from .run.ranks import Ranks
 from .settings import Settings, parse
+from .twig import enter, reducer_of
 
 FILE = "base_answers.npz"
 ROWS = 4  # samples that the whole base reads at once
@@ -89,12 +91,16 @@ def _relabel(batch: dict, answers: dict[int, np.ndarray]) -> None:
         row[places] = torch.from_numpy(answers[index]).to(row)
 
 
-def load_answers(file: Path, known_by: list[float], data: TrainingData) -> dict[int, np.ndarray] | None:
+def load_answers(
+    file: Path, known_by: list[float], data: TrainingData, tower_pruning: str | None = None
+) -> dict[int, np.ndarray] | None:
     """The base's words as `find_answers` stored them, or None if they are of another base or other samples."""
     try:
         with np.load(file) as stored:
             asked, places, sizes, words = (stored[name] for name in ("asked", "places", "sizes", "words"))
             if not np.allclose(stored["signature"], known_by, rtol=0.02, atol=1e-4):
+                return None
+            if (str(stored["behind"]) if "behind" in stored else "") != (tower_pruning or ""):
                 return None
     except (OSError, ValueError, KeyError, EOFError):
         return None
@@ -103,15 +109,18 @@ def load_answers(file: Path, known_by: list[float], data: TrainingData) -> dict[
     return dict(zip(places.tolist(), np.split(words, np.cumsum(sizes)[:-1]), strict=True))
 
 
-def find_answers(trunk: Trunk, data: TrainingData, file: Path, autocast: AbstractContextManager) -> int:
+def find_answers(
+    trunk: Trunk, data: TrainingData, file: Path, autocast: AbstractContextManager, tower_pruning: str | None = None
+) -> int:
     """Let the whole base read the held-out samples; its most probable token at every answer position, to `file`."""
+    reducer = reducer_of(tower_pruning, TwigConfig(trunk.L, 1, 1), trunk.V)
     words: dict[int, np.ndarray] = {}
     parts = [data.held_out[i : i + ROWS] for i in range(0, len(data.held_out), ROWS)]
     with torch.no_grad(), autocast:
         for batch in tqdm(_batches(data.held_out_set, parts, data.collate), total=len(parts), desc="The base's words"):
-            stream = trunk.embed(batch["input_ids"], batch["lengths"], batch["pixel_values"])
+            stream, labels = enter(trunk, batch, reducer)
             hidden = trunk.run(trunk.layers, stream, None).hidden
-            chosen = batch["labels"][:, 1:] != IGNORE
+            chosen = labels[:, 1:] != IGNORE
             said = trunk.logits(hidden[:, :-1][chosen.to(hidden.device)]).argmax(-1).cpu().numpy()
             sizes = chosen.sum(1).tolist()
             words |= dict(zip(batch["indices"], np.split(said, np.cumsum(sizes)[:-1]), strict=True))
@@ -126,6 +135,7 @@ def find_answers(trunk: Trunk, data: TrainingData, file: Path, autocast: Abstrac
             sizes=np.array([len(words[p]) for p in places]),
             words=np.concatenate([words[p] for p in places]),
             signature=np.array(signature(trunk)),
+            behind=np.array(tower_pruning or ""),
         )
     part.replace(file)
     return sum(map(len, words.values()))
@@ -141,10 +151,11 @@ def run(settings: Settings) -> None:
     if not len(data.held_out):
         print("No samples are held out; agreement is measured on each batch before it is learnt.")
         return
-    if load_answers(file, signature(trunk_of(loaded.model)), data) is not None:
+    trunk, behind = trunk_of(loaded.model), settings.tower_pruning
+    if load_answers(file, signature(trunk), data, behind) is not None:
         print(f"{file}: already there")
         return
-    count = find_answers(trunk_of(loaded.model), data, file, nullcontext())
+    count = find_answers(trunk, data, file, nullcontext(), behind)
     print(f"{file}: the base's words at {count} answer positions of {len(data.held_out)} held-out samples")
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ..config import TwigConfig, split_name
+from ..errors import InputError
 from ..loading.describe import read_config
 from ..loading.random import random_config
 from ..program import print_json
@@ -23,12 +24,13 @@ from .data.examples import Records
 from .plus.cost import Base, stage_flops, stage_memory
 from .run.zero import read_zero, stage_of
 from .settings import ROWS_PER_DEVICE, Settings, split_batch
-from .twig import Start, layers_needed, shorten, trim_tower
+from .twig import Start, entering, layers_needed, reducer_of, shorten, trim_tower
 
 STAGES = ("none", "2", "3", "3_offload")
 CARDS = (24, 40, 80)  # GB, of 10**9 bytes
 MIX665K = 665_298  # samples of llava_v1_5_mix665k.json
 TEXT, ANSWERS = 320, 200  # tokens of a sample and learnt ones, where no data says: rough figures of that file
+TURNS = 5  # answers of a sample, likewise
 RESERVE = 1_000_000_000  # CUDA's own memory and what the allocator cannot use
 BUCKETS = 4 * 100_000_000  # DeepSpeed's two buckets of 1e8 bf16 numbers
 HALF, SINGLE = 2, 4  # bytes of bf16 and fp32
@@ -58,7 +60,8 @@ class Counts:
     tower_D: int
     tower_tokens: int
     tower_layers: int
-    visual: int
+    visual: int  # tokens of an image in layer 0
+    patches: int  # and without anything cut before it
     above: int = 0  # of the base above layer K, its norm and head: 0 where nobody asks them
     pruning_head: int = 0
     alone: bool = False  # the pruning head learns and nothing else
@@ -113,6 +116,7 @@ def count(settings: Settings) -> Counts:
     L = text.num_hidden_layers
     start, letters = Start(settings.K, settings.T, settings.F, settings.init), letters_of(settings, L)
     trunk, twig = build_meta(config, letters, start.init, whole=settings.stage > 0)
+    reducer_of(settings.tower_pruning, letters, trunk.V)
 
     def size(module) -> int:
         return sum(p.numel() for p in module.parameters())
@@ -133,7 +137,8 @@ def count(settings: Settings) -> Counts:
         tower_D=vision.hidden_size,
         tower_tokens=trunk.V + (config.vision_feature_select_strategy == "default"),
         tower_layers=len(tower.encoder.layers),
-        visual=trunk.V,
+        visual=entering(settings) or trunk.V,
+        patches=trunk.V,
         above=size(trunk.layers[letters.K :]) + size(trunk.decoder.norm) + size(trunk.model.lm_head)
         if settings.stage
         else 0,
@@ -262,7 +267,7 @@ def make_plan(settings: Settings, devices: int | None = None, samples: int | Non
         "devices": devices, "device": kind, "zero": stage,
         "batch_size": settings.batch_size, "per_device_batch": rows, "accumulation": accumulation,
         "samples": samples, "epochs": settings.epochs, "steps": steps,
-        "max_length": longest, "memory_parts": fixed_memory(counts, stage, devices), "memory": memory,
+        "max_length": longest, "visual_tokens": counts.visual, "tower_pruning": settings.tower_pruning, "memory_parts": fixed_memory(counts, stage, devices), "memory": memory,
         "memory_bytes_per_device": memory[stage]["total_bytes"],
         "largest_batch": memory[stage]["largest_batch"],
         "fits_24_gb": {which: memory[which]["largest_batch"]["24"] >= 1 for which in STAGES},
@@ -271,6 +276,7 @@ def make_plan(settings: Settings, devices: int | None = None, samples: int | Non
             "bytes": HALF * counts.D * tokens * samples, "saved_share_of_a_later_pass": (work["tower"] + work["trunk"]) / sum(work.values())
         },
         "flops_per_sample": work, "flops_total": sum(work.values()) * steps * settings.batch_size,
+        "on_policy": _answering(counts, settings, samples, answers) if settings.on_policy else None,
         # In stage 2 the twig lies beside what learns, so that a checkpoint can be loaded.
         "checkpoint_bytes": (3 * SINGLE + HALF * (stage != "none")) * counts.trainable + SINGLE * counts.alone * counts.twig,
     }  # fmt: skip
@@ -282,6 +288,37 @@ def _work(counts: Counts, settings: Settings, tokens: int, answers: int) -> dict
         work["twig"] //= 3 + settings.gradient_checkpointing if settings.stage == 2 else 1  # forward alone
         work |= stage_flops(staged(counts, settings), settings, tokens, answers)
     return work
+
+
+def _answering(counts: Counts, settings: Settings, samples: int, answers: int) -> dict:
+    """What the base's own answers cost before the training: between one pass over each conversation, where the base would say what
+    the data say, and a prompt and a forward a word for each turn.
+    """
+    if settings.on_policy > samples:
+        raise InputError(
+            f"on_policy is {settings.on_policy}, but there are {samples} samples; choose {samples} or less"
+        )
+    layer, L, tokens = counts.layers // settings.T, counts.L, min(settings.max_length, counts.patches + TEXT)
+    tower = flops(counts, 0, 0, tokens, 0, False)["tower"]
+
+    def through(new: int, behind: int = 0) -> int:
+        return L * (2 * layer * new + 4 * counts.D * (new * behind + new * new // 2))
+
+    said = 2 * counts.head * answers
+    least = tower + through(tokens) + said
+    most = (
+        TURNS * (tower + through(tokens))
+        + through(answers, tokens)
+        + said
+        + (0 if settings.on_policy_temperature else least)
+    )
+    kept = HALF * 2 * counts.D * L * (settings.max_length)  # keys and values of a conversation
+    weights = HALF * (counts.tower + counts.projector + counts.embeddings + L * layer + counts.norm + counts.head)
+    return {
+        "samples": settings.on_policy, "most_tokens": settings.on_policy_tokens,
+        "flops_least": (least if not settings.on_policy_temperature else most) * settings.on_policy, "flops_most": most * settings.on_policy,
+        "base_bytes": weights, "bytes_a_conversation": kept,
+    }  # fmt: skip
 
 
 def _devices(kind: str) -> int:
@@ -349,6 +386,15 @@ def _lines(plan: dict) -> list[str]:
         + ", ".join(f"{name} {flop / 1e12:.2f}" for name, flop in work.items())
         + f"; {plan['flops_total'] / 1e18:.2f} EFLOP in all"
     )
+    if plan["tower_pruning"]:
+        lines.append(f"image      {plan['tower_pruning']} leaves {plan['visual_tokens']} tokens of it before layer 0")
+    if told := plan["on_policy"]:
+        lines.append(
+            f"answers    of the whole base to {told['samples']:,} samples first: {told['flops_least'] / 1e15:,.2f} to "
+            f"{told['flops_most'] / 1e15:,.2f} PFLOP ({100 * told['flops_least'] / plan['flops_total']:.0f} to "
+            f"{100 * told['flops_most'] / plan['flops_total']:.0f} % of the training), {_giga(told['base_bytes']):.2f} GB of weights and "
+            f"{_giga(told['bytes_a_conversation']):.2f} GB a conversation at once"
+        )
     lines.append(f"disk       {_giga(plan['checkpoint_bytes']):.2f} GB a checkpoint")
     cache = plan["feature_cache"]
     lines.append(

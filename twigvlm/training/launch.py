@@ -1,19 +1,21 @@
 """Start a training on what is here: `python -m twigvlm.training.launch` with the flags of the training.
 
 One process on one device, torchrun for several, DeepSpeed's launcher for a hostfile, nothing of its
-own under Slurm (`srun`), torchrun or DeepSpeed. Before that it draws the embedded base's data and
-asks the base for its words on the held-out samples, once. Environment: NPROC_PER_NODE, HOSTFILE,
+own under Slurm (`srun`), torchrun or DeepSpeed. Before that it draws the embedded base's data, asks the
+base for its words on the held-out samples and, with --on-policy, has it answer samples, once. Environment: NPROC_PER_NODE, HOSTFILE,
 NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,13 +24,14 @@ from ..loading.device import check_attention, pick_device
 from ..loading.find import read_json
 from ..loading.twig import check_letters
 from ..model.twig import CONFIG
+from ..processes import PARENT
 from ..program import run_program
 from .agreement import FILE as ANSWERS
 from .data.loading import fill_in, with_start
 from .data.records import Records
 from .settings import HELD_OUT, HELD_OUT_SHARE, STOPPED, Settings, check_accelerate, parse
 
-TRAIN, ASK = "twigvlm.training.train", "twigvlm.training.agreement"
+TRAIN, ASK, ANSWER = (f"twigvlm.training.{name}" for name in ("train", "agreement", "on_policy"))
 SAVING_TIME = 1800  # seconds that processes have to save after SIGTERM, before they are killed
 
 
@@ -54,6 +57,8 @@ def start(settings: Settings, argv: list[str]) -> int:
     if rank == 0 and int(env.get("NODE_RANK", "0")) == 0:
         settings = fill_in(settings)
         _ask_base(settings, argv)
+    if settings.on_policy and int(env.get("NODE_RANK", "0")) == 0 and (code := _write_answers(settings, argv)):
+        return code
     processes, nodes = _processes(settings), int(env.get("NNODES", "1"))
     launched = _launched() is not None
     command = ["-m", TRAIN, *argv]
@@ -75,7 +80,7 @@ def foresee(settings: Settings) -> None:
     from .plus.subject import foresee_stage
     from .settings import ROWS_PER_DEVICE, split_batch
     from .train import check_export
-    from .twig import INITS, Start
+    from .twig import INITS, Start, reducer_of
 
     Start(settings.K, settings.T, settings.F, settings.init)
     if settings.data is None and settings.base is not None:
@@ -84,7 +89,9 @@ def foresee(settings: Settings) -> None:
     check_export(settings.export_release)
     device = pick_device(settings.device)
     wish = Wish(settings.base, shape=settings.random)
-    foresee_stage(settings, wish.base_letters(settings.K, settings.T, settings.F), wish.V)
+    letters = wish.base_letters(settings.K, settings.T, settings.F)
+    reducer_of(settings.tower_pruning, letters, wish.V)
+    foresee_stage(settings, letters, wish.V)
     if settings.init not in INITS:
         stored = read_json(Path(settings.init) / CONFIG)
         check_letters(Path(settings.init) / CONFIG, {"K": settings.K, "T": settings.T}, stored)
@@ -146,6 +153,29 @@ def _ask_base(settings: Settings, argv: list[str]) -> None:
     code = subprocess.run([sys.executable, "-m", ASK, *argv], check=False).returncode
     if code:
         print("the base could not be asked (see above); agreement is measured with the labels", file=sys.stderr)
+
+
+def _write_answers(settings: Settings, argv: list[str]) -> int:
+    """The base's own answers, by processes of their own: one a device, or this one's share where others stand beside it."""
+    count, command = 1 if _launched() else _processes(settings), [sys.executable, "-m", ANSWER, *argv]
+    env = dict(os.environ) | {PARENT: str(os.getpid())}
+    if count == 1:
+        return subprocess.run(command, env=env, check=False).returncode
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    with contextlib.ExitStack() as files:
+        said = [files.enter_context(tempfile.TemporaryFile()) for _ in range(count)]
+        started = [
+            subprocess.Popen(
+                command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(count)}, stderr=said[r] if r else None
+            )
+            for r in range(count)
+        ]  # fmt: skip
+        codes = [one.wait() for one in started]
+        if not codes[0] and (failed := next((r for r, code in enumerate(codes) if code), None)) is not None:
+            said[failed].seek(0)  # what all would say the first has said
+            last = said[failed].read().decode(errors="replace").strip().rpartition("\n")[2]
+            print(last or f"error: process {failed} ended with exit code {codes[failed]}", file=sys.stderr)
+    return next((code if code > 0 else 1 for code in codes if code), 0)
 
 
 def _small(data: str | None) -> bool:

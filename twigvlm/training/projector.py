@@ -8,7 +8,7 @@ finetuning is what their paper and their answers to users say. Legend: B rows, S
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..decoding.reduce import reduce
 from ..errors import InputError
 from ..families import trunk_of
 from ..loading.base import Loaded, load_base
 from ..loading.describe import EMBEDDED_BASE
 from ..loading.projector import CONFIG, write_projector
 from ..loading.random import random_base
-from ..model.stream import Stream
 from ..model.trunk import Trunk
 from ..model.twig import signature
 from ..pruning import Reducer, Shape, TowerMethod, find_method
@@ -33,7 +31,7 @@ from .run.report import PROJECTOR_CARD
 from .run.timing import StepTimes
 from .settings import Settings
 from .subject import room
-from .twig import checkpoint_gradients
+from .twig import checkpoint_gradients, shortened
 
 
 @dataclass
@@ -56,9 +54,8 @@ class ProjectorLesson:
     def __call__(self, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The batch of `TwigLesson`. Figures: "answers", the learnt tokens, and "right", how many the base would say."""
         with self.times.part("trunk"):
-            stream = self.read(batch)
+            stream, labels = shortened(self.base, self.reducer, batch, self.projector)
         with self.times.part("twig"):
-            labels = batch["labels"].gather(1, stream.place.clamp(min=0)).masked_fill(~stream.real(), IGNORE)
             hidden, targets = self.base.run(self.base.layers, stream).hidden, labels[:, 1:]
             chosen = targets != IGNORE
             logits = self.base.logits(hidden[:, :-1][chosen])  # only these rows meet the vocabulary
@@ -67,16 +64,6 @@ class ProjectorLesson:
             loss = loss + 0 * sum(p.sum() for p in self.projector.parameters())
         right = (logits.detach().argmax(-1) == targets[chosen]).sum()
         return loss, {"answers": chosen.sum(), "right": right}
-
-    def read(self, batch: dict) -> Stream:
-        """What enters layer 0: the prompts with what the reducer has left of their pictures, numbered anew."""
-        pixels, lengths = batch["pixel_values"], batch["lengths"]
-        stream = self.base.lay_out(batch["input_ids"], lengths, pixels)
-        if pixels is not None and len(pixels):
-            ids = [row[:n].tolist() for row, n in zip(batch["input_ids"].cpu(), lengths, strict=True)]
-            stream = reduce(self.reducer, self.base, stream, ids, pixels, project=self.projector).stream
-        steps = torch.arange(stream.width, device=stream.place.device).expand(1, stream.rows, -1)
-        return replace(stream, positions=steps)
 
 
 class ProjectorSubject:

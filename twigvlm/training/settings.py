@@ -7,6 +7,7 @@ in minutes what LLaVA learns in hours.
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ SKIPPED = "skipped.jsonl"
 STOPPED = "stopped.json"  # a training that a signal stopped leaves this
 LEARNING = ("twig", "projector")
 PREDICTIONS, TEACHERS = ("kl", "hybrid", "acceptance"), ("whole", "pruned")
-BASELINES, REWARDS = ("group", "leave-one-out"), ("answer", "fidelity")
+BASELINES, REWARDS, REWARD_TURNS = ("group", "leave-one-out"), ("answer", "fidelity"), ("all", "first", "random")
 PRECISIONS = ("auto", "bf16", "fp32")
 ROUNDING = ("--load-8bit", "--load-4bit", "--draft-8bit")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
@@ -45,7 +46,14 @@ BELONGS = {
     "head_init": (1,), "prediction_weight": (1,), "prediction_loss": (1,), "temperature": (1,), "teacher": (1,),
     "attention_turns": (1,), "attention_weight": (1, 2), "attention_layer": (1, 2), "groups": (2,), "sets_at_once": (2,),
     "baseline": (2,), "reward": (2,), "reward_turns": (2,), "budget": (2,),
+    "advantage_floor": (2,), "policy_temperature": (2,), "by_token": (2,), "antithetic": (2,),
 }  # fmt: skip
+LATER = (
+    "advantage_floor",
+    "policy_temperature",
+    "by_token",
+    "antithetic",
+)  # of them came when runs of the others were there
 
 
 def _places(text: str) -> tuple[int, ...]:
@@ -68,6 +76,10 @@ class ModelPart:
     T: int = option(DEFAULT_T, "layers of the twig")
     F: int = option(0, "layer before which the image is wiped when decoding (default: three quarters of L)")
     init: str = option("base", "what the twig starts from: base (layers K..K+T-1), last, random, or a twig's folder")
+    tower_pruning: str | None = option(
+        None,
+        "the twig learns behind a method before the decoder, NAME:keep=N (visionzip:keep=288), for --pruning NAME:keep=N+twig",
+    )
     attention: str = option("sdpa", "attention implementation", choices=BACKENDS)
     learn: str = option(
         "twig", "what learns: a twig, or the base's projector while tokens are pruned", choices=LEARNING
@@ -113,7 +125,17 @@ class PlusPart:
     reward: str = option(
         "answer", "stage 2: likelihood of the reference answer, or fidelity to the unpruned base", choices=REWARDS
     )
-    reward_turns: str = option("all", "stage 2: which answers count", choices=("all", "first"))
+    reward_turns: str = option(
+        "all", "stage 2: which answers count: all, the first, or one that is drawn, before which the head is asked then",
+        choices=REWARD_TURNS,
+    )  # fmt: skip
+    advantage_floor: float = option(0.0, "stage 2: samples whose rewards spread by less (in nat) teach nothing")
+    policy_temperature: float = option(
+        1.0,
+        "stage 2: divides the logarithm of the score that sets are drawn from; below 1 they are closer to the best set",
+    )
+    by_token: bool = option(False, "stage 2: divide a set's log-probability by its tokens")
+    antithetic: bool = option(False, "stage 2: draw the sets in pairs of opposite noise")
     budget: float | None = option(None, "stage 2: R of every set (default: the paper's schedule from 192 to 64 of 576)")
 
 
@@ -131,6 +153,18 @@ class DataPart:
     held_out_data: str | None = option(None, "a file of its own for that")
     held_out_images: str | None = option(None, "and its image folder (default: that of --images)")
     workers: int | None = option(None, "processes that load samples, per device (default: 1, on GPUs 4)")
+    on_policy: int = option(
+        0, "samples that are learnt with the base's own answers, which it writes once before the training"
+    )
+    on_policy_tokens: int = option(
+        512, "with --on-policy: tokens of an answer; one that is longer is cut and ends its sample"
+    )
+    on_policy_temperature: float = option(
+        0.0, "with --on-policy: the answers are drawn at this temperature; 0 is greedy"
+    )
+    on_policy_batch: int | None = option(
+        None, "with --on-policy: conversations that the base answers at once (default: 8, on GPUs 32)"
+    )
 
 
 @dataclass
@@ -244,6 +278,27 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
         check(self.attention in BACKENDS, "attention", f"one of {', '.join(BACKENDS)} is needed")
         if self.base is not None and self.random is not None:
             raise InputError(f"base {self.base} and random {self.random}: give one of them")
+        check(
+            self.tower_pruning is None or self.learn == "twig",
+            "tower_pruning",
+            "it is for twigs; a projector learns behind --pruning: leave it out",
+        )
+        self._check_on_policy(check)
+
+    def _check_on_policy(self, check: Callable[[bool, str, str], None]) -> None:
+        check(self.on_policy >= 0, "on_policy", "0 (none) or more samples are needed")
+        check(self.on_policy_tokens >= 1, "on_policy_tokens", "1 or more is needed")
+        good = math.isfinite(self.on_policy_temperature) and self.on_policy_temperature >= 0
+        check(good, "on_policy_temperature", "0 (greedy) or more is needed")
+        check(self.on_policy_batch is None or self.on_policy_batch >= 1, "on_policy_batch", "1 or more is needed")
+        for name in ("on_policy_tokens", "on_policy_temperature", "on_policy_batch"):
+            usual = next(one.default for one in fields(DataPart) if one.name == name)
+            check(bool(self.on_policy) or getattr(self, name) == usual, name, "it is for --on-policy: leave it out")
+        check(
+            not (self.on_policy and self.random),
+            "on_policy",
+            "a base with random weights has nothing to say: leave it out",
+        )
 
     def _check_stage(self, check: Callable[[bool, str, str], None]) -> None:
         check(self.stage in (0, 1, 2), "stage", "0, 1 or 2 is needed")
@@ -254,7 +309,11 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
             check(fits, name, f"it is for --stage {' or '.join(map(str, stages))}: leave it out")
         for name in ("prediction_weight", "attention_weight"):
             check((getattr(self, name) or 0) >= 0, name, "0 or more is needed")
-        check(self.temperature > 0, "temperature", "a number above 0 is needed")
+        check(
+            math.isfinite(self.advantage_floor) and self.advantage_floor >= 0, "advantage_floor", "0 or more is needed"
+        )
+        for name in ("temperature", "policy_temperature"):
+            check(0 < getattr(self, name) < math.inf, name, "a number above 0 is needed")
         check(self.sets_at_once >= 1, "sets_at_once", "1 or more is needed")
         check(
             self.groups is None or self.groups >= 2, "groups", "2 or more are needed: a set is measured against others"
@@ -272,10 +331,10 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
             ("teacher", TEACHERS),
             ("baseline", BASELINES),
             ("reward", REWARDS),
+            ("reward_turns", REWARD_TURNS),
         ):
             check(getattr(self, name) in legal, name, f"one of {', '.join(legal)} is needed")
-        for name in ("attention_turns", "reward_turns"):
-            check(getattr(self, name) in ("first", "all"), name, "first or all is needed")
+        check(self.attention_turns in ("first", "all"), "attention_turns", "first or all is needed")
 
     @property
     def embedded(self) -> bool:

@@ -13,14 +13,14 @@ import torch
 from ..errors import RunError
 from ..loading.find import read_json
 from ..loading.twig import stored_twig
-from ..model.twig import CONFIG, describe, write_twig
+from ..model.twig import CONFIG, TUNED, describe, write_twig
 from .lora import add_adapters, has_adapters, merged
 from .objectives import Ntp, Objective
 from .run.device import Run
 from .run.report import TWIG_CARD
 from .run.timing import StepTimes
 from .settings import Settings
-from .twig import INITS, Prepared, Start, TwigLesson, checkpoint_gradients, prepare_twig
+from .twig import INITS, Prepared, Start, TwigLesson, checkpoint_gradients, entering, prepare_twig
 
 
 class Subject(Protocol):
@@ -63,15 +63,19 @@ class TwigSubject:
 
     def __init__(self, objective: Objective | None = None):
         self.objective = objective or Ntp()
+        self.tower_pruning: str | None = None
 
     def identity(self, settings: Settings) -> dict[str, Any]:
-        return {name: getattr(settings, name) for name in ("K", "T", "F", "init")}
+        known = {name: getattr(settings, name) for name in ("K", "T", "F", "init")}
+        return known | ({"tower_pruning": settings.tower_pruning} if settings.tower_pruning else {})
 
     def prepare(self, one: Run) -> Prepared:
         settings = one.settings
+        self.tower_pruning = settings.tower_pruning
+        entering(settings)  # what cannot be is refused before a weight is read
         dtype = torch.bfloat16 if one.precision == "bf16" else torch.float32
         start = start_of(settings)
-        how = (settings.attention, settings.random, self.objective.asks_base)
+        how = (settings.attention, settings.random, self.objective.asks_base, settings.tower_pruning)
         with room(one):
             prepared = prepare_twig(settings.base, start, one.device, dtype, *how)
         if settings.lora_rank:
@@ -86,10 +90,12 @@ class TwigSubject:
         return prepared
 
     def lesson(self, prepared: Prepared, times: StepTimes) -> TwigLesson:
-        return TwigLesson(prepared.base, prepared.twig, self.objective, times)
+        return TwigLesson(prepared.base, prepared.twig, self.objective, times, prepared.reducer)
 
     def describe(self, prepared: Prepared) -> dict:
-        return describe(prepared.twig, prepared.loaded.name, prepared.signature, prepared.loaded.revision)
+        tuned = {TUNED: self.tower_pruning} if self.tower_pruning else {}
+        loaded = prepared.loaded
+        return describe(prepared.twig, loaded.name, prepared.signature, loaded.revision) | tuned
 
     def write(self, folder: Path, weights: dict[str, torch.Tensor], facts: dict) -> None:
         write_twig(folder, weights, facts)
@@ -99,10 +105,16 @@ class TwigSubject:
 
     def words(self, settings: Settings) -> str:
         learning = "adapters" if settings.lora_rank else f"{settings.T} layers, norm and head"
-        return f"{learning} learn on layer {settings.K}, from {settings.init}"
+        behind = f", behind {settings.tower_pruning}" if settings.tower_pruning else ""
+        return f"{learning} learn on layer {settings.K}, from {settings.init}{behind}"
 
     def rows(self, facts: dict, settings: dict) -> dict[str, str]:
-        return {"Twig": f"K = {facts['K']}, T = {facts['T']}, F = {facts['F']}; started from `{settings['init']}`"}
+        rows = {"Twig": f"K = {facts['K']}, T = {facts['T']}, F = {facts['F']}; started from `{settings['init']}`"}
+        if tuned := facts.get(TUNED):
+            rows |= {"Learnt behind": f"`{tuned}`: ask with `--pruning {tuned}+twig`"}
+        if own := settings.get("on_policy"):
+            rows |= {"Answers": f"the base's own to {own:,} samples"}
+        return rows
 
     def title(self, facts: dict) -> str:
         return f"Twig of {facts['base']}, K = {facts['K']}, T = {facts['T']}"

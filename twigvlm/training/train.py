@@ -30,6 +30,7 @@ from .data.examples import TwigDataset
 from .data.loading import TrainingData, TrainingFeed, fill_in, read_data
 from .data.survey import SkipLog, Survey
 from .lora import has_adapters
+from .on_policy.spoken import on_policy_identity, with_answers
 from .plus.subject import DistilSubject, PolicySubject
 from .projector import ProjectorSubject
 from .run import checkpoints
@@ -164,12 +165,15 @@ def _run(one: Run, signals: Signals, subject: Subject) -> int:
     """In the folder that is locked now."""
     settings, ranks, out = one.settings, one.ranks, one.out
     identity = subject.identity(settings) | {name: getattr(settings, name) for name in IDENTITY}
-    identity |= {"base": _base_name(settings), "precision": one.precision}
+    identity |= {"base": _base_name(settings), "precision": one.precision} | on_policy_identity(settings)
     ranks.on_first(lambda: checkpoints.identify(out, identity, whole=False))
     torch.manual_seed(settings.seed)
     prepared = ranks.everywhere(lambda: subject.prepare(one))
     skips: list[SkipLog] = []
     data = _read_data(one, prepared, skips)
+    if settings.on_policy:
+        name = prepared.loaded.name
+        data = ranks.everywhere(lambda: with_answers(data, settings, prepared.signature, name, out))
     identity |= {"base_signature": prepared.signature}
     ranks.on_first(lambda: checkpoints.identify(out, identity | {"data": data.fingerprint()}))
     ranks.on_first(lambda: store(settings, out))
@@ -313,7 +317,7 @@ def _job(
 ) -> Job:
     settings, ranks, answers = one.settings, one.ranks, None
     if settings.agreement == "base":
-        answers = load_answers(one.out / ANSWERS, prepared.signature, data)
+        answers = load_answers(one.out / ANSWERS, prepared.signature, data, settings.tower_pruning)
     held_out = hold_out(data, shares.rows, ranks, answers)
     facts = subject.describe(prepared)
     report = None
@@ -364,6 +368,8 @@ def _announce(one: Run, shares: BatchShares, job: Job, resume: Path | None, subj
         f"AdamW, lr {settings.lr:g}, betas {settings.betas[0]:g} {settings.betas[1]:g}, {settings.schedule}, "
         f"warm-up {100 * settings.warmup:g} %, seed {settings.seed}"
     )
+    if settings.on_policy:
+        print(f"{settings.on_policy:,} of them with the base's own answers")
     print(f"{subject.words(settings)}; {one.precision} on {one.device.type}, {means}")
     if held_out and held_out.against != settings.agreement:
         print("agreement is measured with the labels; run python -m twigvlm.training.agreement first to ask the base")

@@ -7,8 +7,8 @@ visual tokens an image.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import TwigConfig
+from ..decoding.reduce import reduce
 from ..errors import InputError
 from ..families import trunk_of
 from ..loading.base import Loaded, load_base
@@ -27,8 +28,11 @@ from ..loading.twig import fill_twig, stored_twig
 from ..model.stream import Stream
 from ..model.trunk import Trunk
 from ..model.twig import CONFIG, Twig, grow, signature
+from ..pruning import Reducer, Shape, TowerMethod, find_method
+from .data.examples import IGNORE
 from .objectives import Objective
 from .run.timing import StepTimes
+from .settings import Settings
 
 INITS = ("base", "random", "last")
 
@@ -41,6 +45,7 @@ class Prepared:
     base: Trunk
     twig: Twig
     signature: list[float]
+    reducer: Reducer | None = None  # what is cut of every image before layer 0
 
     @property
     def module(self) -> Twig:
@@ -73,6 +78,7 @@ def prepare_twig(
     attention: str = "sdpa",
     shape: str | None = None,
     whole: bool = False,
+    tower_pruning: str | None = None,
 ) -> Prepared:
     """Read what trains: the tower, the projector, embeddings and layers 0..K-1 of `base` (all of them, head and norm
     for a `whole` one), and the twig's start.
@@ -80,7 +86,7 @@ def prepare_twig(
     `dtype` is the base's; the twig's weights are fp32, since small steps vanish in less. With
     `shape` the weights are drawn instead of read (`loading.random`). Draws, where there are any, come
     from torch's global generator. Raises InputError for an impossible K, T or F before any weight
-    is read.
+    is read. `tower_pruning` "NAME:keep=N": see `reducer_of`.
     """
     configs: list[TwigConfig] = []
 
@@ -100,11 +106,12 @@ def prepare_twig(
     twig = grow(trunk, config, init, None if whole else trunk.layers[-config.T :])
     if not whole:
         shorten(trunk, config.K)
-    trim_tower(trunk)
+    reducer = reducer_of(tower_pruning, config, trunk.V)
+    trim_tower(trunk, reducer.beyond if reducer is not None else 0)
     trunk.model.requires_grad_(False)
     if start.init not in INITS:
         _copy_twig(start, known_by, twig)
-    return Prepared(loaded, trunk, twig.float().requires_grad_(True), known_by)
+    return Prepared(loaded, trunk, twig.float().requires_grad_(True), known_by, reducer)
 
 
 def layers_needed(config: TwigConfig, init: str) -> list[int]:
@@ -136,37 +143,106 @@ def _copy_twig(start: Start, known_by: list[float], twig: Twig) -> None:
     fill_twig(twig, stored_twig(folder)[0], torch.device("cpu"))
 
 
-def trim_tower(trunk: Trunk) -> None:
-    """Drop the tower's layers above the one whose features are used: they would be computed for nothing."""
+def tower_method(spec: str) -> TowerMethod:
+    """What `--tower-pruning` says. Raises InputError unless it is a method before the decoder that keeps a number of tokens."""
+    method = find_method(spec)
+    if not isinstance(method, TowerMethod) or method.keep is None:
+        raise InputError(
+            f"tower_pruning is {spec!r}; a method before the decoder with keep=N is needed: visionzip:keep=288"
+        )
+    return method
+
+
+def reducer_of(spec: str | None, config: TwigConfig, V: int) -> Reducer | None:
+    """That leaves what `spec` keeps of an image's V tokens, as in generation under `SPEC+twig`; None for no spec.
+
+    Raises InputError for what cannot be.
+    """
+    if spec is None:
+        return None
+    method = tower_method(spec)
+    if not 1 <= method.keep <= V:
+        raise InputError(f"tower_pruning is {spec!r}; 1 to {V} tokens of an image can stay")
+    reducer = method.reducer(method.keep, Shape(config.L, V, config.K, config.F))
+    if type(reducer).bind is not Reducer.bind:
+        raise InputError(
+            f"tower_pruning is {spec!r}, which needs weights beside the base's; choose another: visionzip:keep=288"
+        )
+    return reducer
+
+
+def entering(settings: Settings) -> int | None:
+    """Tokens of an image that `--tower-pruning` leaves; None without it."""
+    return None if settings.tower_pruning is None else tower_method(settings.tower_pruning).keep
+
+
+def enter(base: Trunk, batch: dict, reducer: Reducer | None) -> tuple[Stream, torch.Tensor]:
+    """(what enters layer 0 of the batch of `TwigLesson`, the labels [B, S'] of its rows)."""
+    if reducer is None:
+        return base.embed(batch["input_ids"], batch["lengths"], batch["pixel_values"]), batch["labels"]
+    return shortened(base, reducer, batch)
+
+
+def shortened(
+    base: Trunk, reducer: Reducer, batch: dict, project: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> tuple[Stream, torch.Tensor]:
+    """`enter` behind a reducer: what it has left of the pictures stands where they stood, and all are numbered anew.
+
+    `project` stands in for the base's projector.
+    """
+    pixels, lengths = batch["pixel_values"], batch["lengths"]
+    stream = base.lay_out(batch["input_ids"], lengths, pixels)
+    if pixels is not None and len(pixels):
+        ids = [row[:n].tolist() for row, n in zip(batch["input_ids"].cpu(), lengths, strict=True)]
+        draws = torch.randint(2**62, (len(ids),)).tolist() if reducer.draws else ()
+        stream = reduce(reducer, base, stream, ids, pixels, draws, project).stream
+    labels = batch["labels"].gather(1, stream.place.clamp(min=0)).masked_fill(~stream.real(), IGNORE)
+    steps = torch.arange(stream.width, device=stream.place.device).expand(stream.rows, -1)
+    return replace(stream, positions=steps[None], place=torch.where(stream.real(), steps, -1)), labels
+
+
+def trim_tower(trunk: Trunk, beyond: int = 0) -> None:
+    """Drop the tower's layers above the one whose features are used, and `beyond` more: they would be computed for nothing."""
     config, tower = trunk.model.config, trunk.model.model.vision_tower
     chosen = config.vision_feature_layer
     if not isinstance(chosen, int):
         return
     used = chosen if chosen >= 0 else len(tower.encoder.layers) + 1 + chosen
-    tower.encoder.layers = tower.encoder.layers[:used]
-    tower.config.num_hidden_layers = config.vision_feature_layer = used
+    tower.encoder.layers = tower.encoder.layers[: used + beyond]
+    tower.config.num_hidden_layers, config.vision_feature_layer = len(tower.encoder.layers), used
 
 
 class TwigLesson:
     """The loss of a twig on a batch of conversations: what leaves layer K-1 of the base, handed to the objective."""
 
-    def __init__(self, base: Trunk, twig: Twig, objective: Objective, times: StepTimes | None = None):
-        self.base, self.twig, self.objective = base, twig, objective
+    def __init__(
+        self,
+        base: Trunk,
+        twig: Twig,
+        objective: Objective,
+        times: StepTimes | None = None,
+        reducer: Reducer | None = None,
+    ):
+        self.base, self.twig, self.objective, self.reducer = base, twig, objective, reducer
         self.times = times or StepTimes(base.device)
 
     def __call__(self, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """`input_ids` and `labels` [B, S], right-padded, of `lengths`, each image as V image tokens; `pixel_values`
         [images, 3, h, w] in their order. Gives the objective's loss and figures.
         """
-        states = self.read(batch)
+        states, labels = self.enter(batch)
         with self.times.part("twig"):
-            return self.objective(states, batch["labels"], self.twig, self.base)
+            return self.objective(states, labels, self.twig, self.base)
 
     def read(self, batch: dict) -> Stream:
         """What leaves layer K-1 of the base, which keeps no gradients."""
+        return self.enter(batch)[0]
+
+    def enter(self, batch: dict) -> tuple[Stream, torch.Tensor]:
+        """`read`, and the labels of its rows."""
         with torch.no_grad(), self.times.part("trunk"):
-            stream = self.base.embed(batch["input_ids"], batch["lengths"], batch["pixel_values"])
-            return self.base.run(self.base.layers[: self.twig.config.K], stream, None)
+            stream, labels = enter(self.base, batch, self.reducer)
+            return self.base.run(self.base.layers[: self.twig.config.K], stream, None), labels
 
 
 def checkpoint_gradients(layers: Iterable[nn.Module]) -> None:

@@ -8,8 +8,9 @@ mended silently.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,46 @@ class Example:
     def learnt(self) -> int:
         """Number of tokens that are learnt."""
         return sum(label >= 0 for label in self.labels)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A piece of an example: what stands before an answer, the answer with its end token, which pictures the former shows."""
+
+    asked: list[int]
+    answer: list[int]
+    pictures: list[int]  # numbers among the example's
+
+    @property
+    def drafted(self) -> list[int]:
+        """The answer up to a picture, which nobody can say."""
+        return self.answer[: self.answer.index(IMAGE_LABEL)] if IMAGE_LABEL in self.answer else self.answer
+
+
+def turns(example: Example) -> list[Turn]:
+    """The example cut behind every answer."""
+    found, shown = [], 0
+    pairs = zip(example.input_ids, example.labels, strict=True)
+    runs = [[token for token, _ in run] for _, run in groupby(pairs, lambda pair: pair[1] == IGNORE)]
+    for asked, answer in zip(runs[::2], runs[1::2], strict=True):
+        before, within = asked.count(IMAGE_LABEL), answer.count(IMAGE_LABEL)
+        found.append(Turn(asked, answer, list(range(shown, shown + before))))
+        shown += before + within
+    return found
+
+
+def respoken(example: Example, answers: Sequence[Sequence[int]], visual_tokens: int) -> Example:
+    """The example with other answers (ids, each with its end token); turns beyond them are not there, nor are their pictures."""
+    ids, labels, pictures = [], [], []
+    for turn, answer in zip(turns(example), answers, strict=False):
+        said = [int(token) for token in answer]
+        ids += turn.asked + said
+        labels += [IGNORE] * len(turn.asked) + said
+        pictures += turn.pictures
+    images = tuple(example.images[i] for i in pictures)
+    return replace(
+        example, input_ids=ids, labels=labels, images=images, length=len(ids) + len(images) * (visual_tokens - 1)
+    )
 
 
 def read(record: object) -> Conversation | Skipped:
@@ -234,6 +275,7 @@ class TwigDataset(Dataset):
         self.max_length, self.visual_tokens = max_length, visual_tokens
         self.usable = usable
         self.dropped: frozenset[int] = frozenset()
+        self.spoken: Mapping[int, Sequence[np.ndarray]] = {}  # answers in place of the data's: see `training.on_policy`
 
     def drop(self, places: Iterable[int]) -> None:
         """Leave these places of the file out, for reasons of the user's. Raises InputError for places beyond it."""
@@ -262,6 +304,8 @@ class TwigDataset(Dataset):
             found = Skipped(DROPPED, "by its index")
         else:
             found = encode(record, self.text, self.max_length, self.visual_tokens)
+        if i in self.spoken and isinstance(found, Example):
+            found = respoken(found, self.spoken[i], self.visual_tokens)
         return replace(found, index=int(i), id=record.get("id") if isinstance(record, dict) else None)
 
     def __getitem__(self, i: int) -> Example | Skipped:

@@ -38,6 +38,7 @@ class TrainingData:
     held_out_set: TwigDataset
     held_out: np.ndarray
     collate: Collator
+    spoken: str = ""  # digest of the base's answers that stand in place of the data's
 
     def sampler(self, rows: int, world: int, rank: int, accumulation: int, seed: int) -> LengthGroupedSampler:
         """Micro-batches of this process; every usable sample once an epoch."""
@@ -53,7 +54,7 @@ class TrainingData:
             "content": self.dataset.records.digest(),
             "lengths": self.found.fingerprint(),
             "held_out": len(self.held_out),
-        }
+        } | ({"on_policy": self.spoken} if self.spoken else {})
 
 
 @dataclass

@@ -54,6 +54,7 @@ class Distil:
     layer: int | None = None
     turns: Turns = "first"
     teacher: Teacher = "whole"
+    visual: int | None = None  # tokens of an image in layer 0; None: all of the base's
 
     asks_base = True
 
@@ -109,10 +110,10 @@ class Distil:
         self, states: Stream, columns: torch.Tensor, score: torch.Tensor, twig: Twig, base: Trunk
     ) -> tuple[torch.Tensor, int]:
         """[B, S] bool: the head's best r tokens an image at the first asked row, for a random r; and the most of a row."""
-        r = Budgets.of(twig.config, base.V, None).r
+        r = Budgets.of(twig.config, self.visual or base.V, None).r
         count = int(torch.randint(r[0], r[-1] + 1, ()))
         real = columns >= 0
-        images = real.sum(1) // base.V
+        images = states.visual.max(1).values + 1
         best = highest(score[:, 0], real, images * count)
         kept = torch.zeros(states.rows, states.width + 1, dtype=torch.bool, device=columns.device)
         kept = kept.scatter(1, torch.where(best, columns, states.width), True)[:, :-1]

@@ -23,10 +23,11 @@ from .budgets import Budgets
 from .distil import teacher_layer
 from .losses import attention_divergence
 from .pruned import Beginning
-from .rows import Turns, asked_rows, visual_columns
+from .rows import asked_rows, drawn_row, visual_columns
 from .sets import Baseline, advantage, draw, policy_loss
 
 Reward = Literal["answer", "fidelity"]
+RewardTurns = Literal["all", "first", "random"]
 
 
 @dataclass(frozen=True)
@@ -43,22 +44,30 @@ class Policy:
     """`groups` sets a sample, `at_once` of them in memory together; `attention` weighs the released code's extra term (w²
     times it), 0 leaves it out. `reward` "answer": mean log-likelihood of the learnt words behind the first image;
     "fidelity": minus the mean divergence from what the unpruned base says there, which no reference is needed for.
-    `turns` "first" rewards the answer alone before which the head was asked, "all" every one (as released).
+    The head is asked before the first answer behind an image. `turns` "first" rewards that answer alone, "all" every one (as
+    released); "random" asks before one that is drawn, and rewards it alone. `floor`: see `advantage`; `temperature` divides the
+    logarithm of the score that sets are drawn from: below 1 they are closer to the best set, which is what pruning keeps.
+    `by_token` and `antithetic`: see `sets`.
     """
 
     groups: int = 32
     baseline: Baseline = "group"
     reward: Reward = "answer"
-    turns: Turns = "all"
+    turns: RewardTurns = "all"
     budget: float | None = None
     attention: float = 0.0
     layer: int | None = None
     at_once: int = 8
+    floor: float = 0.0
+    temperature: float = 1.0
+    by_token: bool = False
+    antithetic: bool = False
+    visual: int | None = None  # tokens of an image in layer 0; None: all of the base's
 
     asks_base = True
 
     def budgets(self, twig: Twig, base: Trunk) -> Budgets:
-        return Budgets.of(twig.config, base.V, self.budget)
+        return Budgets.of(twig.config, self.visual or base.V, self.budget)
 
     def __call__(
         self, states: Stream, labels: torch.Tensor, twig: Twig, base: Trunk, progress: float = 1.0
@@ -67,7 +76,9 @@ class Policy:
 
         "right" and "answers" of the figures are those of the pruned base; "means" the rewards and their spread.
         """
-        asked = asked_rows(labels, states.visual)
+        learns = torch.is_grad_enabled()
+        asked = asked_rows(labels, states.visual, "all" if self.turns == "random" and learns else "first")
+        asked = drawn_row(asked)
         here = (asked[:, 0] >= 0).nonzero()[:, 0]
         part, words, asked = states.select(here), labels.index_select(0, here), asked.index_select(0, here)
         columns = visual_columns(part) if len(here) else asked
@@ -77,20 +88,21 @@ class Policy:
             none = torch.zeros((), device=device)
             figures = {"answers": none.long(), "right": none.long(), "means": {"reward": none, "spread": none}}
             return score, figures
-        images = ((columns >= 0).sum(1) // base.V).tolist()
-        learns = torch.is_grad_enabled()
+        images = (part.visual.max(1).values + 1).tolist()
         numbers = random.Random(int(torch.randint(2**62, ())))
         each = budgets.draw(progress, numbers, len(images)) if learns else [budgets.r[0]] * len(images)
         most = torch.tensor(budgets.most(images, each), device=device)
         log_s = score.clamp(min=torch.finfo(score.dtype).tiny).log().masked_fill(columns < 0, -torch.inf)
-        picks = draw(log_s, most, self.groups) if learns else _best(score, columns, most)
+        log_s = log_s / self.temperature
+        picks = draw(log_s, most, self.groups, self.antithetic) if learns else _best(score, columns, most)
         kept = _laid(picks, columns, part.width)
         with torch.no_grad():
-            found = self._reward(part, words, kept, int(most.max()), twig, base)
+            found = self._reward(part, words, kept, int(most.max()), twig, base, asked)
         figures = _figures(found, len(labels))
         if not learns:
             return torch.zeros((), device=device), figures
-        losses = policy_loss(log_s, picks, advantage(found.reward.T, self.baseline))
+        gains = advantage(found.reward.T, self.baseline, self.floor)
+        losses = policy_loss(log_s, picks, gains, self.by_token)
         if self.attention:
             with torch.no_grad():
                 looked = self._look(part, asked, columns, twig, base)
@@ -114,12 +126,13 @@ class Policy:
         return share(tap.query, tap.at(columns)[1], tap.sees(columns), tap.scaling)[:, 0]
 
     def _reward(
-        self, part: Stream, labels: torch.Tensor, kept: torch.Tensor, most: int, twig: Twig, base: Trunk
-    ) -> Scored:
+        self, part: Stream, labels: torch.Tensor, kept: torch.Tensor, most: int, twig: Twig, base: Trunk,
+        asked: torch.Tensor | None = None,
+    ) -> Scored:  # fmt: skip
         """Of kept sets [G, B, S]. The text before the first image is read once for all of them."""
         image = part.visual >= 0
         begin = Beginning(base, twig.config, part, torch.where(image, part.place, part.width).min(1).values)
-        targets = _targets(labels, part, self.turns)
+        targets = _targets(labels, part, self.turns, asked)
         whole = None
         if self.reward == "fidelity":
             whole = base.run(base.layers[twig.config.K :], part).hidden
@@ -130,16 +143,25 @@ class Policy:
         return Scored(reward, right, (targets != IGNORE).sum(1))
 
 
-def _targets(labels: torch.Tensor, part: Stream, turns: Turns) -> torch.Tensor:
-    """[B, S]: at each text token behind the first image the word to be said next, IGNORE where none is rewarded."""
+def _targets(labels: torch.Tensor, part: Stream, turns: RewardTurns, asked: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, S]: at each text token behind the first image the word to be said next, IGNORE where none is rewarded.
+
+    `asked` [B, 1]: the rows before the answers that count, for "random".
+    """
     following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
     behind = (part.visual >= 0).long().cumsum(1) > 0
     following = following.masked_fill(~behind | (part.visual >= 0), IGNORE)
-    if turns == "first":
-        learnt = following != IGNORE
-        begins = learnt & ~torch.cat([torch.zeros_like(learnt[:, :1]), learnt[:, :-1]], 1)
-        following = following.masked_fill(begins.long().cumsum(1) != 1, IGNORE)
-    return following
+    if turns == "all":
+        return following
+    learnt = following != IGNORE
+    begins = learnt & ~torch.cat([torch.zeros_like(learnt[:, :1]), learnt[:, :-1]], 1)
+    number = begins.long().cumsum(1)
+    if turns == "first" or asked is None:
+        return following.masked_fill(number != 1, IGNORE)
+    wanted = (
+        number.gather(1, asked) + (~learnt.gather(1, asked)).long()
+    )  # behind an image the answer's first word may be unsaid
+    return following.masked_fill(number != wanted, IGNORE)
 
 
 def _read(

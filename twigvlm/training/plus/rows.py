@@ -27,6 +27,13 @@ def asked_rows(labels: torch.Tensor, visual: torch.Tensor, turns: Turns = "first
     return front(begins, max(1, fit(begins, int(begins.sum(1).max()))[0]))
 
 
+def drawn_row(rows: torch.Tensor) -> torch.Tensor:
+    """[B, 1]: one of the asked rows [B, Q] of each sample, each as likely; -1 where there is none. From torch's global generator."""
+    count = (rows >= 0).sum(1, keepdim=True)
+    nth = (torch.rand(count.shape, device=rows.device) * count).long()
+    return rows.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
+
+
 def visual_columns(states: Stream) -> torch.Tensor:
     """[B, V'] (-1 pads): where each row's visual tokens stand."""
     image = states.visual >= 0

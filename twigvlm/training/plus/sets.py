@@ -16,14 +16,18 @@ NOTHING = -1e30  # stands for the logarithm of 0 where -inf would spoil a gradie
 Baseline = Literal["group", "leave-one-out"]
 
 
-def draw(log_s: torch.Tensor, r: torch.Tensor, groups: int) -> torch.Tensor:
+def draw(log_s: torch.Tensor, r: torch.Tensor, groups: int, antithetic: bool = False) -> torch.Tensor:
     """[B, G, most r] indices in the order drawn, -1 behind the r [B] of a sample; from torch's global generator.
 
     Gumbel noise and a sort: equal in law to drawing one token after the other in proportion to what is left of s
-    [B, V'], and it cannot fail where s is so small that its logarithm alone says so.
+    [B, V'], and it cannot fail where s is so small that its logarithm alone says so. `antithetic`: the sets come in pairs,
+    what the noise favours in one it disfavours in the other; each by itself is drawn as it would be.
     """
     B, V = log_s.shape
-    uniform = torch.rand(B, groups, V, device=log_s.device).clamp(min=torch.finfo(torch.float32).tiny)
+    uniform = torch.rand(B, -(-groups // 2) if antithetic else groups, V, device=log_s.device)
+    if antithetic:
+        uniform = torch.stack([uniform, 1 - uniform], 2).flatten(1, 2)[:, :groups]
+    uniform = uniform.clamp(min=torch.finfo(torch.float32).tiny)
     noise = -(-uniform.log()).clamp(min=torch.finfo(torch.float32).tiny).log()
     order = (log_s.detach().clamp(min=NOTHING)[:, None] + noise).argsort(dim=2, descending=True)
     most = int(r.max())
@@ -46,14 +50,26 @@ def log_probability(log_s: torch.Tensor, picks: torch.Tensor) -> torch.Tensor:
     return (chosen - tails).masked_fill(~real, 0).sum(2)
 
 
-def advantage(reward: torch.Tensor, baseline: Baseline = "group") -> torch.Tensor:
-    """[B, G] of rewards [B, G]: over the group's mean in units of its spread, or over the mean of the others as it is."""
+def advantage(reward: torch.Tensor, baseline: Baseline = "group", floor: float = 0.0) -> torch.Tensor:
+    """[B, G] of rewards [B, G]: over the group's mean in units of its spread, or over the mean of the others as it is.
+
+    0 for a sample whose rewards spread by less than `floor`: what it says is chance, which units of its spread would enlarge.
+    """
+    spread = reward.std(1, keepdim=True)
     if baseline == "leave-one-out":
         others = (reward.sum(1, keepdim=True) - reward) / (reward.shape[1] - 1)
-        return reward - others
-    return (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + FLOOR)
+        gains = reward - others
+    else:
+        gains = (reward - reward.mean(1, keepdim=True)) / (spread + FLOOR)
+    return gains.masked_fill(spread < floor, 0)
 
 
-def policy_loss(log_s: torch.Tensor, picks: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-    """[B]: -mean of advantage [B, G] x log-probability of the sets; its gradient is the policy's."""
-    return -(gains.detach() * log_probability(log_s, picks)).mean(1)
+def policy_loss(log_s: torch.Tensor, picks: torch.Tensor, gains: torch.Tensor, by_token: bool = False) -> torch.Tensor:
+    """[B]: -mean of advantage [B, G] x log-probability of the sets; its gradient is the policy's.
+
+    `by_token`: that over the tokens of a set, so that a budget's weight does not grow with it.
+    """
+    likely = log_probability(log_s, picks)
+    if by_token:
+        likely = likely / (picks >= 0).sum(2).clamp(min=1)
+    return -(gains.detach() * likely).mean(1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from ...loading.twig import stored_twig
 from ...model.pruning_head import NAME
 from ...model.trunk import Trunk
 from ...model.twig import Twig
+from ...pruning import Reducer
 from ..run.device import Run
 from ..run.timing import StepTimes
-from ..settings import BELONGS, Settings
+from ..settings import BELONGS, LATER, PlusPart, Settings
 from ..subject import TwigSubject, start_of
-from ..twig import INITS, Prepared, TwigLesson
+from ..twig import INITS, Prepared, TwigLesson, entering
 from .budgets import Budgets
 from .distil import Distil, teacher_layer
 from .policy import Policy
@@ -30,20 +31,23 @@ from .policy import Policy
 def distil_of(settings: Settings) -> Distil:
     return Distil(
         settings.prediction_weight, settings.attention_weight, settings.prediction_loss, settings.temperature,
-        settings.attention_layer, settings.attention_turns, settings.teacher,
+        settings.attention_layer, settings.attention_turns, settings.teacher, entering(settings),
     )  # fmt: skip
 
 
 def policy_of(settings: Settings) -> Policy:
     return Policy(
         settings.groups, settings.baseline, settings.reward, settings.reward_turns, settings.budget,
-        settings.attention_weight, settings.attention_layer, settings.sets_at_once,
+        settings.attention_weight, settings.attention_layer, settings.sets_at_once, settings.advantage_floor,
+        settings.policy_temperature, settings.by_token, settings.antithetic, entering(settings),
     )  # fmt: skip
 
 
 def stage_identity(settings: Settings) -> dict[str, Any]:
-    """The stage and the settings that belong to it."""
+    """The stage and the settings that belong to it; those of LATER only where they are in use, as runs before them have none."""
+    usual = {one.name: one.default for one in fields(PlusPart)}
     names = [name for name, stages in BELONGS.items() if settings.stage in stages and name != "sets_at_once"]
+    names = [name for name in names if name not in LATER or getattr(settings, name) != usual[name]]
     return {"stage": settings.stage, **{name: getattr(settings, name) for name in names}}
 
 
@@ -90,15 +94,16 @@ class PreparedHead:
     twig: Twig
     signature: list[float]
     module: HeadAlone
+    reducer: Reducer | None = None
 
 
 class PolicyLesson(TwigLesson):
     """The policy's loss on a batch: it hears how much of the training is done."""
 
     def __call__(self, batch: dict) -> tuple[torch.Tensor, dict]:
-        states = self.read(batch)
+        states, labels = self.enter(batch)
         with self.times.part("twig"):
-            return self.objective(states, batch["labels"], self.twig, self.base, batch.get("progress", 1.0))
+            return self.objective(states, labels, self.twig, self.base, batch.get("progress", 1.0))
 
 
 class PolicySubject(TwigSubject):
@@ -122,10 +127,10 @@ class PolicySubject(TwigSubject):
         self._rest = {name: stored[name] for name in names}
         twig.requires_grad_(False).to(base.dtype)
         twig.pruning_head.float().requires_grad_(True)
-        return PreparedHead(found.loaded, base, twig, found.signature, HeadAlone(twig))
+        return PreparedHead(found.loaded, base, twig, found.signature, HeadAlone(twig), found.reducer)
 
     def lesson(self, prepared: PreparedHead, times: StepTimes) -> PolicyLesson:
-        return PolicyLesson(prepared.base, prepared.twig, self.objective, times)
+        return PolicyLesson(prepared.base, prepared.twig, self.objective, times, prepared.reducer)
 
     def write(self, folder: Path, weights: dict[str, torch.Tensor], facts: dict) -> None:
         """All but the head is as it was on disk, to the bit."""
@@ -165,4 +170,4 @@ def foresee_stage(settings: Settings, letters: TwigConfig, V: int) -> None:
         teacher_layer(settings.attention_layer, letters.K, letters.L)
     if settings.stage == 2:
         check_stage_2(settings)
-        Budgets.of(replace(letters, F=start_of(settings).F or letters.F), V, settings.budget)
+        Budgets.of(replace(letters, F=start_of(settings).F or letters.F), entering(settings) or V, settings.budget)

@@ -29,7 +29,7 @@ SAVING, DOOMED, LOCK, TOKEN = ".saving", ".doomed", ".lock", ".token"
 STEM = "checkpoint-"  # and the steps that it holds
 CHUNK = 1 << 22
 OURS = re.compile(
-    r"checkpoint-\d+|run\.json|log\.jsonl|skipped\.jsonl|base_answers\.npz|tensorboard|plan\.json|stopped\.json|"
+    r"checkpoint-\d+|run\.json|log\.jsonl|skipped\.jsonl|base_answers\.npz|on_policy(-\d+)?\.jsonl|tensorboard|plan\.json|stopped\.json|"
     r"model\.safetensors|twig_config\.json|config\.yaml|README\.md|curve\.png|wandb|survey-\w+\.npz|\..*|.*\.part"
 )
 
