@@ -30,13 +30,13 @@ from twigvlm.decoding import prefill
 from twigvlm.errors import InputError
 from twigvlm.evaluation.asking.calibration import entering, fit
 from twigvlm.evaluation.speed import _random_prompts, open_model
-from twigvlm.files import write_json
+from twigvlm.files import CHECKOUT, write_json
 from twigvlm.loading.projector import write_projector
 from twigvlm.model.twig import signature
 from twigvlm.pruning import METHODS, Plan, Shape, plan_for
 from twigvlm.pruning.calibrated import missing
 from twigvlm.pruning.cost import Sizes
-from twigvlm.record import ROOT, provenance, table
+from twigvlm.record import provenance, table
 
 UNPRUNED = "unpruned"
 QUESTION = "What is written on the sign?"
@@ -162,7 +162,7 @@ def main() -> None:
         vlm = twigvlm.load(device="cpu")
     else:
         vlm = open_model(model)
-    prompt = _random_prompts(vlm, 1)[0] if args.random else vlm.prepare(ROOT / "assets" / "image.png", QUESTION)
+    prompt = _random_prompts(vlm, 1)[0] if args.random else vlm.prepare(CHECKOUT / "assets" / "image.png", QUESTION)
     refused, methods = {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.methods.split(","):

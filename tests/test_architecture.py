@@ -90,7 +90,7 @@ def over(sizes: Mapping[str, int], limit: int, allowed: Mapping[str, int]) -> li
 
 
 # Which room may look into which: those named and, everywhere, the ground floor. Each room may look at itself.
-GROUND = {"config", "errors", "files", "processes", "program", "quiet", "record", "threads", "workers"}
+GROUND = {"config", "errors", "files", "processes", "program", "record", "threads", "workers"}
 LOOKS_INTO: dict[str, set[str]] = {
     "hub": set(),  # of a folder and of facts; it knows no model
     "model": {"hub"},  # a twig pushes itself

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
-from . import quiet, threads
+from . import threads
 
 __version__ = "0.1.0"
 __all__ = ["InputError", "Output", "RunError", "Stats", "Step", "TwigConfig", "TwigVLM", "load"]
@@ -17,6 +18,13 @@ _HOMES = {
     **dict.fromkeys(("Output", "Stats", "TwigVLM", "load"), "vlm"),
 }
 
+# transformers imports torchao wherever it is installed, and torchao names every kernel for GPUs that does not fit this
+# torch; nothing here asks those. Logger → how its messages that are left out begin.
+_NOISE = {
+    "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
+    "torch.utils._pytree": ("%s is an Enum subclass and is now natively supported",),
+}
+
 if TYPE_CHECKING:
     from .config import TwigConfig
     from .decoding.loop import Step
@@ -25,7 +33,8 @@ if TYPE_CHECKING:
 
 
 threads.settle()  # before anything here loads torch
-quiet.settle()
+for _logger, _starts in _NOISE.items():
+    logging.getLogger(_logger).addFilter(lambda record, starts=_starts: not str(record.msg).startswith(starts))
 
 
 def __getattr__(name: str):

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import whole
-from ..record import ROOT
+from ..files import PACKAGE, whole
 
 LONGEST = 600  # letters of a message: clients' own words come back in it
 BAD, MISSING, AUTH, LIMIT, SERVER = (
@@ -20,7 +19,7 @@ BAD, MISSING, AUTH, LIMIT, SERVER = (
     "server_error",
 )
 RETRY_SECONDS = 1
-FOLDERS = [re.escape(str(folder)) for folder in (ROOT, Path.home()) if len(folder.parts) > 1]
+FOLDERS = [re.escape(str(folder)) for folder in (PACKAGE.parent, Path.home()) if len(folder.parts) > 1]
 LOCAL = re.compile(rf"(?:{'|'.join(FOLDERS)})\b[^\s,;:'\"()]*")
 
 

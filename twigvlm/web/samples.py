@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import flags
-from ..files import replacing, write_bytes
+from ..files import BROUGHT, replacing, write_bytes
 from ..program import run_program
-from ..record import ROOT
 from ..world.draw import draw
 from ..world.scenes import sample_scene
 from .pictures import SAMPLES
@@ -22,7 +21,7 @@ QUALITY = 92  # of JPEG
 
 
 def write(folder: Path) -> None:
-    write_bytes((ROOT / "assets" / "image.png").read_bytes(), folder / "scene-1.png")
+    write_bytes((BROUGHT / "assets" / "image.png").read_bytes(), folder / "scene-1.png")
     for nth, seed in enumerate(SEEDS, 2):
         with replacing(folder / f"scene-{nth}.jpg") as part:
             draw(sample_scene("test", seed)).save(part, format="JPEG", quality=QUALITY)
