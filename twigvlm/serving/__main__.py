@@ -17,7 +17,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     from .. import flags
 
     serving = flags.group("server", ServerSettings)
-    parser = flags.parser("python -m twigvlm.serving", __doc__, flags.model(), flags.writing(), serving)
+    from ..program import called
+
+    parser = flags.parser(called("twigvlm.serving"), __doc__, flags.model(), flags.writing(), serving)
     flags.add_switches(parser)
     return flags.parse(parser, argv)
 

@@ -42,7 +42,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     from .. import flags
 
     writing = flags.writing(leave=("max_new_tokens", "temperature", "top_k", "top_p", "seed"))
-    parser = flags.parser("python -m twigvlm.serving.benchmark", __doc__, flags.model(), writing)
+    from ..program import called
+
+    parser = flags.parser(called("twigvlm.serving.benchmark"), __doc__, flags.model(), writing)
     flags.add_switches(parser)
     add = parser.add_argument
     add("--random", metavar="SHAPE", help="random weights instead: llava-1.5-7b, llava-1.5-13b or WIDTHxLAYERS")

@@ -13,7 +13,7 @@ from dataclasses import fields
 
 from .. import flags
 from ..errors import InputError
-from ..program import run_program
+from ..program import called, run_program
 from .settings import PageSettings, address_of, listen
 
 MODULE = "twigvlm.web"
@@ -22,7 +22,7 @@ PATIENCE = 2  # seconds that open answers get when the page ends
 
 def parse(argv: Sequence[str] | None) -> Namespace:
     page = flags.group("where the page is", PageSettings)
-    parser = flags.parser(f"python -m {MODULE}", __doc__, flags.model(), page)
+    parser = flags.parser(called(MODULE), __doc__, flags.model(), page)
     parser.add_argument("--open", action="store_true", help="open the page in this machine's browser")
     parser.add_argument("--no-browser", dest="open", action="store_false", help="do not (the default)")
     return flags.parse(parser, argv)

@@ -2,17 +2,17 @@
 
 # Annotations are read by FastAPI, so they are no strings here.
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError, RunError
+from ..files import PACKAGE
 from ..serving.engine import Busy, Closed, Engine
 from .guard import Guard
 from .running import Lines, Run
 from .settings import PageSettings
 from .site import Missing, Site, explain, private
 
-STATIC = Path(__file__).parent / "static"
+STATIC = PACKAGE / "web" / "static"
 STATUS: dict[type[Exception], int] = {
     Missing: 404,
     InputError: 400,

@@ -7,14 +7,14 @@ import io
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 from PIL import Image
 
 from ..errors import InputError
+from ..files import PACKAGE
 from ..prompt.images import open_image, pad_to_square
 
-SAMPLES = Path(__file__).parent / "static" / "samples"
+SAMPLES = PACKAGE / "web" / "static" / "samples"
 SHOWN = 672  # pixels of a picture on the page, at most
 ROOM = 256 * 2**20  # bytes of pixels that are kept
 NAME_LETTERS = 24  # of a digest

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .. import flags
 from ..files import BROUGHT, replacing, write_bytes
-from ..program import run_program
+from ..program import called, run_program
 from ..world.draw import draw
 from ..world.scenes import sample_scene
 from .pictures import SAMPLES
@@ -28,7 +28,7 @@ def write(folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = flags.parser("python -m twigvlm.web.samples", __doc__)
+    parser = flags.parser(called("twigvlm.web.samples"), __doc__)
     parser.add_argument("--out", type=Path, default=SAMPLES, metavar="DIR", help="where to (default: the package)")
     args = flags.parse(parser, argv)
     return run_program(lambda: write(args.out))

@@ -66,7 +66,7 @@ def _readers(kind: type, leave: Collection[str] = ()) -> dict[str, Reader]:
 
 TASKS_OWN = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p")  # what a task's generation_kwargs say
 LOADING = _readers(ModelSettings)  # arguments of twigvlm.load
-WRITING = _readers(GenerationSettings, (*TASKS_OWN, "seed"))  # options of TwigVLM.generate
+WRITING = _readers(GenerationSettings, (*TASKS_OWN, "seed", "traced"))  # options of TwigVLM.generate
 RUNNING: dict[str, Reader] = {"speculation": _switch, "batch_size": _whole, "seed": _whole, "blank_line_stops": _switch}
 OTHER_NAMES = {"pretrained": "base", "R": "retained_tokens"}
 NAMES = (*OTHER_NAMES, *LOADING, *WRITING, *RUNNING)
