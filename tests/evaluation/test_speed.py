@@ -63,6 +63,7 @@ def test_drafts_as_long_as_they_pay(capsys):
     assert rows["SSD auto"]["tokens"] == 6
 
 
+@pytest.mark.slow
 def test_trees_stand_beside_the_chain(capsys):
     facts, text = run(
         capsys, "--random", "64x8", "--tokens", "12", "-R", "200", "--tree", "2,2,3,6", "--trees", "3;2;2;4", "2,2,3,6", "auto",

@@ -282,6 +282,7 @@ def cases(draw) -> tuple[TwigVLM, list, int, dict]:
     return vlm, layouts, draw(st.integers(0, 9)), pruned | {"drafts": drafts}
 
 
+@pytest.mark.slow
 @needs_torchao
 @settings(max_examples=12)
 @given(cases())

@@ -48,7 +48,7 @@ class Gate:
     st.lists(st.tuples(st.sampled_from(LAYOUTS), st.integers(0, 5), st.integers(1, 20)), min_size=1, max_size=6),
     st.sampled_from([{}, {"retained_tokens": 2.0}, {"draft_length": 0}, {"do_sample": True}]),
 )
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_answers_together_are_those_of_each_alone(asked, options):
     vlm = tiny()
     wishes = [ask(vlm, layout, seed, **options, seed=seed, max_new_tokens=n) for layout, seed, n in asked]

@@ -363,6 +363,7 @@ def test_several_images_and_turns_are_all_seen(prepared):
 FLAGS = ("--stage", "1", "--K", "2", "--T", "2", "--held-out", "4", "--agreement", "labels", "--max-steps", "6")
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_twig_with_a_head_and_goes_on_bit_for_bit(world, run, tmp_path, monkeypatch):
     code, said = run("whole", *FLAGS, "--teacher", "pruned", "--save-steps", "1")
     assert code == 0 and "with a pruning head" in said and "attention" in said, said

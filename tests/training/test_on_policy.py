@@ -318,6 +318,7 @@ def test_several_processes_share_and_one_file_is_left(world, write, tmp_path, mo
     assert one[0] == two[0] and sorted(one[1:], key=lambda x: x["index"]) == two[1:]
 
 
+@pytest.mark.slow
 def test_a_killed_writing_and_a_broken_training_go_on_bit_for_bit(write, run, tmp_path, monkeypatch):
     assert write("whole", *FLAGS)[0] == 0
     real, count = on_policy.answer, [0]

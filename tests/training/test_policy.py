@@ -454,6 +454,7 @@ FLAGS = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_changes_the_head_alone_and_goes_on_bit_for_bit(world, run, first, tmp_path, monkeypatch):
     words = (*FLAGS, "--init", str(first), "--save-steps", "1")
     code, said = run("whole", *words)

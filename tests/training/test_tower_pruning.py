@@ -132,6 +132,7 @@ def test_what_cannot_be(spec, match):
 FLAGS = ("--K", "2", "--T", "2", "--max-steps", "2", "--held-out", "4", "--tower-pruning", "visionzip:keep=3")
 
 
+@pytest.mark.slow
 def test_a_run_of_every_stage(world, run, tmp_path, capfd):
     code, said = run("plain", *FLAGS, "--agreement", "labels")
     assert code == 0 and "behind visionzip:keep=3" in said, said
