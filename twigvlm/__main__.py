@@ -35,6 +35,7 @@ GROUPS: dict[str, dict[str, Command]] = {
     "train": {
         "train": Command("train a twig, or a projector behind a pruning method", "twigvlm.training.launch"),
         "inspect": Command("look at training data", "twigvlm.training.inspect"),
+        "on-policy": Command("write the base's own answers to training samples", "twigvlm.training.on_policy.__main__"),
         "agreement": Command("ask the base for its words on held-out samples", "twigvlm.training.agreement"),
     },
     "measure": {

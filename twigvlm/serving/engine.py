@@ -104,7 +104,8 @@ class Ticket:
         self.times: list[float] = []
         self.steps: list[Step] = []
         self.cancelled = False
-        self.started, self.rows = 0.0, 0
+        self.started: float | None = None
+        self.rows = 0
         self._engine, self._listener = engine, listener
         self._future: Future = Future()
 
@@ -149,23 +150,7 @@ class Ticket:
     def put_end(self, kept: torch.Tensor | None, visual: float | None) -> None:
         """Who asked for few words does not wait for those of a batch who asked for many."""
         if self.rows > 1:
-            tokens = [t for step in self.steps for t in step.tokens]
-            more = {"cancelled": self.cancelled, "limited": len(tokens) >= self.room}
-            self.finish(
-                Answer(
-                    tokens,
-                    self.steps,
-                    self.times,
-                    kept,
-                    visual,
-                    None,
-                    self.asked,
-                    self.started,
-                    self.times[-1],
-                    self.rows,
-                    **more,
-                )
-            )
+            self.finish(self.answer(kept, visual))
 
     # ------------------------------------------------------------------ its end
 
@@ -173,6 +158,31 @@ class Ticket:
     def room(self) -> int:
         """Tokens that its answer may have."""
         return min(self.limit, self._engine.vlm.trunk.context - len(self.ask.ids))
+
+    def answer(
+        self,
+        kept: torch.Tensor | None = None,
+        visual: float | None = None,
+        stats: Stats | None = None,
+        scores: torch.Tensor | None = None,
+    ) -> Answer:
+        """What is written by now, which is nothing where it never began."""
+        tokens = [t for step in self.steps for t in step.tokens]
+        return Answer(
+            tokens=tokens,
+            steps=self.steps,
+            times=self.times,
+            kept=kept,
+            visual=visual,
+            stats=stats,
+            asked=self.asked,
+            started=self.started,
+            ended=self.times[-1] if self.times else Clock(),
+            rows=self.rows,
+            cancelled=self.cancelled,
+            limited=len(tokens) >= self.room,
+            scores=scores,
+        )
 
     def tell(self, event: Any) -> None:
         if self._listener is None:
@@ -269,8 +279,7 @@ class Engine:
                 self._queue.remove(ticket)
             self._change.notify_all()
         if waited:
-            now = Clock()
-            ticket.finish(Answer([], [], [], None, None, None, ticket.asked, None, now, 0, cancelled=True))
+            ticket.finish(ticket.answer())
 
     def _place(self, ticket: Ticket) -> int:
         with self._change:
@@ -334,7 +343,8 @@ class Engine:
                 batch[0].finish(None, fault)
             return
         for row, ticket in enumerate(batch):
-            ticket.finish(_part(out, row, ticket, started, len(batch)))
+            kept, scores = (None if of is None else of[row] for of in (out.kept, out.scores))
+            ticket.finish(ticket.answer(kept, out.stats.visual_rows[row], out.stats, scores))
 
     def _generate(self, batch: Sequence[Ticket]) -> Output:
         prompts = [{"input_ids": torch.tensor([t.ask.ids]), "pixel_values": t.ask.pixels} for t in batch]
@@ -347,22 +357,3 @@ class Engine:
             "seed": None if batch[0].seed is None else [t.seed for t in batch],
         }
         return self.vlm.generate(**together(prompts), streamer=list(batch), stopping_criteria=over, **options)
-
-
-def _part(out: Output, row: int, ticket: Ticket, started: float, rows: int) -> Answer:
-    tokens = out.tokens[row]
-    return Answer(
-        tokens=tokens,
-        steps=out.steps[row],
-        times=ticket.times,
-        kept=out.kept[row] if out.kept else None,
-        scores=out.scores[row] if out.scores else None,
-        visual=out.stats.visual_rows[row],
-        stats=out.stats,
-        asked=ticket.asked,
-        started=started,
-        ended=ticket.times[-1],
-        rows=rows,
-        cancelled=ticket.cancelled,
-        limited=len(tokens) >= ticket.room,
-    )
