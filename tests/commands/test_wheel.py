@@ -90,6 +90,8 @@ def call(installed, tmp_path):
 def test_a_wheel_carries_what_it_needs(wheel):
     assert wheel.stat().st_size < LIMIT
     names = set(zipfile.ZipFile(wheel).namelist())
+    page = ROOT / "twigvlm" / "web" / "static"
+    assert {f.relative_to(ROOT).as_posix() for f in page.rglob("*") if f.is_file()} <= names
     carried = {n.removeprefix("twigvlm/carried/") for n in names if n.startswith("twigvlm/carried/")}
     wanted = {
         f"checkpoints/{f.relative_to(ROOT / 'checkpoints')}" for f in (ROOT / "checkpoints").rglob("*") if f.is_file()

@@ -59,12 +59,10 @@ def test_page_needs_nothing_from_elsewhere():
         assert "innerHTML" not in text and "eval(" not in text, file
 
 
-def test_every_file_is_in_the_package():
-    """The wheel takes the whole folder twigvlm/: nothing of the page lies elsewhere, and nothing is left out of it."""
+def test_what_the_page_names_is_there():
     page = (STATIC / "index.html").read_text("utf-8")
     named = re.findall(r'(?:src|href)="/?(static/[^"]+)"', page)
     assert named and all((STATIC.parent / name).is_file() for name in named)
-    assert STATIC.is_relative_to(ROOT / "twigvlm")
 
 
 def test_about(place):
