@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from twigvlm.errors import RunError
 from twigvlm.sprout.recipe import stage
 from twigvlm.sprout.recipe.stage import StageConfig, fit
 from twigvlm.training.run import checkpoints
+from twigvlm.training.run.device import flushed_denormals
 from twigvlm.training.run.loop import rates
 
 CONFIG = StageConfig("toy", steps=30, lr=5e-2, workers=0, save_seconds=0)
@@ -124,3 +126,14 @@ def test_bf16_is_used_where_the_processor_computes_in_it(tmp_path, monkeypatch, 
 
     fit(replace(CONFIG, steps=1), module, make_batch, loss_fn, tmp_path)
     assert seen == [torch.bfloat16 if half else torch.float32]
+
+
+def test_who_trains_in_this_process_gets_its_arithmetic_back():
+    """Hypothesis, for one, refuses to make numbers where the smallest ones are taken for zero."""
+    smallest = sys.float_info.min
+    with pytest.raises(RunError), flushed_denormals():
+        with flushed_denormals():
+            assert smallest / 2 == 0
+        assert smallest / 2 == 0
+        raise RunError("stopped")
+    assert smallest / 2 > 0

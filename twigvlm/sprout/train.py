@@ -27,6 +27,7 @@ from ..errors import InputError, RunError
 from ..files import CHECKOUT
 from ..program import called, run_program
 from ..training.muon import for_decoder
+from ..training.run.device import flushed_denormals
 from ..world.conversations import CONVERSATIONS, DRAWN, IMAGES, ensure_drawn
 from .grown import finished
 from .recipe.align import Aligner
@@ -267,13 +268,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--workers is {args.workers}; 0 or more is needed")
     if args.save_seconds < 0:
         parser.error(f"--save-seconds is {args.save_seconds:g}; 0 (after every step) or more is needed")
-    torch.set_flush_denormal(True)
     compiled = args.device.startswith("cuda") and not args.no_compile
     course = Course(args.out, args.device, args.hidden, args.workers, args.save_seconds, steps, compiled)
 
     def body() -> int:
         try:
-            course.run(stages)
+            with flushed_denormals():
+                course.run(stages)
         except KeyboardInterrupt:
             print(f"\nstopped; the same command goes on from the last checkpoint in {args.out}", file=sys.stderr)
             return 130

@@ -34,7 +34,7 @@ from .on_policy.spoken import on_policy_identity, with_answers
 from .plus.subject import DistilSubject, PolicySubject
 from .projector import ProjectorSubject
 from .run import checkpoints
-from .run.device import Run, device_of, precision_of, prepare_process
+from .run.device import Run, device_of, flushed_denormals, precision_of, prepare_process
 from .run.loop import FORMAT, Learner, Loop, NotFinite, Place, Plan, adamw, rates
 from .run.ranks import Elsewhere, find, join, leave, others_told, tell_failure
 from .run.report import Charts, Report, check_wandb
@@ -145,7 +145,8 @@ def run(settings: Settings) -> int:
         ranks.on_first(lambda: locks.append(checkpoints.occupy(one.out)))
         token = ranks.on_first(lambda: (one.out / checkpoints.TOKEN).read_text(encoding="utf-8"))
         ranks.everywhere(lambda: checkpoints.same_folder(one.out, token))
-        code = _run(one, signals, subject_of(one.settings))
+        with flushed_denormals():
+            code = _run(one, signals, subject_of(one.settings))
         leave(ranks)
     finally:
         signals.forget()
