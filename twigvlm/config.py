@@ -237,7 +237,7 @@ class GenerationSettings:
     seed: int | Sequence[int] | None = option(  # of the first row, or one a row
         None, "of sampling and of random pruning; makes them repeatable", parse=int, metavar="N"
     )
-    traced: bool = False  # for who draws the road: scores of the visual tokens, seconds of drafts and verifications
+    traced: bool = False  # for who draws the road: scores of visual tokens, times and probabilities
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, legal: str) -> None:

@@ -127,7 +127,7 @@ class TwigVLM:
         (`decoding.tree`), "auto" as wide and deep ones as pay; `seed` repeats an answer: sampling and
         random pruning draw from it, row b from seed + b, or from the b-th of a list; random pruning draws from the
         row's pictures too, and without a seed from the number of this call; `traced` notes what a picture of the road
-        needs (`Output.scores`, `Step.seconds`), which synchronises the device twice a round; and draft_confidence,
+        needs (`Output.scores`, `Step.seconds`, `Step.believed`), which synchronises the device twice a round; and draft_confidence,
         max_new_tokens (one number, or one a row), do_sample, temperature, top_k, top_p. `eos_token_id` None means the
         generation config's. `streamer` is one for one row, or a list with one a row. Stopping criteria are asked after
         every token of a row; one that has a parameter `row` is told which. The prompt and the answer share the

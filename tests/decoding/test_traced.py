@@ -15,13 +15,28 @@ def test_tracing_changes_nothing(manner):
     options = one(vlm, 3, IMAGE, 4) | {"retained_tokens": 8, "max_new_tokens": 10, "eos_token_id": [], **manner}
     plain, traced = vlm.generate(**options), vlm.generate(**options, traced=True)
     assert plain.tokens == traced.tokens and plain.kept[0].equal(traced.kept[0])
-    assert plain.scores is None and all(step.seconds is None for step in plain.steps[0])
+    assert plain.scores is None and all(step.seconds is None and not step.believed for step in plain.steps[0])
     spent = 0.0
     for step in traced.steps[0]:
         drafting, verifying = step.seconds
         assert verifying > 0 and (drafting > 0) == bool(step.drafted)
         spent += drafting + verifying
     assert spent <= traced.stats.prefill_seconds + traced.stats.decode_seconds
+
+
+@pytest.mark.parametrize("manner", [{}, {"tree": "2,2,3,6"}, {"draft_length": 0}, {"do_sample": True, "seed": 3}])
+def test_every_token_has_the_probability_that_the_base_gives_it(manner):
+    """In a batch of unequal acceptance, with answers cut by an end token and by a limit."""
+    vlm = tiny(side=56, fade=0.3)
+    given = batch(*prompts(vlm, [(3, IMAGE, 4), (5,), (IMAGE, 2, IMAGE, 3)])) | {"retained_tokens": 8}
+    limits = {"max_new_tokens": [9, 4, 12], "eos_token_id": list(range(40, 48))}
+    out = vlm.generate(**given, **limits, **manner, traced=True)
+    told = vlm.score(**given, targets=out.tokens)
+    for steps, tokens, likelihood in zip(out.steps, out.tokens, told, strict=True):
+        assert [len(step.believed) for step in steps] == [len(step.tokens) for step in steps]
+        believed = torch.tensor([p for step in steps for p in step.believed])
+        assert len(believed) == len(tokens)
+        torch.testing.assert_close(believed.log(), likelihood.log_probabilities, atol=1e-4, rtol=1e-4)
 
 
 def test_scores_are_what_decides():

@@ -225,6 +225,7 @@ def test_large_bodies_are_refused(place):
         ({"draft_length": "many"}, 400, "draft_length"),
         ({"tree": "1,2"}, 400, "tree"),
         ({"max_new_tokens": 0}, 422, "max_new_tokens is 0"),
+        ({"seed": -1}, 422, "seed is -1; 0 to"),
         ({"max_new_tokens": 10**9}, 422, "max_new_tokens"),
         ({"picture": "gone"}, 404, "not here"),
         ({"picture": "../../../etc/passwd"}, 404, "not here"),
@@ -256,6 +257,7 @@ def test_other_nonsense(place, path, method, body, status):
 )  # fmt: skip
 def test_a_run_is_what_generate_gives(place, method, manner):
     vlm = model()
+    manner = manner | {"seed": 5}
     lines = run(place, method=method, R=8, check=True, **manner)
     kinds = [line["event"] for line in lines]
     drafts = manner.get("draft_length") != 0
@@ -265,23 +267,23 @@ def test_a_run_is_what_generate_gives(place, method, manner):
     out = vlm.generate(**inputs, **options, max_new_tokens=8, traced=True, **manner)
     steps = [line for line in lines if line["event"] == "step"]
     done = next(line for line in lines if line["event"] == "done")
-    if method != "random":  # whose draw is new every time
-        assert done["text"] == decode(vlm.tokenizer, out.tokens[0]).strip()
-        assert done["kept"] == (None if out.kept is None else out.kept[0].tolist())
-        accepted = sum(step["accepted"] for step in steps)
-        assert accepted == out.stats.accepted == done["figures"]["accepted"]
-        if out.scores is not None:
-            assert done["scores"] == pytest.approx(out.scores[0].tolist(), rel=1e-4)
+    assert done["text"] == decode(vlm.tokenizer, out.tokens[0]).strip()
+    assert done["kept"] == (None if out.kept is None else out.kept[0].tolist())
+    accepted = sum(step["accepted"] for step in steps)
+    assert accepted == out.stats.accepted == done["figures"]["accepted"]
+    if out.scores is not None:
+        assert done["scores"] == pytest.approx(out.scores[0].tolist(), rel=1e-4)
     pieces = [piece for step in steps for piece in step["pieces"]] + done["rest"]
     assert "".join(piece["text"] for piece in pieces).strip() == done["text"]
     assert all(piece["probability"] is None for piece in pieces if not piece["drafted"])
     assert all(0 < piece["probability"] <= 1 for piece in pieces if piece["drafted"])
+    assert all(0 < piece["believed"] <= 1 for step in steps for piece in step["pieces"])
     split, figures = done["figures"]["split"], done["figures"]
     assert sum(split.values()) == pytest.approx(figures["seconds"], rel=1e-6) and all(v >= 0 for v in split.values())
     assert (split["draft"] > 0) == bool(sum(step["drafted"] for step in steps))
     assert [s["at"] for s in steps] == sorted(s["at"] for s in steps) and figures["first"] == steps[0]["at"]
     if drafts:
-        assert lines[-1]["same"] is (True if method != "random" else lines[-1]["same"])
+        assert lines[-1]["same"] is True
 
 
 def test_without_a_twig():

@@ -296,7 +296,7 @@ def test_the_slider_snaps_for_a_pointer_and_not_for_a_key(place, visit):
 
 
 def test_a_link_holds_all_settings(place, visit):
-    link = "#picture=scene-3&q=What+is+%C3%A9%3F&m=fastv&m=-sparsevlm%3Aversion%3D1.0&R=9&drafts=tree%3A2%2C2%2C3%2C6&tokens=7&verify=0&heat=1&rejected=0"
+    link = "#picture=scene-3&q=What+is+%C3%A9%3F&m=fastv&m=-sparsevlm%3Aversion%3D1.0&R=9&drafts=tree%3A2%2C2%2C3%2C6&tokens=7&seed=11&verify=0&heat=1&rejected=0"
     page = visit(place, link)
     assert texts(page, ".chip-name") == ["fastv", "sparsevlm:version=1.0"]
     page.check("#verify")
@@ -305,6 +305,7 @@ def test_a_link_holds_all_settings(place, visit):
     again = visit(place, page.evaluate("location.hash"))
     assert again.locator("#question").input_value() == "What is é?"
     assert again.locator("#draft-size").input_value() == "2,2,3,6" and again.locator("#longest").input_value() == "7"
+    assert again.locator("#seed").input_value() == "11"
     assert again.locator("#heat").is_checked() and not again.locator("#rejected").is_checked()
 
 
@@ -385,7 +386,8 @@ def test_by_keyboard_alone(place, visit):
     assert told.startswith("row 2, column 2") and re.search(r"rank \d+ of 16, score 0\.\d+", told)
     page.focus("article[data-spec='twig'] .answer")
     page.keyboard.press("End")
-    assert "step" in page.locator("article[data-spec='twig'] .detail").last.text_content()
+    told = page.locator("article[data-spec='twig'] .detail").last.text_content()
+    assert re.search(r"(drafted, \d[\d.]* % sure · the base|the base's own,) \d[\d.]* %.* · step \d", told)
 
 
 def test_the_heat_map(place, visit):

@@ -46,6 +46,9 @@ class Step:
     )  # the drafted token that each stands behind; -1 is what was written
     path: list[int] = field(default_factory=list)  # the drafted tokens that were accepted
     seconds: tuple[float, float] | None = None  # of the round: drafting, and the base's forward; where it is traced
+    believed: list[float] = field(
+        default_factory=list
+    )  # the base's probability of each of `tokens`; where it is traced
 
     @property
     def offered(self) -> int:
@@ -86,6 +89,7 @@ class Verdict:
     path: list[list[int]]  # accepted nodes
     unread: list[bool]  # the last accepted node has not passed the twig
     entered: list[list[int]]  # prompt tokens in each cache, in the first round
+    believed: list[list[float]]  # the base's probability of what is written, if it was asked for
 
 
 class Decoder:
@@ -246,14 +250,16 @@ class Decoder:
         """Ask the base's head, read the answer, and commit to it."""
         tree, caches = draft.tree, self.state.caches
         hidden = top.hidden[:, top.width - tree.width - 1 :] if root is None else top.tail(root, tree.width + 1)
-        choice = self.chooser.judge(self.trunk.logits(hidden), tree, self.voices())
+        logits = self.trunk.logits(hidden)
+        choice = self.chooser.judge(logits, tree, self.voices())
         path = walk(tree, choice)
         accepted = (path >= 0).sum(1)
         last = _pick(path, accepted - 1)
         token = choice.gather(1, (last + 1)[:, None])[:, 0]
         unread = (accepted > 0) & (_pick(draft.heard, last) < 0)
         entered = self.state.prompts() if first else []
-        verdict = _read(tree, path, [accepted, token, unread, *entered])
+        believed = believe(logits, choice, path) if self.settings.traced else path.new_empty(len(path), 0)
+        verdict = _read(tree, path, [accepted, token, unread, *entered], believed)
         _check(verdict)
         if first:
             for cache, known in zip(caches, verdict.entered, strict=True):
@@ -288,7 +294,10 @@ class Decoder:
         for b, row in enumerate(self.rows):
             drafted, path = verdict.drafted[b], verdict.path[b]
             written = self._append(row, [*(drafted[node] for node in path), verdict.token[b]])
-            step = Step(drafted, len(path), written, verdict.probabilities[b], verdict.parents[b], path, seconds)
+            believed = verdict.believed[b][: len(written)]
+            step = Step(
+                drafted, len(path), written, verdict.probabilities[b], verdict.parents[b], path, seconds, believed
+            )
             out.append((row.index, step))
         if self.pace is not None:
             self.pace.note([step for _, step in out])
@@ -354,16 +363,26 @@ def fetch(tensor: torch.Tensor) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
-def _read(tree: DraftTree, path: torch.Tensor, columns: Sequence[torch.Tensor]) -> Verdict:
+def believe(logits: torch.Tensor, choice: torch.Tensor, path: torch.Tensor) -> torch.Tensor:
+    """[B, D+1] fp32: the base's probability, before any processor, of each token on a path [B, D] and of the one behind.
+
+    `logits` [B, N+1, vocabulary] are its own, `choice` [B, N+1] what was chosen; entries behind the path's end say nothing.
+    """
+    sure = logits.float().softmax(-1).gather(2, choice.clamp(min=0)[..., None])[..., 0]
+    return sure.gather(1, torch.nn.functional.pad(path + 1, (1, 0)))
+
+
+def _read(tree: DraftTree, path: torch.Tensor, columns: Sequence[torch.Tensor], believed: torch.Tensor) -> Verdict:
     """The one read of a round: everything in one table of 32-bit words, numbers as they are."""
     head = torch.stack([*columns, tree.count], 1)
     words = torch.cat([head, path, tree.token], 1).to(torch.int32)
     parents = [] if tree.chain else [tree.parent.to(torch.int32)]
-    table = fetch(torch.cat([words, tree.score.float().view(torch.int32), *parents], 1))
-    n, D, N = head.shape[1], path.shape[1], tree.width
+    numbers = torch.cat([tree.score.float(), believed.float()], 1).view(torch.int32)
+    table = fetch(torch.cat([words, numbers, *parents], 1))
+    n, D, N, told = head.shape[1], path.shape[1], tree.width, believed.shape[1]
     accepted, token, unread, *entered, counts = table[:, :n].T.tolist()
-    found, drafted, scores, parents = np.split(table[:, n:], [D, D + N, D + 2 * N], axis=1)
-    scores = np.ascontiguousarray(scores).view(np.float32)
+    found, drafted, scores, sure, parents = np.split(table[:, n:], np.cumsum([D, N, N, told]), axis=1)
+    scores, sure = (np.ascontiguousarray(part).view(np.float32) for part in (scores, sure))
     if tree.chain:
         parents = np.broadcast_to(np.arange(-1, N - 1), drafted.shape)
     return Verdict(
@@ -373,6 +392,7 @@ def _read(tree: DraftTree, path: torch.Tensor, columns: Sequence[torch.Tensor]) 
         [row[:k].tolist() for row, k in zip(found, accepted, strict=True)],
         [bool(u) for u in unread],
         entered,
+        [row[: k + 1].tolist() for row, k in zip(sure, accepted, strict=True)],
     )
 
 

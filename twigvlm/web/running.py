@@ -16,6 +16,7 @@ from .methods import UNPRUNED
 from .telling import Teller, difference, figures, patches
 
 LONGEST_QUESTION, LONGEST_ANSWER = 4000, 1024  # letters, tokens
+LAST_SEED = 2**53 - 1  # the last whole number that every browser can write
 POLL = 0.25  # seconds between two looks at the queue
 
 
@@ -23,7 +24,8 @@ POLL = 0.25  # seconds between two looks at the queue
 class Run:
     """What is asked: `picture` is a sample's name or the id of a picture that was sent, `method` unpruned or one of the
     catalogue with its settings, `R` the average of visual tokens per layer (for those alone), `draft_length` the tokens
-    drafted a step at most (0: none) or auto, `tree` E,W,D,N or auto instead; `check` decodes again without drafts.
+    drafted a step at most (0: none) or auto, `tree` E,W,D,N or auto instead; `seed` repeats what is drawn; `check` decodes
+    again without drafts.
 
     Raises InputError for texts and numbers outside their range.
     """
@@ -37,6 +39,7 @@ class Run:
     draft_length: int | str = 5
     tree: str | None = None
     max_new_tokens: int = 128
+    seed: int | None = None
     check: bool = False
 
     def __post_init__(self) -> None:
@@ -47,6 +50,9 @@ class Run:
         if not 1 <= self.max_new_tokens <= LONGEST_ANSWER:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; 1 to {LONGEST_ANSWER} is possible here")
 
+        if self.seed is not None and not 0 <= self.seed <= LAST_SEED:
+            raise InputError(f"seed is {self.seed}; 0 to {LAST_SEED} is possible here")
+
     @property
     def drafts(self) -> bool:
         return self.tree is not None or self.draft_length != 0
@@ -56,7 +62,7 @@ class Run:
         pruned = self.method != UNPRUNED
         if pruned and self.R is None:
             raise InputError(f"R is missing; {self.method} needs the average of visual tokens per layer, 64 say")
-        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "traced": True}
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "seed": self.seed, "traced": True}
         if pruned:
             options |= {"pruning": self.method, "retained_tokens": self.R}
         if plain or not self.drafts:

@@ -24,7 +24,7 @@ class Teller:
         self.tokenizer, self.tokens = tokenizer, []
         self._streamer = DraftStreamer(tokenizer, self._hear)
         self._pieces: list[dict] = []
-        self._drafted, self._probability = False, None
+        self._drafted, self._probability, self._believed = False, None, None
 
     def step(self, step: Step, seconds: float) -> dict:
         """What was written `seconds` after the start: pieces of text, whole characters only, and what was rejected."""
@@ -32,6 +32,7 @@ class Teller:
         for i, token in enumerate(step.tokens):
             self._drafted = i < step.accepted
             self._probability = step.probabilities[step.path[i]] if self._drafted and step.path else None
+            self._believed = step.believed[i] if step.believed else None
             self._streamer.put_step(Step([], int(self._drafted), [token]))
         self.tokens += step.tokens
         return {
@@ -46,7 +47,7 @@ class Teller:
 
     def rest(self) -> list[dict]:
         """What is left at the end: a character that was never finished."""
-        self._drafted, self._probability = False, None
+        self._drafted, self._probability, self._believed = False, None, None
         self._streamer.end()
         return self._taken()
 
@@ -55,7 +56,8 @@ class Teller:
         return decode(self.tokenizer, self.tokens).strip() if self.tokens else ""
 
     def _hear(self, text: str, drafted: bool) -> None:
-        self._pieces.append({"text": text, "drafted": drafted, "probability": self._probability})
+        sure = {"probability": self._probability, "believed": self._believed}
+        self._pieces.append({"text": text, "drafted": drafted, **sure})
 
     def _taken(self) -> list[dict]:
         taken, self._pieces = self._pieces, []

@@ -110,7 +110,8 @@ export class Column {
     this.steps.forEach((step, i) => {
       for (const span of this.pending[i].spans) {
         span.classList.add("later");
-        span.told = this.words.tell({ text: span.textContent, drafted: span.classList.contains("drafted"), probability: step.pieces[this.pending[i].spans.indexOf(span)].probability }, step, i + 1);
+        const piece = step.pieces[this.pending[i].spans.indexOf(span)];
+        span.told = this.words.tell({ ...piece, text: span.textContent }, step, i + 1);
       }
     });
     this.words.rest(this.done?.rest || []);

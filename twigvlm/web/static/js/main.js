@@ -24,6 +24,7 @@ function shown() {
   byId("question").value = s.question;
   byId("draft-kind").value = KINDS.includes(s.kind) ? s.kind : "chain";
   byId("longest").value = s.longest;
+  byId("seed").value = s.seed;
   byId("verify").checked = s.verify;
   byId("heat").checked = s.heat;
   byId("rejected").checked = s.rejected;
@@ -200,6 +201,7 @@ function listen() {
   on("draft-kind", "change", (event) => { change({ kind: event.target.value }); draftSize(); });
   on("draft-size", "input", readDraft);
   on("longest", "input", (event) => { if (event.target.validity.valid && event.target.value) change({ longest: Number(event.target.value) }); });
+  on("seed", "input", (event) => { if (event.target.validity.valid && event.target.value) change({ seed: Number(event.target.value) }); });
   on("verify", "change", (event) => change({ verify: event.target.checked }));
   on("rejected", "change", (event) => change({ rejected: event.target.checked }));
   on("heat", "change", (event) => {

@@ -17,6 +17,7 @@ export function usual(about) {
     chain: 5,
     tree: "3,2,4,8",
     longest: Math.min(128, about.limits.max_new_tokens),
+    seed: 0,
     verify: true,
     heat: false,
     rejected: true,
@@ -31,6 +32,7 @@ export function toHash(s) {
   words.set("R", String(s.R));
   words.set("drafts", { chain: String(s.chain), auto: "auto", tree: `tree:${s.tree}`, "tree-auto": "tree:auto" }[s.kind]);
   words.set("tokens", String(s.longest));
+  words.set("seed", String(s.seed));
   for (const name of ["verify", "heat", "rejected"]) words.set(name, s[name] ? "1" : "0");
   return `#${words}`;
 }
@@ -51,6 +53,7 @@ export function fromHash(hash, s) {
   }
   found.R = number("R", 0, 1e6, false) ?? s.R;
   found.longest = number("tokens", 1, 1e6, true) ?? s.longest;
+  found.seed = number("seed", 0, Number.MAX_SAFE_INTEGER, true) ?? s.seed;
   const drafts = words.get("drafts") || "";
   if (/^\d+$/.test(drafts)) Object.assign(found, { kind: "chain", chain: Number(drafts) });
   else if (drafts === "auto") found.kind = "auto";
@@ -62,7 +65,7 @@ export function fromHash(hash, s) {
 
 /** The body of a request to run one method. */
 export function asked(s, method) {
-  const body = { picture: s.picture, question: s.question, method: method.spec, R: s.R, max_new_tokens: s.longest, check: s.verify };
+  const body = { picture: s.picture, question: s.question, method: method.spec, R: s.R, max_new_tokens: s.longest, seed: s.seed, check: s.verify };
   if (!method.drafts) return { ...body, draft_length: 0 };
   if (s.kind === "tree") return { ...body, tree: s.tree };
   if (s.kind === "tree-auto") return { ...body, tree: "auto" };

@@ -54,8 +54,8 @@ export class Words {
 
   tell(piece, step, index) {
     const words = [`“${piece.text.trim() || "␠"}”`];
-    if (piece.drafted) words.push(`drafted, ${piece.probability === null ? "–" : percent(piece.probability)} sure`);
-    else words.push("the base's own, –");
+    if (piece.drafted) words.push(`drafted, ${percent(piece.probability)} sure`, `the base ${percent(piece.believed)}`);
+    else words.push(`the base's own, ${percent(piece.believed)} sure`);
     if (step) {
       words.push(`step ${index}, ${step.accepted} of ${step.drafted} right`);
       if (step.rejected.length) words.push(`rejected “${step.rejected.map((r) => r.text).join("").trim()}”`);
@@ -91,4 +91,5 @@ export class Words {
   }
 }
 
-const percent = (share) => `${(100 * share).toFixed(share > 0.995 ? 1 : 0)} %`;
+// The last letters of an unfinished character have no step of their own, and so no share.
+const percent = (share) => (share == null ? "–" : `${(100 * share).toFixed(share > 0.995 ? 1 : 0)} %`);
