@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import io
 import json
 import os
 import pty
@@ -20,6 +22,7 @@ from PIL import Image
 
 import cli_demo
 from twigvlm.commands.demo import Interrupt
+from twigvlm.pruning import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = re.compile(
@@ -67,13 +70,21 @@ def on_a_terminal(*flags: str, keys: str = "", **env: str) -> str:
     return shown.decode()
 
 
+def told(*flags: str, stdin: str = "") -> list[dict]:
+    """The objects that the program prints in this process, nothing else beside them."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), encoding="utf-8"))
+        assert cli_demo.main(["--json", *flags]) == 0
+    out.flush()
+    return [json.loads(line) for line in out.buffer.getvalue().decode().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def described() -> dict:
     """The reference answer: --json, complete figures."""
-    out = call("--json", *DESCRIBE)
-    assert out.returncode == 0, out.stderr
-    assert out.stdout.count("\n") == 1, "one object and nothing else"
-    return json.loads(out.stdout)
+    [one] = told(*DESCRIBE)
+    return one
 
 
 def test_json_holds_text_and_all_figures(described):
@@ -96,6 +107,7 @@ def test_without_flags_it_answers_and_says_how_to_use_llava(described):
     assert (int(accepted), int(proposed)) == (described["accepted"], described["drafted"])
 
 
+@pytest.mark.slow
 def test_drafted_words_are_green_on_a_terminal(described):
     shown = on_a_terminal("--stream", *DESCRIBE)
     assert GREEN in shown
@@ -116,8 +128,7 @@ def test_a_conversation_ends_with_an_empty_line():
 
 
 def test_questions_by_pipe_are_answered_in_turn_with_their_history():
-    out = call("--json", stdin="How many objects are there?\nHow many objects are there?\n")
-    first, second = map(json.loads, out.stdout.splitlines())
+    first, second = told(stdin="How many objects are there?\nHow many objects are there?\n")
     assert second["prompt_tokens"] > first["prompt_tokens"]
 
 
@@ -140,7 +151,7 @@ def test_a_question_that_is_no_text(capsys):
 
 
 def test_without_speculation_the_text_is_the_same(described):
-    out = json.loads(call("--json", "--no-speculation", *DESCRIBE).stdout)
+    [out] = told("--no-speculation", *DESCRIBE)
     assert out["text"] == described["text"] and out["drafted"] == 0
 
 
@@ -224,12 +235,17 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, words, tmp_path, capsys, m
 
 
 def test_usage_errors_exit_with_2():
-    out = call("--no-such-flag")
+    """Long before the libraries of models would be loaded."""
+    look = "import sys, cli_demo\ntry: cli_demo.main(['--no-such-flag'])\nfinally: print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert out.returncode == 2 and "usage" in out.stderr and "Traceback" not in out.stderr
+    assert out.stdout == "False\n"
 
 
-def test_every_flag_has_help():
-    out = call("--help")
+def test_every_flag_has_help(capsys):
+    with pytest.raises(SystemExit):
+        cli_demo.main(["--help"])
+    out = capsys.readouterr().out
     for flag in [
         "--base-model",
         "--twig-block",
@@ -252,7 +268,8 @@ def test_every_flag_has_help():
         "--json",
         "--show-kept",
     ]:
-        assert re.search(rf"{flag}\b.*?\n?\s+\S+", out.stdout), flag
+        assert re.search(rf"{flag}\b.*?\n?\s+\S+", out), flag
+    assert all(name in out.replace("\n", " ") for name in METHODS)
 
 
 def interrupted(*flags: str, keys: tuple[str, ...], after: str) -> str:

@@ -20,9 +20,10 @@ from .errors import InputError
 from .files import write_text
 
 CONFIG = "config.yaml"  # the resolved flags, in the folder of a run or of its results
+METHODS = "{methods}"  # stands for their names in a help text until somebody reads it: to know them takes seconds
 PRUNING = (
-    "{}; settings stand behind a colon (NAME:KEY=VALUE,SWITCH), + joins one method before the decoder and one within it; "
-    "python -m twigvlm.pruning.catalogue tells of each (default {})"
+    f"{METHODS}; settings stand behind a colon (NAME:KEY=VALUE,SWITCH), + joins one method before the decoder and one within it; "
+    "python -m twigvlm.pruning.catalogue tells of each (default %(default)s)"
 )
 NOT_KEPT = {"config", "json"}  # of what a command is asked: nothing that its result depends on
 
@@ -55,12 +56,10 @@ def model(leave: Collection[str] = ()) -> type:
 
 def writing(leave: Collection[str] = (), **defaults: Any) -> type:
     """How to answer: the options of `generate`, with other defaults where they are given."""
-    from .pruning import METHODS
-
     flags = group("how to answer", GenerationSettings, leave, **defaults)
     for one in fields(flags):
         if one.name == "pruning":
-            one.metadata = {**one.metadata, "help": PRUNING.format(", ".join(METHODS), one.default)}
+            one.metadata = {**one.metadata, "help": PRUNING}
     return flags
 
 
@@ -75,6 +74,14 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = super()._expand_help(action)
+        if METHODS not in text:
+            return text
+        from . import pruning
+
+        return text.replace(METHODS, ", ".join(pruning.METHODS))
 
 
 def parser(prog: str | None, text: str | None, *groups: type) -> argparse.ArgumentParser:
