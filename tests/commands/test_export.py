@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from conftest import tiny_model, write_base
@@ -95,7 +97,7 @@ def test_the_embedded_one_answers_with_stock_code(tmp_path):
 def test_a_head_with_fewer_rows_than_words_never_prefers_one_that_is_none(folders, tmp_path):
     from twigvlm.families.draft import join
 
-    trunk = trunk_of(tiny_model())
+    trunk = trunk_of(copy.deepcopy(tiny_model()))  # which `join` uses up
     twig = grow(trunk, TwigConfig(trunk.L, 2, 3))
     words = twig.lm_head.out_features - 2
     twig.lm_head = torch.nn.Linear(twig.lm_head.in_features, words, bias=False)
