@@ -10,7 +10,7 @@ import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -89,6 +89,11 @@ def same_arithmetic():
     """A test that leaves the smallest numbers flushed to zero breaks another one, hours later."""
     yield
     assert sys.float_info.min / 2, "denormal numbers are flushed to zero from here on"
+
+
+def often(values: Iterable, *chosen) -> list:
+    """What a test is run for: `chosen` every time, the other values with the slow tests."""
+    return [v if v in chosen else pytest.param(v, marks=pytest.mark.slow) for v in values]
 
 
 # ---------------------------------------------------------------------- tiny models

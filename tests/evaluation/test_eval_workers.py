@@ -9,7 +9,7 @@ import sys
 import pytest
 from test_workers import DEATHS, HOW, fail, gone, told
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, often
 from twigvlm.evaluation.asking.ask import Prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -18,7 +18,7 @@ FEW = ("killed",)  # what a shard says of others it says alone
 HOWS = [how if how in FEW else pytest.param(how, marks=pytest.mark.nightly) for how in HOW]
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("how", often(HOW, "KeyError", "SystemExit", "killed"))
 def test_evaluation(runner, tmp_path, monkeypatch, how):
     real = Prepared._ids
 

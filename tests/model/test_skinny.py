@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import IMAGE, batch, legal_range_of, prompts, spec_of, stock, tiny, tiny_model
+from conftest import IMAGE, batch, legal_range_of, often, prompts, spec_of, stock, tiny, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -15,7 +15,6 @@ from torch import nn
 from twigvlm.model import skinny
 from twigvlm.pruning import METHODS
 
-FEW = {"twig", "sparsevlm", "visionzip"}  # methods of the fast tests: one that cuts, one that merges, one in the tower
 needs_op = pytest.mark.skipif(
     not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")),
     reason="this torch has no oneDNN",
@@ -69,9 +68,9 @@ def test_the_product_is_the_layers(rows, inside, outside, bias, turned):
 
 @needs_op
 @pytest.mark.parametrize(
-    "method", [m if m in FEW else pytest.param(m, marks=pytest.mark.slow) for m in sorted(METHODS)]
-)
-@pytest.mark.parametrize("draft_length", [0, 4])
+    "method", often(sorted(METHODS), "twig", "sparsevlm", "visionzip")
+)  # cuts, merges, in the tower
+@pytest.mark.parametrize("draft_length", often([0, 4], 4))
 def test_the_answers_stay(method, draft_length, used, monkeypatch):
     vlm = tiny(side=56, noise=0.1)
     rows, pictures = prompts(vlm, [(3, IMAGE, 4), (5,), (2, IMAGE, 1, IMAGE, 3)], seed=3)

@@ -228,7 +228,7 @@ def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd):
     recipes += [plus.Recipe("stage 1, other", ("--stage", "1", *small), options=True)]
     monkeypatch.setattr(plus, "RECIPES", tuple(recipes))
     monkeypatch.setattr(plus, "TIMED", 1)
-    flags = ["--plus", "--steps", "3", "--scenes", "2", "--budgets", "64", "--device", "cpu"]
+    flags = ["--plus", "--steps", "12", "--scenes", "2", "--budgets", "64", "--device", "cpu"]
     flags += ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert report.main(flags) == 0
     result = json.loads((tmp_path / "plus.json").read_text())
@@ -253,6 +253,13 @@ def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd):
     assert "ask for one of them" in capfd.readouterr().err
     assert report.main([*flags, "--base", "elsewhere"]) == 2
     assert "leave --base and --twig out" in capfd.readouterr().err
+    assert report.main([*flags, "--only", "stage 1"]) == 0
+    found = json.loads((tmp_path / "plus.json").read_text())
+    assert {row["twig"] for row in found["rows"]} == {"stage 1"}
+    assert report.main([*flags, "--only", "stage 9"]) == 2
+    assert "unknown ['stage 9']" in capfd.readouterr().err
+    assert report.main(["--only", "stage 1", "--out", str(tmp_path)]) == 2
+    assert "--plus" in capfd.readouterr().err
 
 
 def test_a_recipe_may_ask_anothers_twig_otherwise(tmp_path, monkeypatch):

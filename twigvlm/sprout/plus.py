@@ -1,9 +1,10 @@
 """TwigVLM++ on the embedded model (arXiv 2503.14075v3, table 5): `python -m twigvlm.sprout.report --plus`.
 
-Every twig is trained by the users' own command, for the same number of steps, in a folder of its own: a stopped study
-goes on where it was, and a figure that was measured is not measured again. Accuracy is short answers under pruning
-against the unpruned base, with bootstrap intervals over scenes; acceptance, tokens a verification and speed are those of
-descriptions with drafts, the speed against plain decoding of the same picture right before it.
+Every twig is trained by the users' own command in a folder of its own, for the same number of steps; stage 2 goes on for
+a quarter of them (the paper's for a tenth). A stopped study goes on where it was, and a figure that was measured is not
+measured again. Accuracy is short answers under pruning against the unpruned base, with bootstrap intervals over scenes;
+acceptance, tokens a verification and speed are those of descriptions with drafts, the speed against plain decoding of
+the same picture right before it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 import twigvlm
 
+from ..errors import InputError
 from ..files import write_json
 from ..record import table
 from ..training.run.checkpoints import RUN
@@ -29,6 +31,8 @@ from .quiz import Setting, descriptions, percent, relative_speed, short_answers
 
 RESAMPLES = 1000
 TIMED = 9  # descriptions whose speed is measured
+STAGE_2 = ("--stage", "2")
+STAGE_2_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,15 @@ class Recipe:
     pruning: str = "twig"  # how it is asked at an R
     of: str | None = None  # the recipe whose twig it is, where it has none of its own
 
+    def steps(self, whole: int) -> int:
+        """Of its own training, where a twig has `whole`."""
+        return max(1, round(whole * STAGE_2_SHARE)) if self.flags[:2] == STAGE_2 else whole
+
     @property
     def folder(self) -> str:
         return "".join(c if c.isalnum() or c in "-=." else "-" for c in self.name)
 
 
-STAGE_2 = ("--stage", "2")
 ZIP = "visionzip:keep=288"
 RECIPES = (
     Recipe("twig"),
@@ -91,7 +98,7 @@ class Study:
             if recipe.start and not finished(folder)
             else []
         )
-        return trained(folder, [*recipe.flags, *start], self.steps, self.device)
+        return trained(folder, [*recipe.flags, *start], recipe.steps(self.steps), self.device)
 
 
 def by_name(name: str) -> Recipe:
@@ -133,17 +140,30 @@ def kept(file: Path, settings: dict, measure) -> dict:
     return figures
 
 
-def study(one: Study, asked: Sequence[tuple[Scene, list[Question]]], budgets: Sequence[float], options: bool) -> dict:
-    """All figures; a row a twig and budget, the unpruned base first. With `options` also what goes beyond the paper."""
+def choose(options: bool, only: Sequence[str] | None = None) -> list[Recipe]:
+    """The paper's twigs, with `options` also what goes beyond it; or those that `only` names. Raises InputError."""
+    if not only:
+        return [recipe for recipe in RECIPES if options or not recipe.options]
+    if unknown := set(only) - {recipe.name for recipe in RECIPES}:
+        known = "; ".join(recipe.name for recipe in RECIPES)
+        raise InputError(f"--only: unknown {sorted(unknown)}; the twigs are: {known}")
+    return [recipe for recipe in RECIPES if recipe.name in only]
+
+
+def study(
+    one: Study, asked: Sequence[tuple[Scene, list[Question]]], budgets: Sequence[float], recipes: Sequence[Recipe]
+) -> dict:
+    """All figures; of every twig a row unpruned and one a budget."""
     scenes = [scene for scene, _ in asked[: max(1, len(asked) // 2)]]
-    recipes = [recipe for recipe in RECIPES if options or not recipe.options]
     told = {"scenes": len(asked), "steps": one.steps}
 
     def figures(recipe: Recipe, R: float | None) -> dict:
         def measure() -> dict:
             vlm = twigvlm.load(None, one.train(recipe), device=one.device)
             setting = Setting(recipe.pruning, R)
-            found = {"short": short_answers(vlm, asked, setting), **asdict(descriptions(vlm, scenes, setting))}
+            whole = R is None and recipe is not RECIPES[0]  # whatever the twig, it is the base that answers
+            short = figures(RECIPES[0], None)["short"] if whole else short_answers(vlm, asked, setting)
+            found = {"short": short, **asdict(descriptions(vlm, scenes, setting))}
             return found | {"speed": relative_speed(vlm, scenes[:TIMED], setting)}
 
         name = f"{recipe.folder}-{'whole' if R is None else f'R{R:g}'}.json"

@@ -179,7 +179,9 @@ def publish(run: Path, report: Path) -> None:
 def refresh(results: Path, root: Path = ROOT) -> None:
     """Rewrite what stands between the marks of README and docs from the result files, each with its command."""
     _between_marks(root / "README.md", [_quality_in_short(results)])
-    _between_marks(root / "docs" / "results.md", _from_docs(_quality(results), _benchmarks(results), _speed(results)))
+    details = root / "docs" / "results.md"
+    _between_marks(details, _from_docs(_quality(results), _benchmarks(results), _speed(results)))
+    _between_marks(details, _from_docs(_stages(results)), "stages")
     refresh_methods(results, root)
 
 
@@ -296,6 +298,21 @@ def _speed(results: Path) -> str:
         f"Speed at batch 1, {speed['threads']} CPU thread(s), descriptions of 64 tokens and more, medians: "
         f"`{_command(speed)}`\n([JSON](benchmarks/results/speed_sprout_cpu.json); {speed['device']}, torch "
         f"{speed['torch']}):\n\n{table(rows, digits=2)}"
+    )
+
+
+def _stages(results: Path) -> str:
+    """TwigVLM++'s twigs beside a plain one, where they were compared."""
+    file = results / "plus.json"
+    if not file.exists():
+        return ""
+    from . import plus
+
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return (
+        f"`{_command(found)}`\n({found['questions']} questions, {found['descriptions']} descriptions, "
+        f"[JSON](benchmarks/results/plus.json)):\n\n{plus.shown(found)}\n\n"
+        "![RelAcc and right descriptions against R](benchmarks/results/plus.png)"
     )
 
 

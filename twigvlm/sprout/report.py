@@ -124,8 +124,9 @@ def print_ablations(args: argparse.Namespace, start: float) -> None:
 def print_plus(args: argparse.Namespace, start: float) -> None:
     """Train and measure TwigVLM++'s stages; write plus.json and .png."""
     check_flags(args)
+    recipes = plus.choose(args.plus == "options", args.only)
     one = plus.Study(args.work, args.steps, args.device)
-    result = plus.study(one, quiz(args.scenes), budgets(args.budgets), args.plus == "options")
+    result = plus.study(one, quiz(args.scenes), budgets(args.budgets), recipes)
     result = provenance() | {"seconds": round(time.monotonic() - start)} | result
     write_json(result, args.out / "plus.json")
     plus.plot(result["rows"], args.out / "plus.png")
@@ -165,10 +166,17 @@ def main(argv: list[str] | None = None) -> int:
         "'options' adds what goes beyond the paper",
     )  # fmt: skip
     parser.add_argument(
+        "--only", action="append", metavar="TWIG",
+        help="of --plus this one alone, 'stage 2, dynamic' say; may be given several times",
+    )  # fmt: skip
+    parser.add_argument(
         "--work", type=Path, help="folder of the twigs that are trained (default runs/ablate, runs/plus)"
     )
     parser.add_argument(
-        "--steps", type=int, default=240, help="of each such twig (default %(default)s; the published one had 1,000)"
+        "--steps",
+        type=int,
+        default=240,
+        help="of each such twig, a quarter of it in stage 2 (default %(default)s; the published one had 1,000)",
     )
     args = flags.parse(parser, argv)
     args.work = args.work or Path("runs/plus" if args.plus else "runs/ablate")
@@ -185,6 +193,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--ablate and --plus are two reports; ask for one of them")
     if args.plus and (args.base or args.twig):
         raise InputError("--plus trains its own twigs on the embedded base; leave --base and --twig out")
+    if args.only and not args.plus:
+        raise InputError("--only chooses among the twigs of --plus; give that as well")
     if args.ablate:
         check_sections(args.ablate)
     wish = Wish(args.base, args.twig, device=args.device)
