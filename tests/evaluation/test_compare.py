@@ -21,10 +21,10 @@ from tests.evaluation.conftest import QUESTIONS, Runner, script, write_data
 from twigvlm.errors import InputError
 from twigvlm.evaluation import compare, run
 from twigvlm.evaluation.asking.ask import Asker
-from twigvlm.evaluation.comparing import spread
+from twigvlm.evaluation.comparing import shown, spread
 from twigvlm.evaluation.comparing.entries import Entry
 from twigvlm.evaluation.comparing.rows import Measured, _named
-from twigvlm.evaluation.comparing.shown import _measured, legend, markdown, short
+from twigvlm.evaluation.comparing.shown import AXES, _measured, legend, markdown, short
 from twigvlm.evaluation.comparing.spread import Blocks, blocks_of, interval
 from twigvlm.evaluation.run import Models
 from twigvlm.evaluation.tasks import TASKS, published
@@ -80,8 +80,9 @@ def spoken(model, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture
-def comparer(model, data, tmp_path, capsys, spoken) -> Comparer:
-    """The base is right in three of four questions."""
+def comparer(model, data, tmp_path, capsys, spoken, monkeypatch) -> Comparer:
+    """The base is right in three of four questions. Nothing is drawn, which would take most of the time."""
+    monkeypatch.setattr(shown, "AXES", ())
     file = data / "gqa" / "data" / "testdev_balanced_questions.json"
     truth = json.loads(file.read_text())
     for number, (name, text) in enumerate(spoken.items()):
@@ -131,7 +132,8 @@ def test_every_row_says_everything(comparer):
     assert found["settings"]["methods"] == ["twig", "fastv"] and found["command"] and found["commit"]
 
 
-def test_the_table_and_the_plots(comparer):
+def test_the_table_and_the_plots(comparer, monkeypatch):
+    monkeypatch.setattr(shown, "AXES", AXES)
     code, out, _ = comparer("-R", "2,4")
     text = (comparer.folder / "comparison.md").read_text()
     assert (
