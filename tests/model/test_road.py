@@ -680,6 +680,31 @@ def test_a_cache_keeps_what_is_committed_and_nothing_else(calls):
     assert int(cache.used_bytes()) == sum(map(len, expected)) * 2 * 2 * 4
 
 
+@given(
+    st.integers(STEP - 12, STEP - 7),  # what is committed: seven more just fit
+    st.lists(st.lists(st.integers(0, 5), unique=True, max_size=6), min_size=2, max_size=2),
+    st.integers(6, 20),
+)
+@settings(max_examples=40)
+def test_a_path_moves_up_wherever_a_buffer_ends(before, paths, levels):
+    """A tree may be said to be deeper than it has nodes, and its scratch tokens may be the last that there is room for."""
+    cache, paths = CacheGroup([0], 2), [sorted(path) for path in paths]
+    told = torch.arange(2.0 * before).view(2, 1, before, 1)
+    cache.begin(before)
+    cache.update(told, told, 0)
+    cache.commit(before)
+    cache.begin(7)  # the newest token and six nodes
+    fresh = 1000 + torch.arange(14.0).view(2, 1, 7, 1)
+    cache.update(fresh, fresh, 0)
+    path = torch.full((2, levels), -1)
+    for row, nodes in zip(path, paths, strict=True):
+        row[: len(nodes)] = torch.tensor(nodes) + 1
+    cache.commit(torch.tensor([len(p) + 1 for p in paths]), path=path, first=torch.ones(2, dtype=torch.long))
+    for b, nodes in enumerate(paths):
+        wanted = [*told[b, 0, :, 0].tolist(), *fresh[b, 0, [0, *(n + 1 for n in nodes)], 0].tolist()]
+        assert cache.keys[0, b, 0, : len(wanted), 0].tolist() == wanted
+
+
 def test_a_cache_of_one_prefix_for_many_continuations():
     prefix, cache = CacheGroup([0], 2), CacheGroup([0], 6)
     prefix.begin(3)

@@ -171,10 +171,10 @@ class CacheGroup:
             setattr(self, name, buffer)
 
     def _move(self, path: torch.Tensor, first: torch.Tensor | int) -> None:
-        start = self.used + first
-        steps = self._steps(path.shape[1])
-        source = torch.where(path < 0, start[:, None] + steps, self.used[:, None] + path)
-        target = start[:, None] + steps
+        start = (self.used + first)[:, None]
+        still = (start - 1).clamp(min=0)  # nothing moves there, and a path may have more steps than there is room
+        source = torch.where(path < 0, still, self.used[:, None] + path)
+        target = torch.where(path < 0, still, start + self._steps(path.shape[1]))
         for buffer in (self.keys, self.values):
             there = buffer[:, : self.rows]
             shape = (*there.shape[:3], path.shape[1], there.shape[4])
