@@ -24,11 +24,12 @@ class Command(NamedTuple):
 
 
 WEB = ("web", ("fastapi", "uvicorn"))
+SERVE = ("serve", (*WEB[1], "prometheus_client"))
 GROUPS: dict[str, dict[str, Command]] = {
     "use a model": {
         "demo": Command("ask about a picture on the command line", "twigvlm.commands.demo"),
         "web": Command("a page to ask on and to look at", "twigvlm.web.__main__", *WEB),
-        "serve": Command("an API that speaks OpenAI's language", "twigvlm.serving.__main__", *WEB),
+        "serve": Command("an API that speaks OpenAI's language", "twigvlm.serving.__main__", *SERVE),
         "show": Command("which patches pruning methods keep of a picture", "twigvlm.pruning.show"),
         "catalogue": Command("the pruning methods", "twigvlm.pruning.catalogue"),
     },

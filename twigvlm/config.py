@@ -18,6 +18,8 @@ FORMAT_VERSION = 1
 AUTO = "auto"
 HeadStart = Literal["released", "identity"]  # how a pruning head begins, and which gates it has: model.pruning_head
 MOST_NODES = 256  # of a draft; who sees whom is a table of its square
+DIGITS = 9  # of a number that is written in a text: more stay words, and are refused as such
+SHOWN = 80  # letters of a value that a message repeats
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,11 @@ class TreeShape(NamedTuple):
 def tree_shape(given: str | Sequence[int]) -> TreeShape:
     """ "E,W,D,N" (or with semicolons) or four numbers. Raises InputError for what is no tree that can be drafted."""
     words = given.replace(";", ",").split(",") if isinstance(given, str) else given
-    numbers = [int(w) if isinstance(w, str) and w.strip().isdecimal() else w for w in words]
+    numbers = [int(w) if isinstance(w, str) and w.strip().isdecimal() and len(w) <= DIGITS else w for w in words]
     if len(numbers) != 4 or not all(_whole(n) and n >= 1 for n in numbers):
+        told = repr(given)
         raise InputError(
-            f"tree is {given!r}; four whole numbers E,W,D,N are needed, each 1 or more (children of a node, nodes of a level that "
+            f"tree is {told if len(told) <= SHOWN else told[:SHOWN] + '…'}; four whole numbers E,W,D,N are needed, each 1 or more (children of a node, nodes of a level that "
             "have children, levels, nodes that are verified), such as 3,2,4,8, or 'auto'"
         )
     shape = TreeShape(*numbers)

@@ -18,6 +18,11 @@ INSTALL = "install what this project needs: " + (
 )
 
 
+def extra(name: str) -> str:
+    """How the packages of an extra are installed."""
+    return f'pip install -e ".[{name}]"' if CHECKOUT else f'pip install "twigvlm[{name}]"'
+
+
 def called(module: str) -> str:
     """How a command is written where somebody asks how to use it: `twigvlm NAME`, or `python -m` its module."""
     return sys.argv[0] if sys.argv[0].startswith(f"{PROGRAM} ") else f"python -m {module}"

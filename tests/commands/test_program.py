@@ -62,7 +62,10 @@ def test_a_command_whose_packages_are_missing_says_how_to_get_them(monkeypatch, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else real(name))
     for name in ("web", "serve"):
         assert main([name, "--port", "1"]) == 2
-        assert 'uvicorn, not installed: pip install "twigvlm[web]"' in capsys.readouterr().err
+        assert f'uvicorn, not installed: pip install "twigvlm[{name}]"' in capsys.readouterr().err
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "prometheus_client" else real(name))
+    assert main(["serve", "--port", "1"]) == 2
+    assert "prometheus_client, not installed" in capsys.readouterr().err
 
 
 def test_a_result_says_by_which_command_it_was_made(monkeypatch):

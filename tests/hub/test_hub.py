@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from twigvlm.hub.card import About, check, license_of, result, with_head
 from twigvlm.model.twig import CONFIG, WEIGHTS
 
 BASE, TWIG = "user/base", "user/twig"
+ITS = ("--base-model", BASE)
 
 
 def files_of(folder) -> dict[str, bytes]:
@@ -145,10 +147,10 @@ def test_the_program_uploads_the_bytes_of_a_folder(shared, tmp_path, capsys):
         (["TWIG", "twig"], ["'twig'", "owner/name"]),
         (["TWIG", "a b/c"], ["'a b/c'", "owner/name"]),
         (["BASE", TWIG], [CONFIG, "no such file"]),
-        (["TWIG", TWIG, "--license", "My Own!"], ["'My Own!'", "apache-2.0"]),
-        (["TWIG", TWIG, "--dataset", "a b"], ["'a b'", "owner/name"]),
+        (["TWIG", TWIG, *ITS, "--license", "My Own!"], ["'My Own!'", "apache-2.0"]),
+        (["TWIG", TWIG, *ITS, "--dataset", "a b"], ["'a b'", "owner/name"]),
         (["TWIG", TWIG, "--base-model", "here"], ["'here'", "owner/name"]),
-        (["TWIG", TWIG, "--results", "none.json"], ["none.json"]),
+        (["TWIG", TWIG, *ITS, "--results", "none.json"], ["none.json"]),
     ],
 )
 def test_what_cannot_be_pushed_is_one_line(flags, words, folders, capsys, monkeypatch, tmp_path):
@@ -157,6 +159,46 @@ def test_what_cannot_be_pushed_is_one_line(flags, words, folders, capsys, monkey
     assert push.main([named.get(f, f) for f in flags]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+def damaged(folder, **facts):
+    file = folder / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | facts))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "result", "words"),
+    [
+        (lambda f: (f / "README.md").write_bytes(b"# caf\xe9"), {}, ["README.md", "UTF-8"]),
+        (lambda f: damaged(f, base=None), {}, ["None", "--base-model"]),
+        (lambda f: damaged(f, base=3), {}, ["3", "--base-model"]),
+        (lambda f: damaged(f, base="/home/somebody/llava"), {}, ["no id on the hub", "--base-model"]),
+        (None, {"R": "64"}, ["R is missing or of another kind"]),
+        (None, {"task": {}, "title": []}, ["task, title are missing or of another kind"]),
+        (None, {"score": float("nan")}, ["score"]),
+        (None, {"score": True}, ["score"]),
+    ],
+)
+def test_files_that_are_not_what_they_should_be(spoil, result, words, folders, capsys, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(folders[1], folder)
+    damaged(folder, base=BASE)
+    flags = ["--dry-run"]
+    if spoil is not None:
+        spoil(folder)
+    else:
+        scored = {"task": "gqa", "title": "GQA", "split": "testdev", "metric": "accuracy, %", "score": 61.25}
+        (tmp_path / "result.json").write_text(json.dumps(scored | result))
+        flags += ["--results", str(tmp_path / "result.json")]
+    assert push.main([str(folder), TWIG, *flags]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words), line
+
+
+def test_a_base_that_only_this_machine_has_is_not_told_to_all(folders):
+    twig = twigvlm.load(*folders, device="cpu").twig
+    with pytest.raises(InputError, match="no id on the hub"):
+        twig.push(TWIG)
 
 
 # ---------------------------------------------------------------------- cards

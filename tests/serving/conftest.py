@@ -60,7 +60,7 @@ class Client:
 
         async def ask():
             transport = httpx.ASGITransport(self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=60) as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
                 return await client.request(method, path, **more)
 
         return asyncio.run(ask())

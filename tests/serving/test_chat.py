@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 
@@ -10,7 +11,9 @@ import pytest
 from serving.conftest import CHAT, Client, data_url, desk_of, picture, shown
 from twigvlm.config import GenerationSettings
 from twigvlm.prompt.template import converse
+from twigvlm.serving.chat.reply import event
 from twigvlm.serving.engine import Ask, Written
+from twigvlm.serving.settings import ServerSettings
 
 TEXT = {"type": "text", "text": "What is red?"}
 
@@ -172,7 +175,8 @@ def test_an_answer_ends_with_the_context(vlm):
     from twigvlm.serving.chat import completion, request
 
     body = {"model": "tiny", "messages": [{"role": "user", "content": "What?"}], "max_tokens": 10**6}
-    wish = completion.ask(vlm, request.read(body, "tiny", {**GenerationSettings().__dict__}), False)
+    wanted = request.read(body, "tiny", {**GenerationSettings().__dict__})
+    wish = completion.ask(vlm, wanted, completion.prompt(vlm, wanted), [])
     assert len(wish.ids) + wish.options["max_new_tokens"] == vlm.trunk.context
 
 
@@ -254,6 +258,9 @@ REFUSED = [
     ({"max_tokens": True}, 400, "max_tokens", "is true; a whole number"),
     ({"max_tokens": 3, "max_completion_tokens": 4}, 400, "max_tokens", "one limit under two names"),
     ({"temperature": 2.1}, 400, "temperature", "is 2.1; a number from 0 to 2"),
+    *[({name: 10**400}, 400, name, f"{name} is 1000") for name in ("temperature", "top_p", "max_tokens", "seed")],
+    *[({"twig": {name: -(10**400)}}, 400, f"twig.{name}", "is -1000") for name in ("tokens", "confidence", "draft")],
+    ({"twig": {"tree": "9" * 5000 + ",1,1,1"}}, 400, "twig", "four whole numbers"),
     ({"temperature": "hot"}, 400, "temperature", '"hot"'),
     ({"top_p": -0.1}, 400, "top_p", "from 0 to 1"),
     ({"seed": 2**63}, 400, "seed", "a whole number from"),
@@ -303,7 +310,9 @@ BODIES = {
     b'{"seed": NaN}': "NaN is no JSON number",
     b'{"a": "\xff"}': "the body is not UTF-8",
     b'{"a": ' + b"[" * 100_000: "nested too deeply",
-    b'{"max_tokens": ' + b"9" * 5000 + b"}": "the body is not JSON",
+    b'{"max_tokens": '
+    + b"9" * 5000
+    + b"}": "the body is not JSON (a number has 5000 digits, and at most 1000 are read)",
 }
 
 
@@ -311,6 +320,62 @@ BODIES = {
 def test_bodies_that_are_no_request(client, body):
     found = client("POST", CHAT, content=body, headers={"content-type": "application/json"})
     assert BODIES[body] in fault(found, 400)["message"]
+
+
+def test_the_coldest_temperatures_are_greedy(client):
+    """Numbers that a logit divided by them does not survive."""
+    greedy = client.text(temperature=0)
+    for heat in (1e-7, 1e-38, 1e-46, 5e-324):
+        assert client.text(temperature=heat, seed=1) == greedy
+
+
+def test_no_folder_of_this_machine_is_told(vlm):
+    """Whatever the server's own flags name, and wherever that lies."""
+    with desk_of(vlm) as desk:
+        for spec in ("cdpruner:text_tower=/mnt/data/clip", "visionzip*:projector=/srv/some/where/proj"):
+            desk.defaults["pruning"] = spec
+            error = fault(Client(desk).chat([user(*shown(picture()), TEXT)]), 400)
+            said = error["message"]
+            assert "/mnt" not in said and "/srv" not in said and ("clip" in said or "proj" in said), said
+
+
+def test_slow_addresses_keep_nobody_else(vlm, monkeypatch):
+    """However many are waited for, a question without a picture is answered; those end with their own time."""
+    import concurrent.futures
+    import time
+
+    from twigvlm.serving.chat import pictures
+
+    monkeypatch.setattr(pictures, "download", lambda *_, **__: time.sleep(3) or b"")
+    slow = [
+        user(TEXT, *[{"type": "image_url", "image_url": {"url": f"http://slow.example/{i}.png"}} for i in range(2)])
+    ]
+    with desk_of(vlm, allow_remote_images=True, timeout=1.5) as desk, concurrent.futures.ThreadPoolExecutor(6) as pool:
+        client = Client(desk)
+        client.text()
+        asked = [pool.submit(client.chat, slow) for _ in range(4)]
+        time.sleep(0.2)
+        start = time.monotonic()
+        assert client.text()
+        assert time.monotonic() - start < 1.3
+        assert {found.result().status_code for found in asked} == {504}
+
+
+def test_an_event_is_one_line_for_every_reader():
+    said = event({"content": "a\u2028b\u2029c\x85d\n"})
+    assert len(said.decode().splitlines()) == 2 and json.loads(said[6:])["content"] == "a\u2028b\u2029c\x85d\n"
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "10.0.0.1", ""])
+def test_foreign_names_are_no_way_in(vlm, host):
+    """Nor by a key, where one is needed: a browser does not know it."""
+    with desk_of(vlm) as desk:
+        error = fault(Client(desk)("GET", "/v1/models", headers={"host": host}), 421)
+        assert "--api-key" in error["message"]
+        for good in ("localhost:8000", "127.0.0.1", "[::1]:8000", "127.0.0.9:1"):
+            assert Client(desk)("GET", "/v1/models", headers={"host": good}).status_code == 200
+    for more in ({"host": "0.0.0.0"}, {"api_key": "abc"}):
+        assert ServerSettings(**more).welcomes(host)
 
 
 def test_half_characters(client):
@@ -325,7 +390,7 @@ def test_half_characters(client):
 
 PICTURES = {
     "": "is empty; a data URL is needed",
-    "/etc/passwd": "is /etc/passwd; a data URL is needed",
+    "/etc/passwd": "is passwd; a data URL is needed",
     "file:///etc/passwd": "a data URL is needed",
     "data:image/png;base64": "its head ends with a comma",
     "data:image/png;base64,????": "is no base64",

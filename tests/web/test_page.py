@@ -130,6 +130,19 @@ def test_words_come_one_by_one_and_stop_ends_them(visit):
         assert page.locator(ANSWER.format("unpruned")).text_content() == "one two three four five"
 
 
+def test_stop_while_it_is_checked_claims_nothing(visit):
+    """The answer is whole; that it is the same without drafts was not found out."""
+    with scripted(SLOWLY, pause=0.05) as (place, engine):
+        page = visit(place, "#m=twig&R=8")
+        page.click("#run")
+        page.wait_for_selector(".badge:has-text('decoding again without drafts')")
+        page.click("#stop")
+        page.wait_for_selector("#results[data-state=stopped]")
+        assert texts(page, ".badge:visible") == ["not checked without drafts"]
+        assert page.locator("article").get_attribute("data-state") == "done"
+        assert engine.tickets[1].result(5).cancelled
+
+
 def test_a_reload_frees_the_worker(visit):
     with scripted(SLOWLY, pause=0.1) as (place, engine):
         page = visit(place, "#m=-unpruned")
@@ -307,6 +320,17 @@ def test_a_link_holds_all_settings(place, visit):
     assert again.locator("#draft-size").input_value() == "2,2,3,6" and again.locator("#longest").input_value() == "7"
     assert again.locator("#seed").input_value() == "11"
     assert again.locator("#heat").is_checked() and not again.locator("#rejected").is_checked()
+
+
+def test_a_link_that_says_nonsense_is_the_usual_page(place, visit):
+    nines = "9" * 400
+    page = visit(place, f"#m=-{'a' * 90}&m=-{'b' * 3000}&R=0&drafts={nines}&tokens={nines}&seed=-1", quiet=False)
+    assert texts(page, ".chip-name") == ["a" * 90]
+    assert page.locator("#draft-size").input_value() == "5" and page.locator("#seed").input_value() == "0"
+    assert page.locator("#longest").input_value() == "128" and page.locator("#budget-number").input_value() == "2"
+    page.wait_for_selector(".schedule .fault")
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
 def test_methods_are_added_and_refused(place, visit):

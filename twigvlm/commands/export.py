@@ -35,7 +35,9 @@ PROCESSOR_FILES = (
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = flags.parser(
-        called("twigvlm.commands.export"), __doc__, flags.model({"device", "attn_implementation", "wipe_layer"})
+        called("twigvlm.commands.export"),
+        __doc__,
+        flags.model({"device", "attn_implementation", "wipe_layer", "load_8bit", "load_4bit", "draft_8bit"}),
     )
     say = parser.add_argument_group("what to write").add_argument
     say("--as", dest="form", required=True, choices=FORMS, help="a stock LLaVA of K + T layers that drafts")

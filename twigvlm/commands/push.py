@@ -17,7 +17,7 @@ from ..config import FORMAT_VERSION, hub_id, split_name
 from ..errors import InputError
 from ..files import write_json, write_text
 from ..hub.card import CARD, About, result, twig_text, with_head
-from ..hub.upload import check_name, upload
+from ..hub.upload import EMBEDDED, check_base, check_name, upload
 from ..loading.find import read_json
 from ..loading.twig import stored_twig
 from ..model.twig import CONFIG, PICTURE
@@ -62,6 +62,7 @@ def gather(args: argparse.Namespace, place: Path) -> str:
             raise InputError(f"--base-model is {args.base_model!r}; the base's id on the hub is needed, owner/name")
         facts["base"], said = split_name(args.base_model)
         facts |= {"base_revision": said} if said else {}
+    check_base(facts["base"], "give --base-model OWNER/NAME")
     files, _ = stored_twig(args.folder)
     for file in files:
         shutil.copyfile(file, place / file.name)
@@ -73,7 +74,7 @@ def gather(args: argparse.Namespace, place: Path) -> str:
         datasets=args.dataset, results=[result(read_json(file)) for file in args.results],
     )  # fmt: skip
     old = args.folder / CARD
-    text = old.read_text(encoding="utf-8") if old.is_file() else twig_text(facts, args.repository)
+    text = _read(old) if old.is_file() else twig_text(facts, args.repository)
     if PICTURE in text and (args.folder / PICTURE).is_file():
         shutil.copyfile(args.folder / PICTURE, place / PICTURE)
     card = with_head(text.replace("THIS FOLDER", args.repository), about)
@@ -81,15 +82,19 @@ def gather(args: argparse.Namespace, place: Path) -> str:
     return card
 
 
+def _read(card: Path) -> str:
+    try:
+        return card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise InputError(f"{card}: cannot be read as UTF-8 ({fault}); mend or remove it") from fault
+
+
 def _folder_of_base(facts: dict) -> Path | None:
     """Where the base's card may lie on this disk; nothing is fetched for it."""
     from ..loading.describe import EMBEDDED_BASE
 
-    if facts["base"] == "sprout":
+    if facts["base"] == EMBEDDED:
         return EMBEDDED_BASE
-    if hub_id(facts["base"]) is None:
-        folder = Path(facts["base"]).expanduser()
-        return folder if folder.is_dir() else None
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(facts["base"], CARD, revision=facts.get("base_revision"))

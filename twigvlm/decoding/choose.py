@@ -21,6 +21,7 @@ from ..config import GenerationSettings
 from ..model.finite import finite
 from .draft import DraftTree
 
+COLDEST = 1e-6  # a lower temperature is greedy: fp32 logits do not tell tokens apart that it would not
 NO_TOKEN = -1  # read instead of a token where logits are not finite
 
 
@@ -49,9 +50,9 @@ class Chooser:
     """Chooses tokens for rows, each with its Voice; `vocabulary` is the base's."""
 
     def __init__(self, settings: GenerationSettings, processors: Sequence | None = None):
-        self.sampling = settings.do_sample
+        self.sampling = settings.do_sample and settings.temperature >= COLDEST
         self.processors = LogitsProcessorList(processors or [])
-        self.warpers = LogitsProcessorList(_warpers(settings) if settings.do_sample else [])
+        self.warpers = LogitsProcessorList(_warpers(settings) if self.sampling else [])
         self.simple = not self.sampling and not self.processors
 
     def propose(

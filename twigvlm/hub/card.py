@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,10 +133,14 @@ def result(facts: Mapping[str, Any]) -> EvalResult:
     """A result.json of `twigvlm eval`, as the hub's leaderboards read one. Raises InputError for what is none."""
     from huggingface_hub import EvalResult
 
-    missing = [name for name in ("task", "title", "split", "metric", "score") if name not in facts]
-    if missing or not isinstance(facts["score"], (int, float)):
-        raise InputError(f"no result of twigvlm eval: {', '.join(missing) or 'a number as score'} is missing")
-    R = facts.get("R")
+    texts, R = ("task", "title", "split", "metric"), facts.get("R")
+    wrong = [name for name in texts if not isinstance(facts.get(name), str)]
+    wrong += ["score"] * (not _is_number(facts.get("score"))) + ["R"] * (R is not None and not _is_number(R))
+    if wrong:
+        raise InputError(
+            f"no result of twigvlm eval: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} missing or of another kind; "
+            "texts are needed, and numbers as score and R"
+        )
     how = "unpruned" if R is None else f"{facts.get('method', 'pruned')}, R = {R:g}"
     part = f", {facts['questions']} questions" if facts.get("partial") else ""
     return EvalResult(
@@ -147,6 +152,10 @@ def result(facts: Mapping[str, Any]) -> EvalResult:
         metric_name=facts["metric"],
         metric_value=round(float(facts["score"]), 4),
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def agreement(value: float, against: str, data: str) -> EvalResult:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config import hub_id
 from ..errors import InputError, RunError
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
 MAIN = "main"
+EMBEDDED = "sprout"  # which comes along with the package
 MESSAGE = "A twig, its description and its card"
 
 
@@ -25,6 +27,12 @@ def check_name(name: str) -> None:
         raise InputError(f"repository is {name!r}; owner/name is needed ({' '.join(str(fault).split())})") from fault
     if "/" not in name:
         raise InputError(f"repository is {name!r}; owner/name is needed, such as YOU/{name}")
+
+
+def check_base(base: object, remedy: str) -> None:
+    """Raises InputError for a base that nobody else can have: a folder of this machine, whose path would be told to all."""
+    if not isinstance(base, str) or (hub_id(base) is None and base != EMBEDDED):
+        raise InputError(f"the base is {base!r}, no id on the hub, by which others could find it; {remedy}")
 
 
 def upload(

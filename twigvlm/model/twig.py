@@ -25,7 +25,7 @@ from ..config import FORMAT_VERSION, TwigConfig, hub_id, split_name
 from ..errors import InputError
 from ..files import replacing, write_text
 from ..hub.card import CARD, About, twig_text, with_head
-from ..hub.upload import check_name, upload
+from ..hub.upload import check_base, check_name, upload
 from .packed import PackedLinear, sample, unpack
 from .pruning_head import NAME as HEAD
 from .pruning_head import PruningHead, head_for
@@ -132,6 +132,8 @@ class Twig(nn.Module):
         Raises InputError for what cannot be and where the hub refuses, RunError where it cannot be reached.
         """
         check_name(repository)
+        if self.origin is not None and saving.get("base_model") is None:
+            check_base(self.origin.base, 'give base_model="owner/name"')
         with tempfile.TemporaryDirectory() as place:
             folder = self.save(place, **{"name": repository, **saving})
             return upload(

@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
             print(
                 f"warning: anybody who reaches {settings.host} may ask; give --api-key to choose who", file=sys.stderr
             )
-        desk = Desk(twigvlm.load(**vars(flags.model_settings(args))), options, settings)
+        vlm = twigvlm.load(**vars(flags.model_settings(args)))
+        vlm.check(**options)  # else every client would be told what is wrong here
+        desk = Desk(vlm, options, settings)
         if desk.vlm.twig is None:
             print("No twig given (--twig-block): plain decoding, nothing pruned.", file=sys.stderr)
         print(f"{desk.model} at {listen.address(sock)}/v1 (Ctrl-C ends)", flush=True)

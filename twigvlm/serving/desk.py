@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .chat.completion import Job
 
 THREADS = 4  # that read requests at most: a large picture takes a second and a gigabyte
+FETCHERS = 16  # threads that wait for others' servers, of which none may keep a request from being read
 
 
 class Desk:
@@ -41,6 +42,7 @@ class Desk:
         self.jobs: set[Job] = set()
         self.started = int(time.time())
         self._pool = ThreadPoolExecutor(min(THREADS, cores()), "reading")
+        self._fetchers = ThreadPoolExecutor(FETCHERS, "fetching")
         vlm.prompts, vlm.tokenizer  # noqa: B018 (made once, before threads ask for them)
 
     @contextlib.contextmanager
@@ -61,6 +63,10 @@ class Desk:
         """Run it in a thread, off the event loop."""
         return asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
 
+    def afar(self, work: Callable, *arguments: Any) -> asyncio.Future:
+        """`beside`, for what waits for another machine."""
+        return asyncio.get_running_loop().run_in_executor(self._fetchers, work, *arguments)
+
     def told(self, fault: Exception) -> Fault:
         return completion.note(fault)
 
@@ -77,7 +83,8 @@ class Desk:
     def close(self) -> None:
         self.ending = True
         self.engine.close()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._fetchers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def name_of(vlm: TwigVLM) -> str:

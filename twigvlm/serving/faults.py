@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files import PACKAGE, whole
+from ..files import whole
 
 LONGEST = 600  # letters of a message: clients' own words come back in it
 BAD, MISSING, AUTH, LIMIT, SERVER = (
@@ -19,8 +18,7 @@ BAD, MISSING, AUTH, LIMIT, SERVER = (
     "server_error",
 )
 RETRY_SECONDS = 1
-FOLDERS = [re.escape(str(folder)) for folder in (PACKAGE.parent, Path.home()) if len(folder.parts) > 1]
-LOCAL = re.compile(rf"(?:{'|'.join(FOLDERS)})\b[^\s,;:'\"()]*")
+PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)")  # of a machine; its last name stays
 
 
 @dataclass
@@ -41,8 +39,13 @@ class Fault(Exception):
 
 def clean(message: str) -> str:
     """One line of whole letters, not endless, without folders of this machine."""
-    line = LOCAL.sub("(a file of the server)", " ".join(whole(message).split()))
+    line = private(whole(message))
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+
+
+def private(text: str) -> str:
+    """One line that says of this machine's folders no more than their last name."""
+    return PATH.sub(r"\1", " ".join(text.split()))
 
 
 def refused(param: str | None, message: str, code: str | None = None) -> Fault:

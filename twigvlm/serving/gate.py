@@ -9,13 +9,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .faults import AUTH, Fault, of
-from .http import Gone, Message, Receive, Send, answer_fault, headers_of
+from .http import Gone, Message, Receive, Send, answer_fault, headers_of, host_name
 
 if TYPE_CHECKING:
     from .desk import Desk
 
 App = Callable[[Mapping[str, Any], Receive, Send], Awaitable[None]]
 OPEN = ("/health", "/metrics", "/openapi.json")  # to anybody, key or none
+SHOWN = 80  # letters of a name that a message repeats
 GONE = 499  # what a client that hung up is counted as
 
 
@@ -70,8 +71,17 @@ class Gate:
             self.desk.metrics.requests.labels(path, str(status)).inc()
 
     async def _inside(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        self._check_host(scope)
         self._check_key(scope)
         await self.app(scope, receive, send)
+
+    def _check_host(self, scope: Mapping[str, Any]) -> None:
+        for told in headers_of(scope, "host"):
+            name = host_name(told.decode("latin-1"))
+            if not self.desk.settings.welcomes(name):
+                raise Fault(
+                    421, f"Host is {name[:SHOWN]!r}, by which this server is not known; ask for localhost, or start it with --api-key"
+                )  # fmt: skip
 
     def _check_key(self, scope: Mapping[str, Any]) -> None:
         key = self.desk.settings.key

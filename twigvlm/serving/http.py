@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from .chat.reply import encoded
 from .faults import Fault, refused
@@ -23,6 +24,14 @@ def headers_of(scope: Mapping[str, Any], name: str) -> list[bytes]:
     """Values of a header, which a client may say more than once."""
     wanted = name.lower().encode("ascii")
     return [value for key, value in scope["headers"] if key.lower() == wanted]
+
+
+def host_name(host: str) -> str:
+    """The name in a Host header, without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 async def start(send: Send, status: int, kind: str, more: Mapping[str, str] | None = None) -> None:

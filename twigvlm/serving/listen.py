@@ -9,6 +9,7 @@ import socket
 import sys
 
 from ..errors import InputError, RunError
+from ..program import extra
 from .app import make_app
 from .desk import Desk
 from .settings import ServerSettings
@@ -26,7 +27,7 @@ def need() -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as fault:
-        raise InputError(f'the server needs {fault.name}, which is not installed: pip install -e ".[serve]"') from fault
+        raise InputError(f"the server needs {fault.name}, which is not installed: {extra('serve')}") from fault
 
 
 def bind(settings: ServerSettings) -> socket.socket:

@@ -65,9 +65,22 @@ class ServerSettings:
     @property
     def local(self) -> bool:
         """Only this machine can reach it."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return _is_loopback(self.host)
+
+    def welcomes(self, host: str) -> bool:
+        """Whether a request for this host name is for us.
+
+        A foreign site may have its own name resolve to this machine, and its visitors' browsers would ask in their name;
+        where no key keeps them out, names do.
+        """
+        host = host.lower().rstrip(".")
+        return self.key is not None or not self.local or _is_loopback(host) or host == self.host.lower()
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return False

@@ -13,7 +13,7 @@ from dataclasses import fields
 
 from .. import flags
 from ..errors import InputError
-from ..program import called, run_program
+from ..program import called, extra, run_program
 from .settings import PageSettings, address_of, listen
 
 MODULE = "twigvlm.web"
@@ -33,7 +33,7 @@ def run(args: Namespace) -> int:
         import fastapi  # noqa: F401 (asked early, before a model is loaded)
         import uvicorn
     except ModuleNotFoundError as fault:
-        raise InputError(f"{fault}; the page needs the extra [web]: pip install -e '.[web]'") from fault
+        raise InputError(f"the page needs {fault.name}, which is not installed: {extra('web')}") from fault
     from transformers.utils import logging
 
     from .. import load

@@ -7,10 +7,11 @@ from typing import Any
 from ..errors import InputError, RunError
 from ..files import PACKAGE
 from ..serving.engine import Busy, Closed, Engine
+from ..serving.faults import private
 from .guard import Guard
 from .running import Lines, Run
 from .settings import PageSettings
-from .site import Missing, Site, explain, private
+from .site import Missing, Site, explain
 
 STATIC = PACKAGE / "web" / "static"
 STATUS: dict[type[Exception], int] = {

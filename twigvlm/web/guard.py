@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from urllib.parse import urlsplit
 
+from ..serving.http import host_name
 from .settings import PageSettings
 
 LARGEST = 20 * 2**20  # bytes of a body
@@ -41,6 +42,8 @@ class Guard:
                 message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
 
+        if scope["method"] == "HEAD":  # as GET; the server that carries it sends no body
+            scope = {**scope, "method": "GET"}
         size = 0
 
         async def counted():  # a body need not say how long it is
@@ -59,7 +62,7 @@ class Guard:
         """Status and reason, of a request that goes no further."""
         heads = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = heads.get(b"host", "")
-        if not self.settings.welcomes(_name(host)):
+        if not self.settings.welcomes(host_name(host)):
             return 421, f"host is {host[:100]!r}, by which this page is not known; --allow-host NAME lets it in"
         if scope["method"] in SAFE:
             return None
@@ -76,14 +79,6 @@ class Guard:
 
 def too_large(size: int) -> str:
     return f"the body has {size / 2**20:.1f} MB or more; at most {LARGEST >> 20} MB are taken, send a smaller picture"
-
-
-def _name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
 
 
 async def _refuse(send, status: int, reason: str) -> None:

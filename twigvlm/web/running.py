@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import GenerationSettings
+from ..config import AUTO, DIGITS, MOST_NODES, SHOWN, GenerationSettings
 from ..errors import InputError
 from ..serving.engine import Ask, Engine, Started, Written
 from .methods import UNPRUNED
@@ -48,10 +48,14 @@ class Run:
                 f"question is of {len(self.question)} letters; at most {LONGEST_QUESTION} are read, shorten it"
             )
         if not 1 <= self.max_new_tokens <= LONGEST_ANSWER:
-            raise InputError(f"max_new_tokens is {self.max_new_tokens}; 1 to {LONGEST_ANSWER} is possible here")
+            raise InputError(f"max_new_tokens is {_shown(self.max_new_tokens)}; 1 to {LONGEST_ANSWER} is possible here")
 
+        if self.draft_length != AUTO and not (_whole(self.draft_length) and 0 <= int(self.draft_length) <= MOST_NODES):
+            raise InputError(
+                f"draft_length is {_shown(self.draft_length)}; 0 (no drafts) to {MOST_NODES}, or auto, is possible here"
+            )
         if self.seed is not None and not 0 <= self.seed <= LAST_SEED:
-            raise InputError(f"seed is {self.seed}; 0 to {LAST_SEED} is possible here")
+            raise InputError(f"seed is {_shown(self.seed)}; 0 to {LAST_SEED} is possible here")
 
     @property
     def drafts(self) -> bool:
@@ -76,7 +80,16 @@ class Run:
 
 
 def _whole(value: int | str) -> bool:
-    return isinstance(value, int) or value.isdecimal()
+    return isinstance(value, int) or (value.isdecimal() and len(value) <= DIGITS)
+
+
+def _shown(value: int | str) -> str:
+    """As a message repeats it."""
+    try:
+        text = str(value)
+    except ValueError:  # more digits than Python writes out
+        return "endless"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 class Listening:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from typing import Any
 
+from ..config import MOST_NODES
 from ..errors import InputError, RunError
 from ..serving.engine import Engine
+from ..serving.faults import private
 from . import methods
 from .guard import LARGEST
 from .pictures import Picture, Pictures
 from .running import LONGEST_ANSWER, LONGEST_QUESTION, Run, Work
 
-PATH = re.compile(r"(?<![\w.:/])/(?:[^\s/:;,()'\"]+/)+([^\s/:;,()'\"]*)")  # of the machine; no client learns of it
 log = logging.getLogger("twigvlm.web")
 
 
@@ -42,7 +42,12 @@ class Site:
             **letters,
             "methods": methods.overview(self.vlm),
             "samples": list(self.pictures.samples),
-            "limits": {"bytes": LARGEST, "question": LONGEST_QUESTION, "max_new_tokens": LONGEST_ANSWER},
+            "limits": {
+                "bytes": LARGEST,
+                "question": LONGEST_QUESTION,
+                "max_new_tokens": LONGEST_ANSWER,
+                "draft_length": MOST_NODES,
+            },
         }
 
     def plan(self, method: str, R: float | None) -> dict:
@@ -80,8 +85,3 @@ def explain(fault: Exception) -> str:
         return private(str(fault))
     log.error("a request failed", exc_info=fault)
     return f"the server failed ({type(fault).__name__}); its terminal says more, ask again"
-
-
-def private(text: str) -> str:
-    """One line without the machine's folders."""
-    return PATH.sub(r"\1", " ".join(text.split()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..engine import Answer, Ask, Clock, Ended, Started, Written
@@ -121,26 +121,41 @@ class Job:
             raise Gone from None
 
     async def prepare(self, body: bytes) -> request.Wanted:
-        """Read the request in a thread; meanwhile the client may go. Raises Fault, or Gone."""
-        work = asyncio.ensure_future(self.desk.beside(self._read, body))
+        """Read the request and its pictures in threads. Raises Fault, or Gone."""
+        desk = self.desk
+        self.wanted, self.ids = await self._meanwhile(desk.beside(self._read, body))
+        data = await self._meanwhile(self._fetched())
+        self.ask = await self._meanwhile(desk.beside(ask, desk.vlm, self.wanted, self.ids, data))
+        return self.wanted
+
+    async def _meanwhile(self, work: Awaitable) -> Any:
+        """What `work` gives, unless the client goes, or its time ends, before."""
+        work = asyncio.ensure_future(work)
         waits = asyncio.ensure_future(self.happened.get())
         try:
             await asyncio.wait((work, waits), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                self._give_up(waits.result())
-            self.wanted, self.ask = work.result()
             if waits.done():
                 self._give_up(waits.result())
-            return self.wanted
+            return work.result()
         finally:
             work.cancel()
             waits.cancel()
 
-    def _read(self, body: bytes) -> tuple[request.Wanted, Ask]:
+    def _read(self, body: bytes) -> tuple[request.Wanted, list[int]]:
         desk = self.desk
         wanted = request.read(fields.parse(body), desk.model, desk.defaults)
         desk.check(wanted.options)
-        return wanted, ask(desk.vlm, wanted, desk.settings.allow_remote_images)
+        return wanted, prompt(desk.vlm, wanted)
+
+    async def _fetched(self) -> list[bytes | None]:
+        """What stands at the addresses of remote pictures, asked for beside each other."""
+
+        async def one(picture) -> bytes | None:
+            if not pictures.is_remote(picture):
+                return None
+            return await self.desk.afar(pictures.fetch, picture, self.desk.settings.allow_remote_images)
+
+        return await asyncio.gather(*map(one, self.wanted.conversation.pictures))
 
     def _give_up(self, why: str) -> None:
         if why == GONE:
@@ -154,7 +169,6 @@ class Job:
         def tell(happening: Any) -> None:
             loop.call_soon_threadsafe(self.happened.put_nowait, happening)
 
-        self.ids = self.ask.ids
         ticket = self.desk.engine.submit(self.ask, tell)
         try:
             while not isinstance(now := await self.happened.get(), Ended):
@@ -188,20 +202,24 @@ class Job:
         return counts, twig
 
 
-def ask(vlm, wanted: request.Wanted, remote: bool) -> Ask:
-    """The prompt's ids and pixels; no picture is opened before it is known that the prompt fits. Raises Fault."""
+def prompt(vlm, wanted: request.Wanted) -> list[int]:
+    """Its ids; no picture is fetched or opened before it is known that they fit. Raises Fault."""
     ids = vlm.prompts.ids(wanted.conversation.talk)
-    room = vlm.trunk.context - len(ids)
-    if room < 1:
+    if len(ids) >= vlm.trunk.context:
         raise refused(
             "messages",
             f"the prompt has {len(ids)} tokens ({len(wanted.conversation.pictures)} pictures of {vlm.config.V} among them) and the "
             f"context {vlm.trunk.context}; send less",
             "context_length_exceeded",
         )
-    opened = [pictures.open_picture(picture, remote) for picture in wanted.conversation.pictures]
+    return ids
+
+
+def ask(vlm, wanted: request.Wanted, ids: list[int], data: Sequence[bytes | None]) -> Ask:
+    """The prompt with its pixels; `data` are remote pictures, None for others. Raises Fault."""
+    opened = [pictures.open_picture(*pair) for pair in zip(wanted.conversation.pictures, data, strict=True)]
     pixels = vlm.pixels(opened) if opened else None
-    return Ask(ids, pixels, options.within(wanted.options, room))
+    return Ask(ids, pixels, options.within(wanted.options, vlm.trunk.context - len(ids)))
 
 
 def note(fault: Exception) -> Fault:

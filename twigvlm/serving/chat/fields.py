@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..faults import Fault, refused
 
 KINDS = {dict: "an object", list: "an array", str: "a text", bool: "true or false", type(None): "null"}
+MOST_DIGITS = 1000  # of a whole number: Python refuses longer ones with advice for programmers
 SHOWN = 80  # letters of a value that a message repeats
 
 
@@ -19,8 +19,13 @@ def parse(body: bytes) -> dict[str, Any]:
     def constant(name: str) -> Any:
         raise ValueError(f"{name} is no JSON number")
 
+    def integer(digits: str) -> int:
+        if len(digits) > MOST_DIGITS:
+            raise ValueError(f"a number has {len(digits)} digits, and at most {MOST_DIGITS} are read")
+        return int(digits)
+
     try:
-        found = json.loads(body.decode("utf-8-sig"), parse_constant=constant)
+        found = json.loads(body.decode("utf-8-sig"), parse_constant=constant, parse_int=integer)
     except UnicodeDecodeError as fault:
         raise refused(None, f"the body is not UTF-8 (byte {fault.start}); send JSON in UTF-8", "invalid_json") from None
     except RecursionError:
@@ -61,7 +66,7 @@ def whole(value: Any, param: str, least: int, most: int) -> int:
 
 def number(value: Any, param: str, least: float, most: float) -> float:
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not least <= value <= most:
+    if not good or not least <= value <= most:  # which no NaN is, and no whole number is too large for
         raise refused(param, f"{param} is {shown(value)}; a number from {least:g} to {most:g} is needed")
     return float(value)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections.abc import Iterator
+from contextlib import contextmanager
 from urllib.parse import unquote_to_bytes
 
 from PIL import Image
@@ -19,27 +21,41 @@ SHOWN = 60  # letters of an address in a message
 REMEDY = "send the picture itself: data:image/png;base64,…"
 
 
-def open_picture(picture: Picture, remote: bool) -> Image.Image:
-    """The picture, upright RGB. Raises Fault for what is none, or may not be fetched."""
+def is_remote(picture: Picture) -> bool:
+    """Whether somebody else has to be asked for it."""
+    return is_url(picture.url.strip())
+
+
+def open_picture(picture: Picture, data: bytes | None = None) -> Image.Image:
+    """The picture, upright RGB; `data` is what was fetched of a remote one. Raises Fault for what is none."""
+    with _told(picture):
+        return open_image(_inline(picture) if data is None else data)
+
+
+def fetch(picture: Picture, remote: bool) -> bytes:
+    """What stands at a remote picture's address. Raises Fault where it cannot be had, or nothing `remote` may be fetched."""
+    url = picture.url.strip()
+    if not remote:
+        said = "this server fetches no pictures (it would with --allow-remote-images)"
+        raise refused(picture.param, f"{picture.param} is {_short(url)}, but {said}; {REMEDY}", "remote_image_off")
+    with _told(picture):
+        return download(url, public=True)
+
+
+@contextmanager
+def _told(picture: Picture) -> Iterator[None]:
+    """What is wrong with a picture, by the name that the request has for it."""
     url = picture.url.strip()
     try:
-        if is_url(url):
-            return open_image(_fetched(picture, url, remote))
-        return open_image(_inline(picture, url))
+        yield
     except InputError as fault:
         said = str(fault).replace(url, _short(url))
         raise refused(picture.param, f"{picture.param}: {said}", "invalid_image") from fault
 
 
-def _fetched(picture: Picture, url: str, remote: bool) -> bytes:
-    if not remote:
-        said = "this server fetches no pictures (it would with --allow-remote-images)"
-        raise refused(picture.param, f"{picture.param} is {_short(url)}, but {said}; {REMEDY}", "remote_image_off")
-    return download(url, public=True)
-
-
-def _inline(picture: Picture, url: str) -> bytes:
+def _inline(picture: Picture) -> bytes:
     """The bytes of a data URL."""
+    url = picture.url.strip()
     scheme, colon, rest = url.partition(":")
     head, comma, content = rest.partition(",")
     if not colon or scheme.lower() != "data" or not comma or len(head) > LONGEST_HEAD:

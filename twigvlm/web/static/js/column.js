@@ -68,21 +68,31 @@ export class Column {
     if (line.stopped) {
       this.stopped();
     } else if (this.method.drafts) {
-      this.badge.hidden = false;
-      this.badge.className = "badge";
-      this.badge.textContent = "not checked without drafts";
+      this.tell("not checked without drafts");
     }
   }
 
-  checking() {
+  tell(text, kind = "") {
     this.badge.hidden = false;
-    this.badge.textContent = "decoding again without drafts…";
+    this.badge.className = `badge ${kind}`.trim();
+    this.badge.textContent = text;
+  }
+
+  /** The answer stands; whether it is the same without drafts was not found out, perhaps for a reason. */
+  unchecked(reason = "") {
+    this.mark("done");
+    if (this.method.drafts && !this.checked) this.tell("not checked without drafts");
+    this.wrong.hidden = !reason;
+    this.wrong.textContent = reason;
+  }
+
+  checking() {
+    this.tell("decoding again without drafts…");
   }
 
   judge(line) {
-    this.badge.hidden = false;
-    this.badge.className = `badge ${line.same ? "same" : "other"}`;
-    this.badge.textContent = line.same ? "✓ same text without drafts" : `✗ differs without drafts, at token ${line.differs_at + 1}`;
+    if (line.same) this.tell("✓ same text without drafts", "same");
+    else this.tell(`✗ differs without drafts, at token ${line.differs_at + 1}`, "other");
   }
 
   stopped() {

@@ -133,11 +133,12 @@ async function runOne(one, settings, signal) {
     return "";
   } catch (error) {
     if (signal.aborted) {
-      if (one.done) one.mark("done");
+      if (one.done) one.unchecked();
       else one.stopped();
       return "";
     }
-    one.fail(error.message);
+    if (one.done) one.unchecked(error.message);
+    else one.fail(error.message);
     return error.message;
   }
 }
@@ -212,7 +213,7 @@ function listen() {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); run(); }
     if (event.key === "Escape" && running) running.abort();
   });
-  window.addEventListener("hashchange", () => { s = fromHash(location.hash, s); shown(); });
+  window.addEventListener("hashchange", () => { s = fromHash(location.hash, s, about); shown(); });
 }
 
 async function begin() {
@@ -227,7 +228,7 @@ async function begin() {
   byId("model").textContent = `${about.model} · ${about.L} layers, ${about.V} visual tokens · ${about.device}, ${about.dtype}${about.twig ? "" : " · no twig"}`;
   byId("longest").max = about.limits.max_new_tokens;
   byId("question").maxLength = about.limits.question;
-  s = fromHash(location.hash, usual(about));
+  s = fromHash(location.hash, usual(about), about);
   fields = {
     picture: pictureField(about, (picture) => { change({ picture }); preview(); }),
     methods: methodsField(about, (methods) => { change({ methods }); preview(); }),

@@ -2,6 +2,7 @@
 
 export const UNPRUNED = "unpruned";
 export const MOST_METHODS = 4;
+const LONGEST_SPEC = 200; // letters of a method with its settings
 const KINDS = ["chain", "auto", "tree", "tree-auto"];
 
 export function usual(about) {
@@ -37,8 +38,8 @@ export function toHash(s) {
   return `#${words}`;
 }
 
-/** Settings as a link says them; what it does not say, or says wrong, stays as it usually is. */
-export function fromHash(hash, s) {
+/** Settings as a link says them; what it does not say, or says wrong, stays as it usually is. `about` holds the limits. */
+export function fromHash(hash, s, about) {
   const words = new URLSearchParams(hash.replace(/^#/, ""));
   const found = { ...s };
   const number = (name, low, high, whole) => {
@@ -49,13 +50,14 @@ export function fromHash(hash, s) {
   if (words.get("picture")) found.picture = words.get("picture");
   if (words.has("q")) found.question = words.get("q");
   if (words.has("m")) {
-    found.methods = words.getAll("m").slice(0, MOST_METHODS).map((m) => ({ spec: m.replace(/^-/, ""), drafts: !m.startsWith("-") }));
+    const specs = words.getAll("m").filter((m) => m.length <= LONGEST_SPEC).slice(0, MOST_METHODS);
+    found.methods = specs.map((m) => ({ spec: m.replace(/^-/, ""), drafts: !m.startsWith("-") }));
   }
-  found.R = number("R", 0, 1e6, false) ?? s.R;
-  found.longest = number("tokens", 1, 1e6, true) ?? s.longest;
+  found.R = number("R", 1, about.V, false) ?? s.R;
+  found.longest = number("tokens", 1, about.limits.max_new_tokens, true) ?? s.longest;
   found.seed = number("seed", 0, Number.MAX_SAFE_INTEGER, true) ?? s.seed;
   const drafts = words.get("drafts") || "";
-  if (/^\d+$/.test(drafts)) Object.assign(found, { kind: "chain", chain: Number(drafts) });
+  if (/^\d+$/.test(drafts) && Number(drafts) <= about.limits.draft_length) Object.assign(found, { kind: "chain", chain: Number(drafts) });
   else if (drafts === "auto") found.kind = "auto";
   else if (drafts === "tree:auto") found.kind = "tree-auto";
   else if (drafts.startsWith("tree:")) Object.assign(found, { kind: "tree", tree: drafts.slice(5) });
