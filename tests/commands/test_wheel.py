@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
+import signal
 import site
 import subprocess
 import sys
 import tarfile
+import urllib.request
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -82,7 +85,13 @@ def call(installed, tmp_path):
             text=True, timeout=600,
         )  # fmt: skip
 
-    run.work, run.cache = work, tmp_path / "cache" / "twigvlm"
+    def start(*argv: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [installed / "bin" / "twigvlm", *argv], cwd=work, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    run.work, run.cache, run.start = work, tmp_path / "cache" / "twigvlm", start
     yield run
     assert contents(installed) == before, "nothing is written to where the package lies"
 
@@ -109,7 +118,7 @@ def test_its_metadata_are_those_of_an_index(wheel):
     facts = Parser().parsestr(text)
     assert facts["Description-Content-Type"] == "text/markdown" and facts.get_payload().startswith("# TwigVLM")
     assert facts["License-Expression"] == "Apache-2.0" and facts["Requires-Python"] == "<3.14,>=3.10"
-    assert {"web", "train", "eval"} - set(facts.get_all("Provides-Extra")) <= {"web"}
+    assert {"web", "serve", "train", "eval", "quant"} <= set(facts.get_all("Provides-Extra"))
     for file in facts.get_all("License-File"):
         assert any(n.endswith(f".dist-info/licenses/{file}") for n in names), file
     assert len(facts.get_all("License-File")) == 3 and len(facts.get_all("Classifier")) >= 8
@@ -151,6 +160,20 @@ def test_it_trains_exports_and_shares_alone(call):
     assert planned.returncode == 0, planned.stderr
 
 
+@pytest.mark.parametrize(("command", "path", "words"), [("web", "", "TwigVLM</title>"), ("serve", "/health", '"ok"')])
+def test_its_doors_open(call, command, path, words):
+    with call.start(command, "--port", "0", "--device", "cpu") as process:
+        try:
+            address = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
+            assert address, process.stderr.read()
+            with urllib.request.urlopen(address[0] + path, timeout=60) as answer:
+                assert answer.status == 200 and words in answer.read().decode()
+            process.send_signal(signal.SIGTERM)
+            process.wait(60)
+        finally:
+            process.kill()
+
+
 def test_bad_words_end_in_one_line(call):
     for argv, words in ((["evl"], "did you mean eval"), (["demo", "--image-file", "none.png"], "none.png")):
         done = call(*argv)
@@ -168,6 +191,6 @@ def test_the_source_is_whole_and_passes_its_own_tests(built, tmp_path):
             name for name in tracked.stdout.splitlines() if not (source / name).exists() and (ROOT / name).exists()
         ]
         assert not missing
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "tests/test_architecture.py", "tests/commands/test_program.py", "tests/model/test_layers.py"]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "tests/test_architecture.py", "tests/commands", "tests/model", "tests/serving", "tests/test_flags.py"]  # fmt: skip
     done = subprocess.run(command, cwd=source, env=clean(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout
