@@ -31,7 +31,7 @@ from .errors import InputError, RunError
 
 IGNORED = ("SIGTERM", "SIGINT", "SIGHUP")
 PATIENCE = 5.0  # seconds for a killed process to be gone
-GRACE = 1.0  # seconds for a process that hung up to be gone
+GRACE = 5.0  # seconds for a process that hung up to be gone: its memory is given back first, on a busy machine slowly
 _STARTED: WeakSet = WeakSet()
 _HEARD: list = []  # torch's handler of dying workers, while it is not wanted
 
@@ -177,14 +177,12 @@ def _death(fault: Exception) -> RunError:
     """A worker has died: of what, as far as its exit tells."""
     _deaf()
     end = time.monotonic() + GRACE
-    while not (codes := [p.exitcode for p in _STARTED if p.exitcode]) and time.monotonic() < end:
+    while not any(codes := [p.exitcode for p in _STARTED]) and None in codes and time.monotonic() < end:
         time.sleep(0.02)
-    if not codes:
-        how = "exited unexpectedly"
-    elif codes[0] < 0:
-        how = f"killed by {signal.Signals(-codes[0]).name}"
-    else:
-        how = f"exit code {codes[0]}"
+    code = next(filter(None, codes), 0)
+    how = f"exit code {code}" if code else "exited unexpectedly"
+    if code < 0:
+        how = f"killed by {signal.Signals(-code).name}"
     memory = "; the memory may be full: use fewer --workers" if "SIGKILL" in how else ""
     return RunError(f"a process that loads data died ({how}){memory}; with --workers 0 an error shows itself")
 
