@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import IMAGE, Numbers, batch, drafts, one, prompts, speaking, tiny, tiny_tokenizer
+from conftest import IMAGE, Numbers, batch, drafts, often, one, prompts, speaking, tiny, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import StoppingCriteriaList, TextIteratorStreamer, TextStreamer
@@ -43,7 +43,7 @@ def decoded(tokens, tokenizer=None) -> str:
 
 
 @pytest.mark.parametrize(("shape", "settings"), WAYS)
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", often(range(3), 0))
 def test_the_pieces_are_the_answer(shape, settings, seed):
     vlm, shown = speaking(**shape), Shown()
     arguments = {**one(vlm, 3, IMAGE, 4, seed=seed), "max_new_tokens": NEW, "eos_token_id": [], **settings}
@@ -167,7 +167,7 @@ def _raise(error: BaseException):
 
 @pytest.mark.parametrize("error", [RuntimeError("broken pipe"), KeyboardInterrupt()], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("where", ["streamer", "criterion", "processor"])
-@pytest.mark.parametrize("R", [None, 2.5])
+@pytest.mark.parametrize("R", often([None, 2.5], 2.5))
 def test_an_interrupted_answer_leaves_no_trace(error, where, R):
     """The same error comes out, and the next answer is what it would have been."""
     vlm = tiny()

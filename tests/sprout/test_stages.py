@@ -99,6 +99,7 @@ def test_ctrl_c_ends_the_recipe_without_a_traceback(tmp_path):
     assert "the same command goes on" in said.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_each_stage_begins_with_what_the_one_before_left(tmp_path, tokenizer):
     run = Course(tmp_path, hidden=32)
     by_name = {stage.name: stage for stage in STAGES}
