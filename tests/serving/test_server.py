@@ -210,7 +210,7 @@ def test_hanging_up_frees_the_worker(vlm, stream):
         body = {"model": "tiny", "messages": said, "max_tokens": 900, "stream": stream, "twig": {"draft": 0}}
         raw = json.dumps(body).encode()
         head = (
-            f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
         )
         sockets = [socket.create_connection((host, int(port))) for _ in range(3)]
         for place, one in enumerate(sockets):  # each is read by a thread of its own: who is first is seen to be first
@@ -235,7 +235,7 @@ def test_a_slow_sender_does_not_wait_for_ever(vlm):
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as one:
             one.sendall(
-                f"POST {CHAT} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{".encode()
+                f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{{".encode()
             )
             one.settimeout(20)
             assert one.recv(100).startswith(b"HTTP/1.1 408")
