@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -32,7 +31,7 @@ from .errors import InputError, RunError
 IGNORED = ("SIGTERM", "SIGINT", "SIGHUP")
 PATIENCE = 5.0  # seconds for a killed process to be gone
 GRACE = 5.0  # seconds for a process that hung up to be gone: its memory is given back first, on a busy machine slowly
-_STARTED: WeakSet = WeakSet()
+_STARTED: list = []  # processes, also those whose loader is gone by the time that their death is told
 _HEARD: list = []  # torch's handler of dying workers, while it is not wanted
 
 
@@ -222,7 +221,7 @@ def _remembering() -> multiprocessing.context.BaseContext:
     class Remembering(type(usual)):
         def Process(self, *args: Any, **more: Any) -> multiprocessing.Process:
             process = usual.Process(*args, **more)
-            _STARTED.add(process)
+            _STARTED[:] = [*(p for p in _STARTED if p.is_alive()), process]
             return process
 
     return Remembering()

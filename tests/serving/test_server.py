@@ -209,9 +209,7 @@ def test_hanging_up_frees_the_worker(vlm, stream):
         said = [{"role": "user", "content": [*shown(), {"type": "text", "text": "What?"}]}]
         body = {"model": "tiny", "messages": said, "max_tokens": 900, "stream": stream, "twig": {"draft": 0}}
         raw = json.dumps(body).encode()
-        head = (
-            f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
-        )
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
         sockets = [socket.create_connection((host, int(port))) for _ in range(3)]
         for place, one in enumerate(sockets):  # each is read by a thread of its own: who is first is seen to be first
             one.sendall(head.encode() + raw)
