@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ def provenance() -> dict:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
     return {
-        "command": " ".join(_argv()),
+        "command": shlex.join(_argv()),
         "commit": _commit(),
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -58,7 +59,7 @@ def table(rows: Sequence[Mapping], digits: int = 1, form: str = MARKDOWN, words:
 
 def _argv() -> list[str]:
     if sys.argv[0].startswith(f"{PROGRAM} "):
-        return sys.argv
+        return [*sys.argv[0].split(), *sys.argv[1:]]
     module = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = ["-m", module.name] if module is not None and module.name else [Path(sys.argv[0]).name]
     return [Path(sys.executable).name, *name, *sys.argv[1:]]

@@ -71,6 +71,8 @@ def test_a_command_whose_packages_are_missing_says_how_to_get_them(monkeypatch, 
 def test_a_result_says_by_which_command_it_was_made(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["twigvlm eval", "--task", "gqa"])
     assert record.provenance()["command"] == "twigvlm eval --task gqa"
+    monkeypatch.setattr(sys, "argv", ["twigvlm report", "--only", "stage 1"])
+    assert record.provenance()["command"] == "twigvlm report --only 'stage 1'", "to be repeated as it stands"
 
 
 @pytest.mark.slow
