@@ -339,6 +339,7 @@ def test_no_folder_of_this_machine_is_told(vlm):
             assert "/mnt" not in said and "/srv" not in said and ("clip" in said or "proj" in said), said
 
 
+@pytest.mark.slow
 def test_slow_addresses_keep_nobody_else(vlm, monkeypatch):
     """However many are waited for, a question without a picture is answered; those end with their own time."""
     import concurrent.futures
@@ -346,18 +347,18 @@ def test_slow_addresses_keep_nobody_else(vlm, monkeypatch):
 
     from twigvlm.serving.chat import pictures
 
-    monkeypatch.setattr(pictures, "download", lambda *_, **__: time.sleep(3) or b"")
+    monkeypatch.setattr(pictures, "download", lambda *_, **__: time.sleep(9) or b"")
     slow = [
         user(TEXT, *[{"type": "image_url", "image_url": {"url": f"http://slow.example/{i}.png"}} for i in range(2)])
     ]
-    with desk_of(vlm, allow_remote_images=True, timeout=1.5) as desk, concurrent.futures.ThreadPoolExecutor(6) as pool:
+    with desk_of(vlm, allow_remote_images=True, timeout=6) as desk, concurrent.futures.ThreadPoolExecutor(6) as pool:
         client = Client(desk)
-        client.text()
+        pool.submit(client.text).result()  # in threads throughout: the main one may have an event loop of a browser's
         asked = [pool.submit(client.chat, slow) for _ in range(4)]
         time.sleep(0.2)
         start = time.monotonic()
-        assert client.text()
-        assert time.monotonic() - start < 1.3
+        assert pool.submit(client.text).result()
+        assert time.monotonic() - start < 5
         assert {found.result().status_code for found in asked} == {504}
 
 

@@ -259,6 +259,36 @@ def test_a_picture_of_ones_own(place, visit, way):
     done(page)
 
 
+@pytest.mark.parametrize("kind", ["grey", "RGBA", "turned"])
+def test_pictures_of_every_kind(place, visit, kind):
+    """As a browser sends them: the page shows what the model sees, and runs."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    data = {
+        "grey": file_of(Image.new("L", (80, 80), 77)),
+        "RGBA": file_of(Image.new("RGBA", (80, 80), (77, 77, 77, 255))),
+        "turned": file_of(Image.new("RGB", (80, 40), (77, 77, 77)), exif=exif.tobytes()),
+    }[kind]
+    page = visit(place, "#m=-unpruned&tokens=3")
+    page.set_input_files("#file", {"name": "p.png", "mimeType": "image/png", "buffer": data})
+    seen = Image.open(io.BytesIO(page.request.get(f"http://{place}{shown(page)}").body()))
+    assert seen.mode == "RGB" and seen.size == (80, 80) and seen.getpixel((40, 5)) == (77, 77, 77)
+    assert (seen.getpixel((2, 40)) == (77, 77, 77)) == (kind != "turned"), "padded at its sides once it is upright"
+    page.click("#run")
+    done(page)
+
+
+def test_a_picture_too_huge_to_open_is_refused(place, visit):
+    """Some hundred bytes that would take all memory as a square."""
+    page = visit(place, quiet=False)
+    before = page.locator("#shown").get_attribute("src")
+    data = file_of(Image.new("1", (60000, 3)))
+    page.set_input_files("#file", {"name": "p.png", "mimeType": "image/png", "buffer": data})
+    page.wait_for_selector("#picture-fault:not([hidden])")
+    assert "60000" in page.locator("#picture-fault").text_content()
+    assert page.locator("#shown").get_attribute("src") == before
+
+
 def test_a_wrong_picture_leaves_the_old_one(place, visit, tmp_path):
     page = visit(place, quiet=False)  # a browser notes the refusal in its console
     before = page.locator("#shown").get_attribute("src")

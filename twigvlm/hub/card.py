@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import hub_id
 from ..errors import InputError
+from .upload import EMBEDDED
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -216,7 +217,7 @@ def twig_text(facts: Mapping[str, Any], repository: str) -> str:
     base, revision = facts["base"], facts.get("base_revision")
     pinned = f', revision="{revision}"' if revision else ""
     load = f'"{base if hub_id(base) else "FOLDER OF THE BASE"}", "{repository}"{pinned}'
-    if base == "sprout":  # comes along with the package
+    if base == EMBEDDED:
         load = f'twig="{repository}"'
     rows = {
         "Base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
