@@ -423,7 +423,7 @@ def test_it_starts_from_a_plain_twig_and_from_one_with_a_head(world, run, tmp_pa
 
 def test_what_belongs_to_another_stage_is_refused(world, run, tmp_path):
     for flags, match in (
-        (("--head-init", "identity"), "head_init is 'identity'; it is for --stage 1"),
+        (("--head-init", "identity"), "head_init is 'identity'; it is for --stage 1 or 2"),
         (("--stage", "1", "--groups", "8"), "groups is 8; it is for --stage 2"),
         (("--stage", "1", "--attention-layer", "1"), "attention_layer is 1; a layer above the twig is needed, 2 to 5"),
         (("--stage", "1", "--temperature", "0"), "temperature is 0.0"),

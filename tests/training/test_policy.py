@@ -22,6 +22,7 @@ from twigvlm.config import TwigConfig
 from twigvlm.decoding.prefill import embed
 from twigvlm.decoding.score import score
 from twigvlm.errors import InputError
+from twigvlm.loading.twig import stored_twig
 from twigvlm.pruning import Plan
 from twigvlm.training.data.examples import IGNORE
 from twigvlm.training.plus.budgets import Budgets
@@ -505,6 +506,7 @@ def test_what_cannot_start_is_refused(world, run, first, tmp_path):
     for flags, match in (
         ((), "stage 2 starts from a twig with a pruning head"),
         (("--init", str(tmp_path / "plain")), "stage 2 starts from a twig with a pruning head"),
+        (("--init", str(tmp_path / "plain"), "--head-init", "released"), "(--head-init identity)"),
         (("--init", str(first), "--groups", "1"), "groups is 1; 2 or more"),
         (("--init", str(first), "--budget", "9"), "R is 9; legal is"),
         (("--init", str(first), "--lora-rank", "2"), "only the pruning head learns"),
@@ -514,6 +516,35 @@ def test_what_cannot_start_is_refused(world, run, first, tmp_path):
     ):
         code, said = run("refused", "--stage", "2", "--K", "2", *(() if "--T" in flags else ("--T", "2")), *flags)
         assert code == 2 and match in said and "Traceback" not in said, said
+
+
+def test_a_plain_twig_learns_to_choose_from_its_own_attention(world, run, tmp_path):
+    """The twig stays the same to the bit, and both gates have moved from nothing."""
+    plain = ("--K", "2", "--T", "2", "--held-out", "0", "--max-steps", "1")
+    assert run("plain", *plain)[0] == 0
+    words = (
+        "--stage",
+        "2",
+        "--K",
+        "2",
+        "--T",
+        "2",
+        "--init",
+        str(tmp_path / "plain"),
+        "--head-init",
+        "identity",
+        "--groups",
+        "4",
+    )
+    code, said = run("chooses", *words, "--held-out", "0", "--max-steps", "2")
+    assert code == 0, said
+    before, after = twig_of(tmp_path / "plain"), twig_of(tmp_path / "chooses")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    fresh = {name: tensor for name, tensor in after.items() if name not in before}
+    assert {name.split(".")[-2] for name in fresh} == {"q_gate", "k_gate"} and all(
+        tensor.any() for tensor in fresh.values()
+    )
+    assert stored_twig(tmp_path / "chooses")[1] == "identity"
 
 
 def test_stage_2_finds_what_stage_1_left(tmp_path, monkeypatch):

@@ -74,6 +74,15 @@ RECIPES = (
     Recipe("stage 2, spread floor", (*STAGE_2, "--advantage-floor", "0.02"), "stage 1", options=True),
     Recipe("stage 2, by token", (*STAGE_2, "--by-token"), "stage 1", options=True),
     Recipe("stage 2, antithetic", (*STAGE_2, "--antithetic"), "stage 1", options=True),
+    *(
+        Recipe(f"stage 2 on the twig{name}", (*STAGE_2, "--head-init", "identity", *flags), "twig", options=True)
+        for name, flags in {
+            "": (),
+            ", static R=64": ("--budget", "64"),
+            ", static R=64, temperature 0.5": ("--budget", "64", "--policy-temperature", "0.5"),
+        }.items()
+    ),
+    Recipe("stage 2, identity", STAGE_2, "stage 1, identity", options=True),
     Recipe("twig, on-policy", ("--on-policy", "960"), options=True),
     Recipe(f"twig, {ZIP}", ("--tower-pruning", ZIP), options=True, pruning=f"{ZIP}+twig"),
     Recipe(f"twig asked behind {ZIP}", options=True, pruning=f"{ZIP}+twig", of="twig"),

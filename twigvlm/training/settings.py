@@ -43,7 +43,7 @@ STAGE_2 = {"max_steps": 500, "groups": 32}  # arXiv 2503.14075v3
 EMBEDDED_STAGE_2 = {"groups": 8, "max_steps": 100}
 # Settings of TwigVLM++'s stages → the stages that read them.
 BELONGS = {
-    "head_init": (1,), "prediction_weight": (1,), "prediction_loss": (1,), "temperature": (1,), "teacher": (1,),
+    "head_init": (1, 2), "prediction_weight": (1,), "prediction_loss": (1,), "temperature": (1,), "teacher": (1,),
     "attention_turns": (1,), "attention_weight": (1, 2), "attention_layer": (1, 2), "groups": (2,), "sets_at_once": (2,),
     "baseline": (2,), "reward": (2,), "reward_turns": (2,), "budget": (2,),
     "advantage_floor": (2,), "policy_temperature": (2,), "by_token": (2,), "antithetic": (2,),
@@ -97,7 +97,9 @@ class PlusPart:
         choices=(0, 1, 2),
     )  # fmt: skip
     head_init: str = option(
-        "released", "how a fresh pruning head begins: with random gates, or as the twig's own attention", choices=STARTS
+        "released",
+        "how a fresh pruning head begins: with random gates, or as the twig's own attention (in stage 2 the latter alone)",
+        choices=STARTS,
     )
     prediction_weight: float = option(0.1, "stage 1: of the loss that draws the drafts to the base's words")
     prediction_loss: str = option(

@@ -121,11 +121,15 @@ class TwigSubject:
 
 
 def start_of(settings: Settings) -> Start:
-    """Which twig begins. In TwigVLM++'s stages a stored one keeps its pruning head and its F; a fresh head is as asked."""
+    """Which twig begins. In TwigVLM++'s stages a stored one keeps its pruning head and its F; a fresh head is as asked.
+
+    Stage 2 has use for a fresh head only where it chooses as the twig does: random gates would draw random sets.
+    """
     start = Start(settings.K, settings.T, settings.F, settings.init)
+    fresh = settings.head_init if settings.stage == 1 or (settings.stage and settings.head_init == "identity") else ""
     if not settings.stage or settings.init in INITS:
-        return replace(start, pruning_head=settings.head_init if settings.stage == 1 else "")
-    head = stored_twig(Path(settings.init))[1] or (settings.head_init if settings.stage == 1 else "")
+        return replace(start, pruning_head=fresh)
+    head = stored_twig(Path(settings.init))[1] or fresh
     return replace(start, F=start.F or read_json(Path(settings.init) / CONFIG).get("F", 0), pruning_head=head)
 
 

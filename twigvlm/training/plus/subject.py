@@ -47,7 +47,8 @@ def stage_identity(settings: Settings) -> dict[str, Any]:
     """The stage and the settings that belong to it; those of LATER only where they are in use, as runs before them have none."""
     usual = {one.name: one.default for one in fields(PlusPart)}
     names = [name for name, stages in BELONGS.items() if settings.stage in stages and name != "sets_at_once"]
-    names = [name for name in names if name not in LATER or getattr(settings, name) != usual[name]]
+    later = (*LATER, *(("head_init",) if settings.stage == 2 else ()))
+    names = [name for name in names if name not in later or getattr(settings, name) != usual[name]]
     return {"stage": settings.stage, **{name: getattr(settings, name) for name in names}}
 
 
@@ -153,11 +154,13 @@ class PolicySubject(TwigSubject):
 
 
 def check_stage_2(settings: Settings) -> None:
-    """Raises InputError unless it starts from a twig that has a pruning head."""
+    """Raises InputError unless it starts from a twig that has a pruning head, or is given one that does as the twig does."""
     said = f"init is {settings.init!r}; stage 2 starts from a twig with a pruning head: train one with --stage 1 and give its folder"
-    if settings.init in INITS or not Path(settings.init).exists() or not stored_twig(Path(settings.init))[1]:
+    if settings.init in INITS or not Path(settings.init).exists():
         raise InputError(said)
-    if settings.export_release and stored_twig(Path(settings.init))[1] == "identity":
+    if not (start := start_of(settings).pruning_head):
+        raise InputError(f"{said}, or let the head begin as this twig's own attention (--head-init identity)")
+    if settings.export_release and start == "identity":
         raise InputError(
             f"{settings.init}: its pruning head began as the identity, which the authors' format does not know: leave "
             "--export-release out"
