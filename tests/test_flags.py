@@ -106,7 +106,8 @@ def test_what_is_saved_asks_for_the_same(tmp_path):
     args = flags.parse(some(), ["--width", "9", "--names", "p,q", "--pair", "1", "2", "--no-colour", "--places", "3"])
     flags.save(args, tmp_path)
     again = flags.parse(some(), ["--config", str(tmp_path / flags.CONFIG)])
-    assert {**vars(again), "config": None} == vars(args)
+    assert args.typed == {"width", "names", "pair", "colour", "places"} and again.typed == {"config"}
+    assert {**vars(again), "config": None, "typed": args.typed} == vars(args)
 
 
 @pytest.mark.parametrize("text, word", [("- a\n", "mapping"), ("a: [\n", "cannot be read"), (None, "cannot be read")])

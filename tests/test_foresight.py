@@ -89,6 +89,17 @@ def test_flags_are_checked_before_a_model_is_loaded(program, flags, words, tmp_p
     assert not [place for place in tmp_path.rglob("*") if place.is_file()]
 
 
+@pytest.mark.parametrize("flags", [["-R", "5000"], ["-R64"], ["--retained_tokens=64"], ["--pruning", "twig"]])
+def test_what_was_asked_in_words_is_not_dropped_for_want_of_a_twig(flags, capsys, tmp_path):
+    """A base alone answers unpruned, unless somebody asked for its pruning."""
+    (tmp_path / "config.yaml").write_text("retained_tokens: 64\npruning: twig\n")  # the resolved flags of such a base
+    base = ["--base-model", str(describe.EMBEDDED_BASE), "--question", "Is there a circle?"]
+    assert cli_demo.main([*base, *flags]) == 2
+    assert ("R is 5000" if "5000" in flags else "needs a twig") in capsys.readouterr().err
+    with pytest.raises(pytest.fail.Exception, match="loaded a model"):
+        cli_demo.main([*base, "--config", str(tmp_path / "config.yaml")])
+
+
 def test_methods_have_their_own_conditions(tmp_path):
     """layer-attention reads base layer K - 1, and a twig on the embeddings has none below it."""
     vlm = speaking(K=0)

@@ -44,6 +44,11 @@ def local() -> type[Exception]:
     return Local
 
 
+def noted(fault: Exception) -> Exception:
+    fault.__notes__ = ["a hint only"]  # what add_note does from Python 3.11 on
+    return fault
+
+
 RAISED = {
     "KeyError": (lambda: KeyError("x"), "KeyError: 'x'"),
     "SystemExit": (lambda: SystemExit(0), "SystemExit: 0"),
@@ -57,6 +62,8 @@ RAISED = {
     "MemoryError": (MemoryError, "MemoryError"),
     "RecursionError": (lambda: RecursionError("deep"), "RecursionError: deep"),
     "RuntimeError": (lambda: RuntimeError("a\nb"), "RuntimeError: a b"),
+    "noted": (lambda: noted(KeyError("cause")), "KeyError: 'cause'"),
+    "endless": (lambda: RuntimeError("a" * 10**6), "RuntimeError: " + "a" * 100),
     "holds-a-lock": (lambda: RuntimeError(multiprocessing.Lock()), "RuntimeError: <Lock"),
 }
 DEATHS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 from . import threads
@@ -32,6 +33,16 @@ if TYPE_CHECKING:
     from .vlm import Output, Stats, TwigVLM, load
 
 
+def _stopped_early(kind, fault, trace, others=sys.excepthook) -> None:
+    """Ctrl-C while a program still loads its libraries: no traceback, as later."""
+    if issubclass(kind, KeyboardInterrupt):
+        print(file=sys.stderr)
+    else:
+        others(kind, fault, trace)
+
+
+if sys.argv[:1] == ["-m"]:  # Python looks for a module of this package that is to be run
+    sys.excepthook = _stopped_early
 threads.settle()  # before anything here loads torch
 for _logger, _starts in _NOISE.items():
     logging.getLogger(_logger).addFilter(lambda record, starts=_starts: not str(record.msg).startswith(starts))

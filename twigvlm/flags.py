@@ -25,7 +25,7 @@ PRUNING = (
     f"{METHODS}; settings stand behind a colon (NAME:KEY=VALUE,SWITCH), + joins one method before the decoder and one within it; "
     "python -m twigvlm.pruning.catalogue tells of each (default %(default)s)"
 )
-NOT_KEPT = {"config", "json"}  # of what a command is asked: nothing that its result depends on
+NOT_KEPT = {"config", "json", "typed"}  # of what a command is asked: nothing that its result depends on
 
 
 def group(title: str, kind: type, leave: Collection[str] = (), **defaults: Any) -> type:
@@ -101,6 +101,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """The flags, those of `--config FILE.yaml` first, so that the command line has the last word.
 
     The file maps names of flags to values. An unknown one is refused with the list of those that are known.
+    `typed` of the result names the flags of the command line.
     """
     parser.add_argument(
         "--config", type=Path, metavar="FILE.yaml", help="flags from a file; those on the command line come after"
@@ -109,7 +110,17 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", type=Path)
     file = early.parse_known_args(argv)[0].config
-    return parser.parse_args([*(_words(parser, file) if file else ()), *argv])
+    args = parser.parse_args([*(_words(parser, file) if file else ()), *argv])
+    args.typed = {action.dest for action in parser._actions if any(_says(word, action) for word in argv)}
+    return args
+
+
+def _says(word: str, action: argparse.Action) -> bool:
+    """Whether a word of the command line is this flag: --name, --name=value, -R, -R64."""
+    return any(
+        word.split("=", 1)[0] == name or (not name.startswith("--") and word.startswith(name))
+        for name in action.option_strings
+    )
 
 
 def _words(parser: argparse.ArgumentParser, file: Path) -> list[str]:
@@ -177,11 +188,14 @@ def model_settings(args: argparse.Namespace) -> ModelSettings:
 
 
 def generation(args: argparse.Namespace, has_twig: bool = True) -> dict[str, Any]:
-    """Options of `TwigVLM.generate`; without a twig nothing is pruned by it. Raises InputError for contradictions."""
+    """Options of `TwigVLM.generate`. Without a twig nothing is pruned by it unless that was asked for in words, which
+    cannot be. Raises InputError for contradictions.
+    """
     options = {f.name: getattr(args, f.name) for f in fields(GenerationSettings) if hasattr(args, f.name)}
     if not options.get("temperature", 0) >= 0:
         raise InputError(f"--temperature is {options['temperature']:g}; 0 (greedy) or more is needed")
-    whole = getattr(args, "no_pruning", False) or (args.pruning == "twig" and not has_twig)
+    asked = {"retained_tokens", "pruning"} & getattr(args, "typed", set())
+    whole = getattr(args, "no_pruning", False) or (args.pruning == "twig" and not has_twig and not asked)
     return settle(options, whole, getattr(args, "no_speculation", False))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .config import DEFAULT_K, DEFAULT_T, GenerationSettings, ModelSettings, TwigConfig
+from .errors import InputError
 from .loading.describe import EMBEDDED_TWIG, read_config, visual_tokens
 from .loading.device import check_attention, pick_device, pick_dtype
 from .loading.find import HUB_DESCRIPTION
@@ -83,4 +84,9 @@ def check(wish: Wish, *generations: Mapping[str, Any]) -> None:
         plan_for(one.pruning, None, 1, TwigConfig(L=10**6))  # the name alone needs no file
     V, twig = wish.letters()
     for one in settings:
-        plan_for(one.pruning, one.retained_tokens, V, twig, one.query, wish.name)
+        plan = plan_for(one.pruning, one.retained_tokens, V, twig, one.query, wish.name)
+        if plan.needs_twig and not wish.has_twig and wish.shape is None:
+            raise InputError(
+                f"pruning {one.pruning!r} needs a twig, and {wish.name} comes without one; give --twig-block FOLDER, another "
+                "--pruning, or leave -R and --pruning out"
+            )

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from .errors import InputError, RunError
 
 IGNORED = ("SIGTERM", "SIGINT", "SIGHUP")
+LONGEST = 2000  # letters of what an exception says
 PATIENCE = 5.0  # seconds for a killed process to be gone
 GRACE = 5.0  # seconds for a process that hung up to be gone: its memory is given back first, on a busy machine slowly
 _STARTED: list = []  # processes, also those whose loader is gone by the time that their death is told
@@ -47,8 +48,13 @@ class Failure:
 
 
 def describe(fault: BaseException) -> str:
-    """Type, text and place of an exception, on one line."""
-    said = " ".join(traceback.format_exception_only(type(fault), fault)[-1].split())
+    """Type, text, notes and place of an exception, on one line that somebody can read."""
+    told = traceback.TracebackException(type(fault), fault, None)
+    every = list(told.format_exception_only())
+    told.__notes__ = None
+    plain = list(told.format_exception_only())  # the last line says what it is; notes stand behind it
+    said = " ".join(" ".join([plain[-1], *every[len(plain) :]]).split())
+    said = said if len(said) <= LONGEST else f"{said[:LONGEST]} …"
     frames = traceback.extract_tb(fault.__traceback__)
     return f"{said} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else said
 

@@ -258,6 +258,21 @@ def test_what_cannot_be_seen_is_said_with_its_document(adapted, visual, words):
     assert "document 3 of task colours" in str(caught.value)
 
 
+@pytest.mark.parametrize("seed", [None, 7])
+def test_random_pruning_draws_by_document(adapted, seed):
+    """Neither the batch, nor the order, nor what was asked before changes what is kept of a document."""
+    order, more = [0, 1, 2, 3, 4], {} if seed is None else {"seed": seed}
+    drawn = {}
+    for batch_size, turn in ((1, order), (5, order[::-1]), (2, [3, 1, 4, 0, 2])):
+        adapter = adapted(R=R, pruning="random", batch_size=batch_size, speculation=False, **more)
+        answers = adapter.generate_until([asked(d) for d in turn])
+        losses = adapter.loglikelihood([weighed(d, " red") for d in turn])
+        found = dict(zip(turn, zip(answers, [round(loss, 4) for loss, _ in losses], strict=True), strict=True))
+        assert drawn.setdefault("first", found) == found
+    other = adapted(R=R, pruning="random", seed=8, speculation=False).loglikelihood([weighed(d, " red") for d in order])
+    assert [round(loss, 4) for loss, _ in other] != [drawn["first"][d][1] for d in order]
+
+
 def test_half_a_character_in_a_context(adapted):
     adapter = adapted()
     contexts = ["is \ud83d it?", "is \ufffd it?"]

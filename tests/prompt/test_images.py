@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+import urllib.parse
 import zlib
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,15 +98,34 @@ def test_cmyk(tmp_path):
     assert (found[:, :15, 0] > 200).all() and (found[:, 25:, 1] > 90).all() and (found[:, 25:, 0] < 60).all()
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
 @pytest.mark.parametrize(("low", "high"), [(0, 65535), (1000, 5000), (0, 255)])
-def test_sixteen_bits(low, high, tmp_path):
+def test_sixteen_bits(low, high, mode, tmp_path):
     """Scaled to the values that are there, so that twelve-bit cameras do not come out black."""
-    ramp = np.linspace(low, high, 40).round().astype(np.uint16)[None].repeat(20, 0)
-    file = tmp_path / "picture.png"
-    Image.fromarray(ramp).save(file)
+    ramp = np.linspace(low, high, 40).round().astype(">u2" if mode.endswith("B") else "<u2")[None].repeat(20, 0)
+    file = tmp_path / ("picture.tif" if mode.endswith("B") else "picture.png")
+    Image.frombytes(mode, (40, 20), ramp.tobytes()).save(file)
     assert Image.open(file).mode.startswith("I")
     expected = Image.fromarray(np.linspace(0, 255, 40).round().astype(np.uint8)[None].repeat(20, 0))
     close(open_image(file), expected)
+
+
+@pytest.mark.parametrize(
+    "mode", ["I;16", "I;16B", "I;16L", "I;16N", "La", "RGBa", "LA", "PA", "F", "I", "1", "LAB", "HSV", "CMYK"]
+)
+def test_a_picture_in_memory_of_any_mode(mode):
+    image = Image.new(mode, (40, 20))
+    assert open_image(image).size == (40, 20) and image.mode == mode
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [(3, "is a int"), (io.BytesIO(b"x"), "is a BytesIO"), (None, "is a NoneType"), ([b"x"], "is a list"),
+     (Image.new("RGB", (0, 0)), "0 x 0 pixels"), (Image.new("RGB", (3, 0)), "3 x 0 pixels"), (bytearray(b"x"), "1 bytes: not a picture")],
+)  # fmt: skip
+def test_what_is_no_picture_at_all(source, words):
+    with pytest.raises(InputError, match=words):
+        open_image(source)
 
 
 def test_sixteen_bits_with_transparency(tmp_path):
@@ -316,7 +336,37 @@ def _exif(kind: int, count: int, value: bytes) -> bytes:
     return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">H", 2) + entries + bytes(4)
 
 
+def _tiff(order: str, tag: int, kind: int, count: int, value: int, orientation: int = 1) -> bytes:
+    """Pixels, an orientation, and one more tag of any type, count and value; tags in their order."""
+    pixels, (width, height) = halves().tobytes(), halves().size
+    bits = struct.pack(f"{order}3H", 8, 8, 8)
+    behind = 8 + len(pixels)
+    tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, behind), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 8),
+            (ORIENTATION, 3, 1, orientation), (277, 3, 1, 3), (278, 3, 1, height), (279, 4, 1, len(pixels)), (tag, kind, count, value)]  # fmt: skip
+    directory = struct.pack(f"{order}H", len(tags))
+    for number, what, many, said in sorted(tags):
+        short = what == 3 and many == 1
+        directory += struct.pack(
+            f"{order}HHI{'HH' if short else 'I'}", number, what, many, *((said, 0) if short else (said,))
+        )
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", behind + len(bits))
+    return head + pixels + bits + directory + bytes(4)
+
+
 BROKEN_METADATA = {
+    **{
+        f"tiff-{name}-{order}": (_tiff(order, *tag, orientation=6), True)
+        for order in "<>"
+        for name, tag in {
+            "text": (270, 2, 10**9, 10**9),
+            "xmp": (700, 7, 2**31, 12),
+            "colours": (34675, 7, 999, 2**31),
+            "exif": (34665, 4, 1, 2**31),
+            "resolution": (282, 5, 1, 2**31),
+            "place": (34853, 4, 1, 3),
+            "strange": (65000, 5, 2**30, 8),
+        }.items()
+    },
     "jpeg-rational-as-text": (_jpeg(_segment(0xE1, _exif(2, 4, b"abc\0"))), True),
     "jpeg-rational-as-bytes": (_jpeg(_segment(0xE1, _exif(7, 4, b"abc\0"))), True),
     "jpeg-rational-as-float": (_jpeg(_segment(0xE1, _exif(11, 1, struct.pack(">f", 1.5)))), True),
@@ -396,7 +446,7 @@ class Handler(BaseHTTPRequestHandler):
     ended = threading.Event()
 
     def do_GET(self):
-        getattr(self, self.path.strip("/"))()
+        getattr(self, urllib.parse.unquote(self.path).strip("/").partition("?")[0])()
 
     def answer(self, body: bytes, status: int = 200, length: int | None = None) -> None:
         self.send_response(status)
@@ -410,6 +460,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def missing(self):
         self.answer(b"no", status=404)
+
+    def 日本(self):
+        self.answer(self.path.encode(), status=404)
 
     def text(self):
         self.answer(b"<html>sorry</html>")
@@ -508,7 +561,8 @@ def test_a_picture_from_the_web(site, path):
 @pytest.mark.parametrize(
     ("path", "part"),
     [
-        ("missing", "Not Found"),
+        ("missing", "(404 Not Found)"),
+        ("日本?q=ü", "(404 Not Found)"),
         ("text", "not a picture"),
         ("cut", "damaged"),
         ("huge", "more than 200000 bytes"),
@@ -526,7 +580,7 @@ def test_trouble_on_the_web(site, path, part):
     begin = time.monotonic()
     with pytest.raises(InputError) as caught:
         open_image(f"{site}/{path}")
-    assert f"{site}/{path}" in str(caught.value) and part in str(caught.value)
+    assert f"{site}/{path}" in str(caught.value) and part in str(caught.value) and "\n" not in str(caught.value)
     assert time.monotonic() - begin < 5
 
 
@@ -541,11 +595,13 @@ def test_a_connection_is_given_up_for_good(site):
     "url",
     ["http://", "http://127.0.0.1:1/picture.png", "https://127.0.0.1:1/picture.png", "HTTP://127.0.0.1:1/picture.png",
      "http://[::1", "http://[x]/", "http://127.0.0.1:port/", "http://127.0.0.1:99999999/", "http://a b/", "http://\ud800/",
-     "http://127.0.0.1:1/\r\nX: y", "http://%zz/", "http://./", "http://" + "a" * 300 + "/", "http://user@:1@/", "http://\0/"],
+     "http://127.0.0.1:1/\r\nX: y", "http://%zz/", "http://./", "http://" + "a" * 300 + "/", "http://user@:1@/", "http://\0/",
+     "http://a\nb/", "http://a\r\nb/c d"],
 )  # fmt: skip
 def test_no_such_server(url):
-    with pytest.raises(InputError, match="cannot be fetched"):
+    with pytest.raises(InputError, match="cannot be fetched") as caught:
         open_image(url)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_name_that_takes_forever(monkeypatch):

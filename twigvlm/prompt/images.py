@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ MAX_STRIPPED = 1 << 28  # bytes of a file that is tried again without its metada
 MEMORY = (MemoryError, Image.DecompressionBombError)  # what no other reading of the file changes
 
 
-def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def open_image(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
     """A path, an http(s) URL, a file's bytes or a PIL image → upright RGB picture, without metadata.
 
     Raises InputError for whatever cannot be used: no picture of FORMATS, cut short, damaged, more
@@ -29,8 +30,10 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return to_rgb(source, "image")
-    if isinstance(source, bytes):
+    if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), f"a picture of {len(source)} bytes")
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(f"a picture is a {type(source).__name__}; give a path, a URL, a file's bytes or a PIL image")
     name = str(source)
     if is_url(name):
         return _decode(io.BytesIO(download(name)), name)
@@ -44,7 +47,8 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         turn = turn_of(image)
         image = image if turn is None else image.transpose(turn)
-        if image.mode.startswith(("I", "F")):  # 16 and 32 bit greys: scale to what is there
+        if image.mode.startswith(("I", "F")):  # 16 and 32 bit greys of any order of bytes: scale to what is there
+            image = image.convert("I") if image.mode.startswith("I;16") else image
             low, high = image.getextrema()
             spread = (high - low) or 1
             image = image.convert("F").point(lambda v: (v - low) * (255 / spread)).convert("L")
@@ -69,6 +73,7 @@ def _opaque(image: Image.Image) -> Image.Image:
     if image.mode not in ("LA", "PA", "RGBA", "La", "RGBa") and "transparency" not in image.info:
         return image
     try:
+        image = image.convert("LA") if image.mode == "La" else image  # Pillow knows no other way from it
         image = image.convert("RGBA")
     except Exception:
         if image.info.pop("transparency", None) is None:
@@ -79,6 +84,8 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 def _check_size(image: Image.Image, name: str) -> None:
     side = max(image.size)
+    if not min(image.size):
+        raise InputError(f"{name}: {image.width} x {image.height} pixels; a picture needs one at least")
     if side * side > MAX_PIXELS:
         raise InputError(
             f"{name}: {image.width} x {image.height} pixels, {side * side} when padded to a square; at most "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import warnings
 from collections.abc import Iterator
 
 from PIL import Image
@@ -21,19 +22,28 @@ TURNS = {
 PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 APP0, APP1, APP14, APP15, COMMENT, SCAN = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE, 0xDA  # JPEG's markers
 ADOBE_BYTES = 12  # of the note that says how the colours of a JPEG are to be read
+TIFF = {b"II*\0": "<", b"MM\0*": ">"}  # how one begins → the order of its bytes
+# TIFF's tags that say where pixels stand and what they mean; by Pillow's numbers, which are the standard's.
+PIXELS = {*range(254, 260), 262, *range(263, 267), 273, 277, 278, 279, 284, 292, 293, 317, *range(320, 326),
+          330, 332, 338, 339, 340, 341, 347, *range(512, 522), *range(529, 533)}  # fmt: skip
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
     """How to turn a picture upright, by its EXIF or XMP; None for one that is, or whose metadata cannot be read."""
     try:
-        return TURNS.get(image.getexif().get(ORIENTATION))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # Pillow's readers raise whatever broken metadata make them
         return None
 
 
 def bare(data: bytes) -> Iterator[bytes]:
-    """A PNG or JPEG file again: without all metadata but EXIF and transparency, then without these; nothing for other files."""
+    """A PNG, JPEG or TIFF file again: without all metadata but EXIF and transparency, then without these; nothing for
+    other files.
+    """
     strip = _bare_png if data.startswith(PNG) else _bare_jpeg if data.startswith(JPEG) else None
+    strip = _bare_tiff if data[:4] in TIFF else strip
     for some in (True, False) if strip else ():
         with contextlib.suppress(struct.error, IndexError):  # cut short
             yield strip(data, some)
@@ -49,6 +59,18 @@ def _bare_png(data: bytes, some: bool) -> bytes:
             kept.append(data[at:end])
         at = end
     return b"".join(kept)
+
+
+def _bare_tiff(data: bytes, some: bool) -> bytes:
+    """With a new directory of its first picture behind all that was there, so that everything else stays in its place."""
+    order = TIFF[data[:4]]
+    (at,) = struct.unpack_from(f"{order}I", data, 4)
+    (count,) = struct.unpack_from(f"{order}H", data, at)
+    entries = [data[at + 2 + 12 * i : at + 14 + 12 * i] for i in range(count)]
+    wanted = PIXELS | ({ORIENTATION} if some else set())
+    kept = [entry for entry in entries if struct.unpack_from(f"{order}H", entry)[0] in wanted]
+    directory = b"".join([struct.pack(f"{order}H", len(kept)), *kept, bytes(4)])
+    return data[:4] + struct.pack(f"{order}I", len(data)) + data[8:] + directory
 
 
 def _bare_jpeg(data: bytes, some: bool) -> bytes:

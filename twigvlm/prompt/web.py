@@ -6,9 +6,11 @@ import contextlib
 import http.client
 import ipaddress
 import socket
+import string
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 
 from ..errors import InputError
@@ -32,7 +34,7 @@ def download(url: str, public: bool = False) -> bytes:
     Raises InputError for an address that is none, a server that says no, a redirect to anything but
     http(s), what is not complete after TIMEOUT seconds, and more than MAX_BYTES.
     """
-    fetching = _Fetch(url, time.monotonic() + TIMEOUT, public)
+    fetching = _Fetch(" ".join(url.split()), time.monotonic() + TIMEOUT, public)
     thread = threading.Thread(target=fetching.run, daemon=True)  # nothing else bounds the look-up of a name
     thread.start()
     thread.join(TIMEOUT)
@@ -40,7 +42,7 @@ def download(url: str, public: bool = False) -> bytes:
         raise fetching.fault
     if fetching.data is None:
         fetching.hang_up()
-        raise InputError(f"{url}: not complete after {TIMEOUT:g} s; fetch it yourself and give the file")
+        raise InputError(f"{fetching.url}: not complete after {TIMEOUT:g} s; fetch it yourself and give the file")
     return fetching.data
 
 
@@ -92,8 +94,9 @@ class _Fetch:
         except InputError as fault:
             self.fault = fault
         except Exception as fault:  # an address that is none, a name that is not known, a server that talks nonsense
-            reason = getattr(fault, "reason", None) or fault
-            self.fault = InputError(f"{self.url}: cannot be fetched ({reason}); check the address or give a file")
+            reason = " ".join(str(getattr(fault, "reason", None) or fault).split()) or type(fault).__name__
+            code = f"{fault.code} " if isinstance(fault, urllib.error.HTTPError) else ""
+            self.fault = InputError(f"{self.url}: cannot be fetched ({code}{reason}); check the address or give a file")
 
     def hang_up(self) -> None:
         """End the thread, which may wait for a server that sends a byte now and then."""
@@ -103,7 +106,7 @@ class _Fetch:
                 each.shutdown(socket.SHUT_RDWR)
 
     def _read(self) -> bytes:
-        request = urllib.request.Request(self.url, headers={"User-Agent": "twigvlm"})
+        request = urllib.request.Request(_written(self.url), headers={"User-Agent": "twigvlm"})
         with _opener(self.sockets, self.public).open(request, timeout=TIMEOUT + 1) as answer:
             data = bytearray()
             while chunk := answer.read1(CHUNK):
@@ -115,6 +118,13 @@ class _Fetch:
                         f"{self.url}: not complete after {TIMEOUT:g} s; fetch it yourself and give the file"
                     )
         return bytes(data)
+
+
+def _written(url: str) -> str:
+    """An address as a server reads it: letters beyond ASCII and blanks behind its name in per cents, as browsers do."""
+    parts = urllib.parse.urlsplit(url)
+    path, query = (urllib.parse.quote(text, safe=string.punctuation) for text in (parts.path, parts.query))
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, query, ""))
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):

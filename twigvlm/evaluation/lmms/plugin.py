@@ -24,6 +24,7 @@ from ...errors import InputError
 from ...prompt.batch import together
 from ...prompt.template import IMAGE, Talk, decode
 from ...vlm import Stats, TwigVLM, load
+from ..asking.ask import question_seed
 from .options import Manner, Options
 
 BLANK_LINE = "\n\n"
@@ -223,19 +224,23 @@ class Adapter:
         prompts = [self._prompt(request) for request in requests]
         rows = [p["input_ids"][0].tolist() for p in prompts]
         stop = StopStrings(self.tokenizer, manner.until, rows) if manner.until else None
-        settings = {**self.options.writing, **manner.settings(), "seed": self._seed(manner, done)}
+        settings = {**self.options.writing, **manner.settings(), "seed": self._seed(requests, manner, done)}
         with _blamed_on(requests):
             out = self.vlm.generate(**together(prompts), stopping_criteria=stop, **settings)
         decoded = [decode(self.tokenizer, tokens) for tokens in out.tokens]
         return [cut(text, manner.until) for text in decoded], out.stats
 
-    def _seed(self, manner: Manner, done: int) -> int | None:
+    def _seed(self, requests: Sequence, manner: Manner, done: int) -> int | list[int]:
         if not manner.do_sample:
-            return self.options.seed
+            return self._seeds(requests)
         first = manner.seed if manner.seed is not None else self.options.seed
         if first is None:
             first = torch.initial_seed()  # lmms-eval's --seed
         return first + self._rank * RANK_STRIDE + done
+
+    def _seeds(self, requests: Sequence) -> list[int]:
+        """What random pruning draws from: the document, so that neither batches nor processes nor choices matter."""
+        return [question_seed(self.options.seed or 0, "/".join(map(str, r.args[3:]))) for r in requests]
 
     def _losses(self, requests: Sequence) -> list[tuple[float, bool]]:
         prompts, targets = [], []
@@ -249,7 +254,7 @@ class Adapter:
             name: self.options.writing[name] for name in ("retained_tokens", "pruning") if name in self.options.writing
         }
         with _blamed_on(requests):
-            found = self.vlm.score(**together(prompts), targets=targets, seed=self.options.seed, **asked)
+            found = self.vlm.score(**together(prompts), targets=targets, seed=self._seeds(requests), **asked)
         return [
             self.pair((float(-f.log_probabilities.mean()) if t else 0.0, bool(f.greedy.all())))
             for f, t in zip(found, targets, strict=True)
