@@ -43,7 +43,7 @@ def check_whole(where: Path, names: Sequence[str]) -> None:
     if adapted := [name for name in names if ADAPTED.search(name)]:
         raise InputError(f"{where}: {LORA.format(f'key {adapted[0]}')}")
     if names and all("projector" in name for name in names):
-        raise InputError(f"{where}: {PROJECTOR.format(f'key {names[0]}')}")
+        raise InputError(f"{where}: {PROJECTOR.format(f'key {min(names)}')}")
 
 
 def check_depth(where: Path, names: Sequence[str], layers: str, wanted: int) -> None:
