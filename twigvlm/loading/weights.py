@@ -126,7 +126,7 @@ def _unwrapped(found: Any) -> Any:
     for _ in NESTS:
         if isinstance(found, dict):
             found = next((found[key] for key in NESTS if isinstance(found.get(key), dict)), found)
-    if isinstance(found, dict) and found and all(str(name).startswith(WRAPPER) for name in found):
+    if isinstance(found, dict) and found and all(isinstance(n, str) and n.startswith(WRAPPER) for n in found):
         found = {name.removeprefix(WRAPPER): value for name, value in found.items()}
     return found
 
