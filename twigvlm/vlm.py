@@ -194,7 +194,7 @@ class TwigVLM:
                 return score(self.trunk, self.twig, plan, prompts, targets)
             except NotFinite as fault:
                 whole = [[*row, *target] for row, target in zip(ids, targets, strict=True)]
-                raise trace(self.trunk, self.twig, whole, pixel_values) from fault
+                raise trace(self.trunk, self.twig, whole, pixel_values, fault) from fault
 
     def check(self, **options) -> None:
         """Raise InputError for options of `generate` that this model cannot follow, whatever the prompt."""
@@ -254,7 +254,7 @@ class TwigVLM:
                 _tell_ends(decoder, streamers)
         except NotFinite as fault:
             histories = [[*ids[b], *(t for step in steps for t in step.tokens)] for b, steps in enumerate(rows)]
-            raise trace(self.trunk, self.twig, histories, pixel_values) from fault
+            raise trace(self.trunk, self.twig, histories, pixel_values, fault) from fault
         finally:  # also after an exception: who waits for the streamer's end would wait for ever
             end = self._now()
             for streamer in streamers:

@@ -30,6 +30,7 @@ from twigvlm.families import trunk_of
 from twigvlm.loading import base as loading
 from twigvlm.loading import weights
 from twigvlm.loading.base import load_base
+from twigvlm.model.twig import grow, save_twig
 from twigvlm.training import agreement, train
 from twigvlm.training import cost as plan
 from twigvlm.training.data.examples import IGNORE, Collator, Example, Records, Skipped, TwigDataset, encode
@@ -617,6 +618,23 @@ def test_a_loss_that_is_no_number(run, tmp_path):
     assert all(torch.isfinite(t).all() for t in twig_of(tmp_path / "out/checkpoint-2").values())
     assert run("whole", "--epochs", "1")[0] == run("out", "--epochs", "1")[0] == 0
     assert equal(twig_of(tmp_path / "whole"), twig_of(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("part", ["base", "twig"])
+def test_weights_that_are_no_numbers_are_not_a_matter_of_the_learning_rate(run, world, tmp_path, part):
+    """Nothing is learnt from them, and they are named."""
+    vlm = twigvlm.load(world / "base")
+    save_twig(grow(vlm.trunk, TwigConfig(6, 2, 2)), vlm.trunk, tmp_path / "twig", "tiny")
+    shutil.copytree(world / "base", tmp_path / "base")
+    file = tmp_path / part / "model.safetensors"
+    state = load_file(file)
+    name = next(k for k in state if k.endswith("layers.1.self_attn.k_proj.weight") and "vision" not in k)
+    state[name][0, 0] = float("nan")
+    save_file(state, file, metadata={"format": "pt"})
+    flags = ["--init", str(tmp_path / "twig")] if part == "twig" else []
+    code, said = run("out", "--K", "2", "--T", "2", *flags, base=tmp_path / "base")
+    assert code == 1 and f"layer 1 of the {part} are not finite" in said and name in said, said
+    assert "--lr" not in said and "Traceback" not in said
 
 
 @slow

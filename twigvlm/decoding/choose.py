@@ -23,6 +23,7 @@ from .draft import DraftTree
 
 COLDEST = 1e-6  # a lower temperature is greedy: fp32 logits do not tell tokens apart that it would not
 NO_TOKEN = -1  # read instead of a token where logits are not finite
+NO_SCORES = -2  # and where the scores by which visual tokens were chosen are not
 
 
 @dataclass

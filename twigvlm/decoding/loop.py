@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from ..config import GenerationSettings
-from ..model.finite import NotFinite
+from ..model.finite import NotFinite, ScoresNotFinite
 from ..model.stream import Stream, join, join_raw
 from ..model.trunk import Trunk
 from ..model.twig import Twig
 from ..pruning.plan import Plan
-from .choose import NO_TOKEN, Chooser, Voice
+from .choose import NO_SCORES, NO_TOKEN, Chooser, Voice
 from .draft import DraftTree, chain, walk
 from .pace import PATIENCE, Pace, now
 from .prefill import Prompts, State, read
@@ -256,11 +256,13 @@ class Decoder:
         accepted = (path >= 0).sum(1)
         last = _pick(path, accepted - 1)
         token = choice.gather(1, (last + 1)[:, None])[:, 0]
+        if first and self.state.sound is not None:
+            token = token.where(self.state.sound, NO_SCORES)
         unread = (accepted > 0) & (_pick(draft.heard, last) < 0)
         entered = self.state.prompts() if first else []
         believed = believe(logits, choice, path) if self.settings.traced else path.new_empty(len(path), 0)
         verdict = _read(tree, path, [accepted, token, unread, *entered], believed)
-        _check(verdict)
+        _check(verdict, self.plan.needs_twig)
         if first:
             for cache, known in zip(caches, verdict.entered, strict=True):
                 cache.expect(known)
@@ -396,7 +398,9 @@ def _read(tree: DraftTree, path: torch.Tensor, columns: Sequence[torch.Tensor], 
     )
 
 
-def _check(verdict: Verdict) -> None:
+def _check(verdict: Verdict, needs_twig: bool) -> None:
+    if NO_SCORES in verdict.token:
+        raise ScoresNotFinite(needs_twig)
     if NO_TOKEN in verdict.token:
         raise NotFinite("the base's logits are not finite")
     if any(math.isnan(p) for row in verdict.probabilities for p in row):

@@ -66,6 +66,7 @@ class State:
         self.heard_prompt: torch.Tensor | None = None  # B, tokens of the prompt that the twig has read
         self.hint: torch.Tensor | None = None  # B D, the twig's state of the newest token
         self.kept: torch.Tensor | None = None
+        self.sound: torch.Tensor | None = None  # B, whether all scores that a cut went by are finite
         self._uncut = True  # no stage has acted yet
         self._probed: tuple[torch.Tensor, torch.Tensor] | None = None  # scores and ordinals, B V'
         self.entered: list[tuple[int, torch.Tensor]] = []
@@ -308,6 +309,8 @@ class State:
                 self._hear({probe: self.trunk.peek(self.trunk.layers[probe.layer], stream, rows)}, stream)
             scores = self._scores[probe]
             scores = scores.gather(2, part.place.clamp(min=0)[:, None].expand(-1, scores.shape[1], -1))
+            good = (scores.sum(1).isfinite() | ~part.real()).all(1)
+            self.sound = good if self.sound is None else self.sound & good
             heard = Heard(*self._taps[probe], stream.take(rows))
         text = stream.take(self._rows(stream, Probe("layer", "text")))
         return Seen(part, scores, self.entering, self.entry, text, heard, self.draws, self.prompt.width, self._marked,

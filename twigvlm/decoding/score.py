@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..model.finite import NotFinite, finite
+from ..model.finite import NotFinite, ScoresNotFinite, finite
 from ..model.stream import join
 from ..model.trunk import Trunk
 from ..model.twig import Twig
@@ -39,7 +39,12 @@ def score(
     wanted = wanted.to(state.length.device)
     fed = torch.tensor([max(len(t) - 1, 0) for t in targets], device=wanted.device)  # the last one is asked, not read
     logits = trunk.logits(_hidden(state, wanted, fed))
-    found = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0].where(finite(logits), torch.nan).cpu()
+    found = logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0].where(finite(logits), torch.nan)
+    if state.sound is not None:
+        found = found.where(state.sound[:, None], torch.inf)  # no probability is that large
+    found = found.cpu()
+    if found.isposinf().any():
+        raise ScoresNotFinite(plan.needs_twig)
     greedy = (logits.argmax(-1) == wanted).cpu()
     likely = [Likelihood(found[b, : len(t)], greedy[b, : len(t)]) for b, t in enumerate(targets)]
     if any(one.log_probabilities.isnan().any() for one in likely):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from torch import nn
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ..errors import InputError
-from .describe import check_ends, find_base, find_tower, original_config, projector_only, stock_config
-from .device import check_attention, set_attention
+from .describe import check_ends, find_base, find_tower, original_config, stock_config
+from .device import check_attention, fits, set_attention
 from .find import commit_of, fetch_weights, read_json, resolve
+from .parts import check_depth, check_whole, part_of
 from .quantise import prepare
-from .weights import Filling, materialise, read_tensors, weight_files
+from .weights import Filling, find_index, materialise, read_index, read_tensors, weight_files
 
+CPU = torch.device("cpu")
 MAX_PADDED_ROWS = 64  # Hugging Face conversions round LLaVA's vocabulary up by as much
 HEAD, EMBEDDINGS = "lm_head.weight", "language_model.embed_tokens.weight"
 
@@ -59,23 +62,27 @@ def load_base(
     select, count = _choose_layers(config.text_config.num_hidden_layers, keep)
     config.text_config.num_hidden_layers = count
     check_attention(attention)
+    if index := find_index(folder):
+        _judge(index, config, select, original)
     folder = fetch_weights(base, folder, "base model")
     files = _weight_files(folder, _needs(select))
-    try:
-        model = skeleton(config, device, dtype, bits)
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as fault:
-        raise InputError(
-            f"{folder / 'config.json'}: no model can be made of this ({fault!r}); fetch it again"
-        ) from fault
-    filling = Filling(model, canonical, select)
-    if original:
-        # The image token gets an embedding row behind the vocabulary; the head stays as it was trained.
-        filling.open[EMBEDDINGS] = _lengthen_embeddings(model)
-        if not any("vision_tower" in stored.name for f in files for stored in read_tensors(f, torch.device("cpu"))):
-            filling.leave("vision_tower.")
-            _fill_tower(model, folder, facts["mm_vision_tower"], tower, device)
+    names = [stored.name for file in files for stored in read_tensors(file, CPU)]
+    _check_names(folder, config, names, select)
+    elsewhere = None
+    if original and not _with_tower(names):
+        elsewhere = _tower_files(folder, facts["mm_vision_tower"], tower, config.vision_config.num_hidden_layers)
+    model = _outlined(folder / "config.json", config, original)
+    filling = Filling(model, canonical, "base", select)
+    towers = Filling(model.model.vision_tower, _tower_name, "vision tower")
+    if elsewhere is not None:
+        filling.leave("vision_tower.")
+        towers.plan(*elsewhere)
     tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
-    filling.fill(files, device, folder, padded_rows=(EMBEDDINGS,) * original, optional=(HEAD,) * tied)
+    filling.plan(files, folder, padded_rows=(EMBEDDINGS,) * original, optional=(HEAD,) * tied)
+    with fits(device, folder):
+        furnish(model, device, dtype, bits)
+        filling.read(device)
+        towers.read(device)
     if HEAD in filling.open:  # the same numbers as the embeddings', stored once
         model.lm_head.weight.copy_(model.model.language_model.embed_tokens.weight[: model.lm_head.out_features])
     set_attention(model, attention)
@@ -83,35 +90,67 @@ def load_base(
     return Loaded(model.eval(), folder, name, original)
 
 
-def _lengthen_embeddings(model: LlavaForConditionalGeneration) -> nn.Parameter:
+def _judge(index: Path, config: LlavaConfig, select: Callable[[str], str | None], original: bool) -> None:
+    """What an index tells of all names before anything is fetched."""
+    names = list(read_index(index))
+    _check_names(index, config, names, select)
+    if not _with_tower(names):  # how deep that one really is, is not known yet
+        config = copy.deepcopy(config)
+        config.vision_config.num_hidden_layers = 1
+    Filling(_outlined(index.parent / "config.json", config, original), canonical, "base", select).judge(index, names)
+
+
+def _check_names(where: Path, config: LlavaConfig, names: Sequence[str], select: Callable[[str], str | None]) -> None:
+    check_whole(where, names)
+    known = [select(name) or "" for name in map(canonical, names) if name is not None]
+    check_depth(where, known, "language_model.layers", config.text_config.num_hidden_layers)
+    if _with_tower(names):
+        check_depth(where, known, "vision_tower.encoder.layers", config.vision_config.num_hidden_layers)
+
+
+def _with_tower(names: Sequence[str]) -> bool:
+    return any("vision_tower" in name for name in names)
+
+
+def _outlined(file: Path, config: LlavaConfig, original: bool) -> LlavaForConditionalGeneration:
+    """A model of a configuration file on the meta device."""
+    try:
+        model = skeleton(config)
+        if original:
+            # The image token gets an embedding row behind the vocabulary; the head stays as it was trained.
+            _lengthen_embeddings(model)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as fault:
+        why = " ".join(repr(fault).split())[:200]
+        raise InputError(f"{file}: no model can be made of this ({why}); fetch it again") from fault
+    return model
+
+
+def _lengthen_embeddings(model: LlavaForConditionalGeneration) -> None:
     """One row more than the vocabulary has."""
     old = model.model.language_model.embed_tokens.weight
-    rows, width = old.shape[0] + 1, old.shape[1]
-    table = nn.Embedding(rows, width, device=old.device, dtype=old.dtype).requires_grad_(False)
+    table = nn.Embedding(old.shape[0] + 1, old.shape[1], device=old.device).requires_grad_(False)
     model.model.language_model.embed_tokens = table
-    return table.weight
 
 
 def _weight_files(folder: Path, wanted: Callable[[str], bool]) -> list[Path]:
     try:
         return weight_files(folder, wanted)
     except InputError as fault:
-        projector = folder / "mm_projector.bin"
-        if projector.exists():
-            raise InputError(f"{folder}: {projector_only(projector)}") from fault
+        if part := part_of(folder):
+            raise InputError(f"{folder}: {part}") from fault
         raise
 
 
-def _fill_tower(
-    model: LlavaForConditionalGeneration, base: Path, name: str, folder: Path | None, device: torch.device
-) -> None:
-    """The vision tower from its own checkpoint, where the model's does not carry it."""
+def _tower_files(base: Path, name: str, folder: Path | None, layers: int) -> tuple[list[Path], Path]:
+    """(files, folder) of the vision tower's own checkpoint, where the model's does not carry it."""
     if folder is None:
         folder = resolve(name, "vision tower")
     elif not (base / name).exists():
         folder = fetch_weights(name, folder, "vision tower")
-    towers = Filling(model.model.vision_tower, _tower_name)
-    towers.fill(weight_files(folder), device, folder)
+    files = weight_files(folder)
+    names = [_tower_name(stored.name) or "" for file in files for stored in read_tensors(file, CPU)]
+    check_depth(folder, names, "encoder.layers", layers)
+    return files, folder
 
 
 def _generation_config(folder: Path, config: LlavaConfig) -> GenerationConfig:
@@ -174,13 +213,16 @@ def _tower_name(name: str) -> str | None:
     return name.removeprefix("vision_model.")
 
 
-def skeleton(
-    config: LlavaConfig, device: torch.device, dtype: torch.dtype, bits: int | None = None
-) -> LlavaForConditionalGeneration:
-    """A model of this configuration whose weights are still to come."""
+def skeleton(config: LlavaConfig) -> LlavaForConditionalGeneration:
+    """A model of this configuration on the meta device: names and shapes, and no numbers."""
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        return LlavaForConditionalGeneration(config)
+
+
+def furnish(
+    model: LlavaForConditionalGeneration, device: torch.device, dtype: torch.dtype, bits: int | None = None
+) -> None:
+    """Memory for the weights of a skeleton, which are still to come."""
     if bits is not None:
         prepare(model.model.language_model.layers, bits, device, dtype)
     materialise(model, device, dtype)
-    return model

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, CLIPModel
 
 from ..errors import InputError
 from .find import HUB_DESCRIPTION, fetch_weights, read_json, resolve
-from .weights import weight_files
+from .weights import check_finite, weight_files
 
 
 class TextTower:
@@ -60,4 +60,5 @@ def load_text_tower(name: str, device: torch.device, dtype: torch.dtype) -> Text
     if missing := sorted(found["missing_keys"]):
         raise InputError(f"{folder}: {len(missing)} weights of CLIP are missing, first {missing[0]}; fetch it again")
     model.vision_model.encoder = None  # LLaVA has it already
+    check_finite(folder, dict(model.named_parameters()), what)
     return TextTower(model.to(device).eval().requires_grad_(False), tokenizer)

@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 from ..errors import InputError
 from ..files import BROUGHT
 from .find import HUB_DESCRIPTION, read_json, resolve
+from .parts import part_of
 
 EMBEDDED = BROUGHT / "checkpoints"
 EMBEDDED_BASE, EMBEDDED_TWIG = EMBEDDED / "sprout-base", EMBEDDED / "sprout-twig-K2-T3"
@@ -164,6 +165,7 @@ def find_tower(folder: Path, facts: dict) -> tuple[Path | None, dict]:
             raise InputError(f"{file}: mm_vision_tower is {name!r}, but {folder / name} is no model folder")
         found = resolve(name, "vision tower", HUB_DESCRIPTION)
     whole = read_json(found / "config.json")
+    _check_quantisation(found / "config.json", whole)
     tower = whole.get("vision_config", whole) if whole.get("model_type") == "clip" else whole
     kind = whole.get("model_type", "clip_vision_model")
     if kind not in TOWERS or not isinstance(tower, dict):
@@ -186,16 +188,8 @@ def _check_folder(folder: Path) -> None:
             f"{folder}: a LoRA adapter, which is trained on {on!r} and means nothing without it; "
             "merge it into that model (peft's merge_and_unload), save the result, and give its folder"
         )
-    projector = folder / "mm_projector.bin"
-    if projector.exists() and not any(any(folder.glob(pattern)) for pattern in ("*.safetensors", "pytorch_model*")):
-        raise InputError(f"{folder}: {projector_only(projector)}")
-
-
-def projector_only(file: Path) -> str:
-    return (
-        f"holds a projector only ({file.name}: LLaVA's first stage of training); "
-        "the decoder's weights are missing: give the folder of a finished model"
-    )
+    if part := part_of(folder):
+        raise InputError(f"{folder}: {part}")
 
 
 def _check_quantisation(file: Path, facts: dict) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from ..errors import InputError
+from ..errors import InputError, RunError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BACKENDS = ("sdpa", "eager", "flash_attention_2")
@@ -65,3 +68,22 @@ def set_attention(model: LlavaForConditionalGeneration, attention: str) -> None:
     model.model.vision_tower.config._attn_implementation = tower
     text = "flash_or_sdpa" if attention == "flash_attention_2" else attention
     model.model.language_model.config._attn_implementation = text
+
+
+def is_out_of_memory(fault: Exception) -> bool:
+    """The CPU's allocator says so in a RuntimeError."""
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(fault, (torch.OutOfMemoryError, MemoryError)) or any(w in str(fault).lower() for w in words)
+
+
+@contextmanager
+def fits(device: torch.device, folder: Path) -> Iterator[None]:
+    """A device that cannot hold the weights of a folder is a plain word."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
+        if isinstance(fault, RunError) or not is_out_of_memory(fault):
+            raise
+        raise RunError(
+            f"{folder}: {device} has no room for these weights; use a larger one, --dtype bfloat16, --load-8bit or --load-4bit"
+        ) from fault

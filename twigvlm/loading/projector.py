@@ -16,6 +16,7 @@ from ..files import replacing
 from ..model.trunk import Trunk
 from ..model.twig import WEIGHTS, recognised
 from .find import read_json
+from .weights import check_finite
 
 CONFIG = "projector_config.json"
 
@@ -40,9 +41,11 @@ def load_projector(folder: str | Path, trunk: Trunk) -> nn.Module:
         )
     projector = copy.deepcopy(trunk.model.model.multi_modal_projector)
     try:
-        projector.load_state_dict(load_file(folder / WEIGHTS))
+        weights = load_file(folder / WEIGHTS)
+        projector.load_state_dict(weights)
     except (RuntimeError, SafetensorError, OSError) as fault:
         raise InputError(
             f"{folder / WEIGHTS}: not this base's projector ({' '.join(str(fault).split())[:200]})"
         ) from fault
+    check_finite(folder / WEIGHTS, weights, "projector")
     return projector.requires_grad_(False)

@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from ..errors import InputError
-from .base import skeleton
+from .base import furnish, skeleton
 from .describe import KNOWN_TOWERS
 from .device import set_attention
 
@@ -59,7 +59,8 @@ def random_base(
     """Weights drawn straight on the device, in the wanted dtype; `layers` limits the decoder's layers, `bits` rounds them."""
     config = random_config(shape)
     config.text_config.num_hidden_layers = layers or config.text_config.num_hidden_layers
-    model = skeleton(config, device, dtype, bits)
+    model = skeleton(config)
+    furnish(model, device, dtype, bits)
     generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in list(model.named_parameters()):

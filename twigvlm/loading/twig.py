@@ -72,7 +72,7 @@ def fill_twig(twig: Twig, files: Sequence[Path], device: torch.device) -> None:
     if copies := [name for name in names if COPIES.search(name)]:
         print(f"{files[0]}: {len(copies)} tensors are copies of the base ({copies[0]}, …), not read", file=sys.stderr)
     unread = (lambda name: COPIES.search(name) or name.startswith(head)) if twig.pruning_head is None else COPIES.search
-    filling = Filling(twig, lambda name: None if unread(name) else name)
+    filling = Filling(twig, lambda name: None if unread(name) else name, "twig")
     if not any(name.startswith(head) for name in names):
         filling.leave(head)
     filling.fill(files, device, files[0], cut_rows=(HEAD,))

@@ -23,6 +23,8 @@ from .stream import Stream
 from .tap import Peeked, Tap, tapped
 from .tower import Tower, Watcher
 
+TABLE = 2**17  # places that a table of rotations has, at most: 128 MB for heads of 128 in fp32
+
 
 @dataclass(frozen=True)
 class Attention:
@@ -224,10 +226,15 @@ class Trunk:
             return through(layer, hidden, *facts, taps=taps)
 
     def rotary_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [B, S, d], from a table made once: a look-up is cheaper than two kernels a call."""
+        """cos and sin [B, S, d], from a table made once: a look-up is cheaper than two kernels a call.
+
+        A context that no memory would hold a table of is said by some; few places of it are ever used.
+        """
+        like = torch.empty(0, device=self.device, dtype=self.dtype)
+        if self.context > TABLE:
+            return self.decoder.rotary_emb(like, positions[0])
         if self._rotary is None:
             places = torch.arange(self.context, device=self.device)[None]
-            like = torch.empty(0, device=self.device, dtype=self.dtype)
             self._rotary = tuple(t[0] for t in self.decoder.rotary_emb(like, places))
         cos, sin = self._rotary
         return cos[positions[0]], sin[positions[0]]

@@ -21,6 +21,7 @@ import torch
 
 from ..errors import InputError, RunError
 from ..files import write_json
+from ..loading.device import is_out_of_memory
 from ..loading.find import read_json
 from ..model.twig import WEIGHTS
 from ..workers import end_workers, workers_told
@@ -272,7 +273,7 @@ def _train(
     except NotFinite as fault:
         raise RunError(_not_finite(one, fault)) from fault
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as fault:
-        if isinstance(fault, RunError) or not _is_out_of_memory(fault):
+        if isinstance(fault, RunError) or not is_out_of_memory(fault):
             raise
         raise RunError(_out_of_memory(one, shares, loop.done + 1)) from fault
     if not whole:
@@ -386,14 +387,6 @@ def _not_finite(one: Run, fault: NotFinite) -> str:
     return (
         f"{fault}; {kept}; lower --lr (now {one.settings.lr:g}) or set --max-grad-norm 1 (now "
         f"{one.settings.max_grad_norm:g}), with a new --out; --init {found or 'FOLDER'} starts from a checkpoint's twig"
-    )
-
-
-def _is_out_of_memory(fault: Exception) -> bool:
-    text = str(fault).lower()
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(fault, kinds) or any(
-        t in text for t in ("out of memory", "not enough memory", "can't allocate memory")
     )
 
 
