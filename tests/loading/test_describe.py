@@ -333,6 +333,12 @@ def test_im_start_and_im_end(tmp_path, golden):
     first = before.index(512)
     image = [vlm.image_token_id] * 576
     assert ids == [*before[:first], start, *image, end, *before[first + 576 :]]
+    picture = Image.new("RGB", (9, 9))
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    assert vlm.processor.apply_chat_template(chat, **how)["input_ids"][0].tolist() == ids, "what is offered is the same"
+    text = vlm.processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert vlm.processor(text=text, images=[picture])["input_ids"][0] == ids
 
 
 def test_a_head_that_is_the_embeddings(tmp_path, original):  # noqa: F811
