@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 import twigvlm
 from twigvlm.errors import InputError
 from twigvlm.loading.describe import read_config
-from twigvlm.loading.fields import DECODER, FOREIGN_DECODER, TOP, TOWER
+from twigvlm.loading.judge.fields import DECODER, FOREIGN_DECODER, TOP, TOWER
 
 JSON = (None, True, 7, -1.5, "x", ["x"], [], {"x": 1}, {}, math.nan)
 PARTS = {"": TOP, "text_config": DECODER, "vision_config": TOWER}

@@ -15,7 +15,7 @@ from ..errors import InputError
 from .describe import find_base, find_tower, original_config, projector_only, stock_config
 from .device import check_attention, set_attention
 from .find import commit_of, fetch_weights, resolve
-from .language import judge_language
+from .judge.language import judge_language
 from .quantise import prepare
 from .weights import Filling, materialise, read_tensors, weight_files
 

@@ -16,7 +16,8 @@ from transformers.activations import ACT2FN
 
 from ..errors import InputError
 from ..files import BROUGHT
-from .fields import (
+from .find import HUB_DESCRIPTION, read_json, resolve
+from .judge.fields import (
     DECODER,
     ID,
     NEEDED,
@@ -30,7 +31,6 @@ from .fields import (
     shown,
     whole,
 )
-from .find import HUB_DESCRIPTION, read_json, resolve
 
 EMBEDDED = BROUGHT / "checkpoints"
 EMBEDDED_BASE, EMBEDDED_TWIG = EMBEDDED / "sprout-base", EMBEDDED / "sprout-twig-K2-T3"

@@ -11,7 +11,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from ..errors import InputError
 from ..loading.describe import visual_tokens
-from ..loading.language import FRAME, PROBE, read_template, read_tokenizer
+from ..loading.judge.language import FRAME, PROBE, read_template, read_tokenizer
 from .images import open_image, pad_to_square
 from .template import IMAGE, VICUNA_V1, CheckpointPrompts, VicunaPrompts
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import SHOWN
-from ..errors import InputError
+from ...config import SHOWN
+from ...errors import InputError
 
 NEEDED = (
     "a LLaVA-1.5 model is needed: CLIP tower, two-layer projector, Llama or Mistral decoder "

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, LlavaConfig
 
-from ..config import IMAGE
-from ..errors import InputError
-from .describe import check_id, end_tokens
+from ...config import IMAGE
+from ...errors import InputError
+from ..describe import check_id, end_tokens
+from ..find import read_json
 from .fields import shown
-from .find import read_json
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 FRAME = ("<im_start>", "<im_end>")  # what some checkpoints have around each picture
