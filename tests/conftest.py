@@ -308,8 +308,8 @@ def speaking(**shape) -> TwigVLM:
 
 
 def write_base(folder: Path, model: LlavaForConditionalGeneration, tokenizer: bool = True) -> Path:
-    """The model in the Hugging Face layout."""
+    """The model in the Hugging Face layout, with `tiny_tokenizer` where it has words for it."""
     model.save_pretrained(folder)
-    if tokenizer:
+    if tokenizer and model.config.text_config.vocab_size >= len(tiny_tokenizer()):
         tiny_tokenizer().save_pretrained(folder)
     return folder

@@ -16,6 +16,7 @@ DEFAULT_K, DEFAULT_T = 2, 3  # the released twigs', paper section 4.1
 WIPE_SHARE = 0.75  # F / L of LLaVA-1.5-7B, paper section 3.2
 FORMAT_VERSION = 1
 AUTO = "auto"
+IMAGE = "<image>"  # a picture in a text
 HeadStart = Literal["released", "identity"]  # how a pruning head begins, and which gates it has: model.pruning_head
 MOST_NODES = 256  # of a draft; who sees whom is a table of its square
 DIGITS = 9  # of a number that is written in a text: more stay words, and are refused as such

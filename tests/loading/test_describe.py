@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE, batch, one, prompts, stock, tiny_model, write_base
+from conftest import IMAGE, batch, one, prompts, stock, tiny_model, tiny_tokenizer, write_base
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_loading import base, change, edit, original, refused, twig, write_tower  # noqa: F401 (fixtures)
@@ -315,9 +315,7 @@ def test_im_start_and_im_end(tmp_path, golden):
     for path in folder.rglob("*"):
         path.chmod(0o755)
     edit(folder / "config.json", mm_use_im_start_end=True, mm_vision_tower=str(golden / "A" / "vision"))
-    vlm = twigvlm.load(folder)
-    with pytest.raises(InputError, match=r"<im_start>.*added_tokens\.json"):
-        vlm.prepare(Image.new("RGB", (9, 9)), "What?")
+    refused(["<im_start>", "added_tokens.json"], folder)
     from transformers import LlamaTokenizer
 
     plain = LlamaTokenizer.from_pretrained(folder, legacy=True)
@@ -335,6 +333,12 @@ def test_im_start_and_im_end(tmp_path, golden):
     first = before.index(512)
     image = [vlm.image_token_id] * 576
     assert ids == [*before[:first], start, *image, end, *before[first + 576 :]]
+    picture = Image.new("RGB", (9, 9))
+    chat = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What?"}]}]
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    assert vlm.processor.apply_chat_template(chat, **how)["input_ids"][0].tolist() == ids, "what is offered is the same"
+    text = vlm.processor.apply_chat_template(chat, add_generation_prompt=True)
+    assert vlm.processor(text=text, images=[picture])["input_ids"][0] == ids
 
 
 def test_a_head_that_is_the_embeddings(tmp_path, original):  # noqa: F811
@@ -373,9 +377,9 @@ def test_bin_files_that_hold_something_else(base, what, parts):  # noqa: F811
     refused([str(base), *parts], base)
 
 
-def mistral(folder: Path, window: int | None) -> Path:
+def mistral(folder: Path, window: int | None, **shape) -> Path:
     """A Mistral body with the weights of tiny_model, whose names are the same."""
-    old = tiny_model().config.text_config
+    old = tiny_model(**shape).config.text_config
     keys = (
         *SMALL,
         "num_key_value_heads",
@@ -386,9 +390,9 @@ def mistral(folder: Path, window: int | None) -> Path:
         "rms_norm_eps",
     )
     text = MistralConfig(**{k: getattr(old, k) for k in keys}, sliding_window=window)
-    facts = tiny_model().config.to_dict() | {"text_config": text.to_dict()}
+    facts = tiny_model(**shape).config.to_dict() | {"text_config": text.to_dict()}
     model = LlavaForConditionalGeneration(LlavaConfig.from_dict(facts))
-    model.load_state_dict(tiny_model().state_dict())
+    model.load_state_dict(tiny_model(**shape).state_dict())
     return write_base(folder, model)
 
 
@@ -562,7 +566,7 @@ def test_the_offered_template_gives_the_ids_that_prepare_gives(golden):
 
 
 def test_mistral_is_not_asked_in_vicunas_template(tmp_path):
-    folder = mistral(tmp_path / "m", None)
+    folder = mistral(tmp_path / "m", None, vocabulary=len(tiny_tokenizer()))
     vlm = twigvlm.load(folder)
     with pytest.raises(InputError, match=r"mistral.*chat_template\.jinja"):
         vlm.prepare(None, "is it red?")

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from ..errors import InputError
-from .describe import check_ends, find_base, find_tower, original_config, stock_config
+from .describe import find_base, find_tower, original_config, stock_config
 from .device import check_attention, fits, set_attention
-from .find import commit_of, fetch_weights, read_json, resolve
+from .find import commit_of, fetch_weights, resolve
+from .judge.language import judge_language
 from .parts import check_depth, check_whole, part_of
 from .quantise import prepare
 from .weights import Filling, find_index, materialise, read_index, read_tensors, weight_files
@@ -50,7 +51,7 @@ def load_base(
 ) -> Loaded:
     """Read a LLaVA model. Raises InputError for anything but a complete, consistent checkpoint.
 
-    What its description says is judged before any weight is fetched, and the names and shapes of
+    What its description says is judged, and its tokenizer, before any weight is fetched, and the names and shapes of
     all weights before any is read. `keep` names, for a decoder of L layers, those that are wanted,
     in their order: the others are neither made nor read from the disk. `bits` rounds the decoder
     layers' weights to 8 or 4 bits while they are read (`loading.quantise`).
@@ -58,7 +59,7 @@ def load_base(
     name, folder, facts, original = find_base(base)
     tower, tower_facts = find_tower(folder, facts) if original else (None, {})
     config = original_config(folder, facts, tower_facts) if original else stock_config(folder, facts)
-    ends = _generation_config(folder, config)
+    ends = judge_language(folder, facts, config, original)
     select, count = _choose_layers(config.text_config.num_hidden_layers, keep)
     config.text_config.num_hidden_layers = count
     check_attention(attention)
@@ -151,23 +152,6 @@ def _tower_files(base: Path, name: str, folder: Path | None, layers: int) -> tup
     names = [_tower_name(stored.name) or "" for file in files for stored in read_tensors(file, CPU)]
     check_depth(folder, names, "encoder.layers", layers)
     return files, folder
-
-
-def _generation_config(folder: Path, config: LlavaConfig) -> GenerationConfig:
-    """What ends an answer: the folder's generation_config.json, else what config.json says."""
-    file, text = folder / "generation_config.json", config.text_config
-    if not file.exists():
-        return GenerationConfig(
-            bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
-        )
-    facts = read_json(file)
-    ends = facts.get("eos_token_id", text.eos_token_id)
-    ends = ends if isinstance(ends, list) else [ends]
-    check_ends(file, [end for end in ends if end is not None], text.vocab_size)
-    try:
-        return GenerationConfig.from_dict(facts | {"eos_token_id": ends if ends != [None] else text.eos_token_id})
-    except Exception as fault:  # transformers raises what it likes
-        raise InputError(f"{file}: not a generation configuration ({fault}); fetch it again") from fault
 
 
 def _choose_layers(L: int, keep: Callable[[int], Sequence[int]] | None) -> tuple[Callable[[str], str | None], int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig
 from transformers.activations import ACT2FN
@@ -18,6 +17,20 @@ from transformers.activations import ACT2FN
 from ..errors import InputError
 from ..files import BROUGHT
 from .find import HUB_DESCRIPTION, read_json, resolve
+from .judge.fields import (
+    DECODER,
+    ID,
+    NEEDED,
+    TOP,
+    TOWER,
+    Kind,
+    check_decoder,
+    check_fields,
+    check_rope,
+    check_sight,
+    shown,
+    whole,
+)
 from .parts import part_of
 
 EMBEDDED = BROUGHT / "checkpoints"
@@ -31,18 +44,18 @@ KNOWN_TOWERS = {
     }
 }  # fmt: skip
 
-NEEDED = (
-    "a LLaVA-1.5 model is needed: CLIP tower, two-layer projector, Llama or Mistral decoder "
-    "(llava-hf/llava-1.5-7b-hf or liuhaotian/llava-v1.5-7b, say)"
-)
 DECODERS = {"llama": LlamaConfig, "mistral": MistralConfig}
 ORIGINAL_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+INNER_CLASSES = {
+    "llama": ("LlamaForCausalLM", "LlamaModel", "LlavaLlamaForCausalLM"),
+    "mistral": ("MistralForCausalLM", "MistralModel", "LlavaMistralForCausalLM"),
+}
 ORIGINAL_CLASSES = {"LlavaLlamaForCausalLM": "llama", "LlavaMistralForCausalLM": "mistral"}
 STOCK_CLASS = "LlavaForConditionalGeneration"
+TOWER_CLASSES = ("CLIPVisionModel", "CLIPModel", "CLIPVisionTransformer", "CLIPVisionModelWithProjection")
 TOWERS = ("clip_vision_model", "clip")
 FEATURES = {"patch": "default", "cls_patch": "full"}  # LLaVA's name for them → Hugging Face's
 ASPECTS = ("pad", "square")  # square: CLIP's own resizing and cutting
-ROPES = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on how long the sequence is
 
 
 # ---------------------------------------------------------------------- finding it
@@ -65,6 +78,7 @@ def find_base(base: str | Path | None) -> tuple[str, Path, dict, bool]:
     _check_folder(folder)
     file = folder / "config.json"
     facts = read_json(file)
+    check_fields(file, facts, TOP)
     original = "text_config" not in facts and ("mm_vision_tower" in facts or "mm_projector_type" in facts)
     kind = facts.get("model_type")
     if not original and kind != "llava":
@@ -100,6 +114,7 @@ def stock_config(folder: Path, facts: dict) -> LlavaConfig:
     config.image_aspect_ratio = facts.get("image_aspect_ratio") or "pad"  # docs/differences.md
     config.mm_use_im_start_end = bool(facts.get("mm_use_im_start_end"))
     _check_config(file, config)
+    check_id(file, "image_token_index", config.image_token_id, config.text_config.vocab_size)
     return config
 
 
@@ -113,8 +128,10 @@ def original_config(folder: Path, facts: dict, tower_facts: dict) -> LlavaConfig
     )  # fmt: skip
     text = {k: facts[k] for k in text_keys if facts.get(k) is not None}
     kind = _original_decoder(file, facts)
-    if kind == "mistral":
-        text["sliding_window"] = facts.get("sliding_window")
+    if kind == "mistral" and "sliding_window" in facts:  # null is none, and nothing is Mistral's own
+        text["sliding_window"] = facts["sliding_window"]
+    if "num_key_value_heads" in facts:
+        text.setdefault("num_key_value_heads", facts["num_attention_heads"])
     vision_keys = CLIPVisionConfig().to_dict().keys() - {"model_type", "transformers_version", "torch_dtype", "dtype"}
     tied = bool(facts.get("tie_word_embeddings"))
     try:
@@ -164,15 +181,19 @@ def find_tower(folder: Path, facts: dict) -> tuple[Path | None, dict]:
         if name.startswith((".", "/", "~")):
             raise InputError(f"{file}: mm_vision_tower is {name!r}, but {folder / name} is no model folder")
         found = resolve(name, "vision tower", HUB_DESCRIPTION)
-    whole = read_json(found / "config.json")
-    _check_quantisation(found / "config.json", whole)
-    tower = whole.get("vision_config", whole) if whole.get("model_type") == "clip" else whole
-    kind = whole.get("model_type", "clip_vision_model")
-    if kind not in TOWERS or not isinstance(tower, dict):
+    described, own = found / "config.json", "the vision tower's "
+    named = read_json(described)
+    _check_quantisation(described, named)
+    check_fields(described, named, TOP, own)
+    kind = named.get("model_type", TOWERS[0])
+    if kind not in TOWERS:
         raise InputError(
-            f"{found / 'config.json'}: the vision tower's model type is {kind!r}; a CLIP vision model is needed "
+            f"{described}: the vision tower's model type is {kind!r}; a CLIP vision model is needed "
             "(openai/clip-vit-large-patch14-336, say)"
         )
+    _check_classes(described, f"{own}architectures", named, TOWER_CLASSES)
+    tower = named.get("vision_config") or named if kind == "clip" else named
+    check_fields(described, tower, TOWER, own)
     return found, tower
 
 
@@ -222,30 +243,54 @@ def _check_pictures(file: Path, facts: dict, original: bool) -> None:
     for key, (legal, word) in fields.items():
         if facts.get(key) not in (None, legal):
             raise InputError(f"{file}: {key} is {facts[key]!r}; only {word} is understood, {NEEDED}")
-    frame = facts.get("mm_use_im_start_end")
-    if frame not in (None, True, False):
-        raise InputError(f"{file}: mm_use_im_start_end is {frame!r}; true or false is needed")
 
 
 def _check_stock(file: Path, facts: dict) -> None:
     """The parts of a configuration in the Hugging Face layout, by their names."""
-    classes = facts.get("architectures")
-    if classes and STOCK_CLASS not in classes:
-        raise InputError(f"{file}: architectures are {classes}; {STOCK_CLASS} is understood, {NEEDED}")
+    _check_classes(file, "architectures", facts, (STOCK_CLASS,))
+    check_sight(file, facts)
     text, vision = facts.get("text_config"), facts.get("vision_config")
     for key, part in (("text_config", text), ("vision_config", vision)):
-        if not isinstance(part, dict):
+        if part is None:
             raise InputError(f"{file}: {key} is {part!r}; an object is expected there, fetch the file again")
     strategy = facts.get("vision_feature_select_strategy", "default")
     if strategy not in FEATURES.values():
         raise InputError(
             f"{file}: vision_feature_select_strategy is {strategy!r}; {' or '.join(FEATURES.values())} is understood"
         )
+    check_fields(file, text, {"model_type": DECODER["model_type"]})
+    check_fields(file, vision, TOWER, "the vision tower's ")
     decoder, tower = text.get("model_type", "llama"), vision.get("model_type", TOWERS[0])
     if decoder not in DECODERS:
         raise InputError(f"{file}: the decoder's model type is {decoder!r}; {NEEDED}")
     if tower != TOWERS[0]:
         raise InputError(f"{file}: the vision tower's model type is {tower!r}; {NEEDED}")
+    check_decoder(file, text, decoder)
+    check_rope(file, text)
+    _check_classes(file, "the decoder's architectures", text, INNER_CLASSES[decoder])
+    _check_classes(file, "the vision tower's architectures", vision, TOWER_CLASSES)
+    _check_twice_told(file, facts)
+
+
+def _check_classes(file: Path, what: str, facts: dict, known: Sequence[str]) -> None:
+    foreign = [name for name in facts.get("architectures") or () if name not in known]
+    if foreign:
+        raise InputError(f"{file}: {what} are {shown(foreign)}; {known[0]} is understood, {NEEDED}")
+
+
+def _check_twice_told(file: Path, facts: dict) -> None:
+    """LLaVA's own names for what the Hugging Face layout says in its fields: the same, where they are there too."""
+    feature, vision = facts.get("mm_vision_select_feature"), facts["vision_config"]
+    told = (
+        ("mm_vision_select_layer", facts.get("mm_vision_select_layer"), "vision_feature_layer", facts.get("vision_feature_layer", -2)),
+        ("mm_vision_select_feature", FEATURES.get(feature, feature), "vision_feature_select_strategy",
+         facts.get("vision_feature_select_strategy", "default")),
+        ("mm_hidden_size", facts.get("mm_hidden_size"), "the vision tower's hidden_size", vision.get("hidden_size", 768)),
+        ("image_token_id", facts.get("image_token_id"), "image_token_index", facts.get("image_token_index")),
+    )  # fmt: skip
+    for key, found, real, value in told:
+        if None not in (found, value) and found != value:
+            raise InputError(f"{file}: {key} is {facts[key]!r}, but {real} is {value!r}; remove what is not meant")
 
 
 def _original_decoder(file: Path, facts: dict) -> str:
@@ -262,9 +307,10 @@ def _original_decoder(file: Path, facts: dict) -> str:
 
 def _check_original(file: Path, facts: dict) -> None:
     """LLaVA's own fields."""
-    _original_decoder(file, facts)
+    check_decoder(file, facts, _original_decoder(file, facts))
+    check_rope(file, facts)
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size"):
-        _check_count(file, key, facts.get(key))
+        _check_there(file, key, facts.get(key), DECODER[key])
     kind = facts.get("mm_projector_type", "linear")
     if kind != "mlp2x_gelu":
         raise InputError(f"{file}: mm_projector_type is {kind!r}; only LLaVA-1.5's mlp2x_gelu is supported")
@@ -276,17 +322,15 @@ def _check_original(file: Path, facts: dict) -> None:
     feature = facts.get("mm_vision_select_feature")
     if feature is not None and feature not in FEATURES:
         raise InputError(f"{file}: mm_vision_select_feature is {feature!r}; {' or '.join(FEATURES)} is understood")
-    layer = facts.get("mm_vision_select_layer")
-    if not _whole(layer):
-        raise InputError(f"{file}: mm_vision_select_layer is {layer!r}; a layer's number is needed (LLaVA-1.5: -2)")
+    _check_there(file, "mm_vision_select_layer", facts.get("mm_vision_select_layer"), TOP["mm_vision_select_layer"])
 
 
 def _check_config(file: Path, config: LlavaConfig) -> None:
     """What stock code would stumble over, or take for something else."""
     text, vision = config.text_config, config.vision_config
     for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "vocab_size", "max_position_embeddings"):  # fmt: skip
-        _check_count(file, key, getattr(text, key, None))
+                "vocab_size", "max_position_embeddings", "head_dim"):  # fmt: skip
+        _check_there(file, key, getattr(text, key, None), DECODER[key])
     for key in (
         "hidden_size",
         "intermediate_size",
@@ -295,7 +339,9 @@ def _check_config(file: Path, config: LlavaConfig) -> None:
         "image_size",
         "patch_size",
     ):
-        _check_count(file, f"the vision tower's {key}", getattr(vision, key, None))
+        _check_there(file, f"the vision tower's {key}", getattr(vision, key, None), TOWER[key])
+    if text.head_dim % 2:
+        raise InputError(f"{file}: head_dim is {text.head_dim}; rotary positions turn pairs, an even number is needed")
     if vision.hidden_size % vision.num_attention_heads:
         raise InputError(
             f"{file}: the vision tower's width of {vision.hidden_size} cannot be shared by {vision.num_attention_heads} "
@@ -308,18 +354,26 @@ def _check_config(file: Path, config: LlavaConfig) -> None:
         )
     acts = (("hidden_act", text.hidden_act), ("the vision tower's hidden_act", vision.hidden_act))
     for key, name in (*acts, ("projector_hidden_act", config.projector_hidden_act)):
-        if name not in ACT2FN:
-            raise InputError(f"{file}: {key} is {name!r}, an unknown activation; {NEEDED}")
+        if not _is_activation(name):
+            raise InputError(
+                f"{file}: {key} is {shown(name)}, no activation that is known and has no weights; {NEEDED}"
+            )
     _check_features(file, config)
-    _check_positions(file, text)
     _check_ids(file, config)
+
+
+def _is_activation(name: str) -> bool:
+    try:
+        return not list(ACT2FN[name].parameters())
+    except Exception:  # some cannot be made without a configuration of their own
+        return False
 
 
 def _check_features(file: Path, config: LlavaConfig) -> None:
     vision = config.vision_config
     layers, chosen = vision.num_hidden_layers, config.vision_feature_layer
     for layer in chosen if isinstance(chosen, (list, tuple)) and chosen else [chosen]:
-        if not _whole(layer) or not -layers - 1 <= layer <= layers:
+        if not whole(layer) or not -layers - 1 <= layer <= layers:
             raise InputError(
                 f"{file}: the vision feature layer is {chosen!r}, but the tower has {layers} layers; "
                 f"{-layers - 1} to {layers} is possible (LLaVA-1.5: -2)"
@@ -331,44 +385,36 @@ def _check_features(file: Path, config: LlavaConfig) -> None:
         )
 
 
-def _check_positions(file: Path, text: LlamaConfig) -> None:
-    rope = getattr(text, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in ROPES:
-        raise InputError(f"{file}: rope scaling is {kind!r}; one of {', '.join(ROPES)} is understood")
-    if rope.get("partial_rotary_factor", getattr(text, "partial_rotary_factor", None)) not in (None, 1, 1.0):
-        raise InputError(f"{file}: partial_rotary_factor is below 1; only whole heads can be turned, {NEEDED}")
-    window = getattr(text, "sliding_window", None)
-    if window is not None:
-        _check_count(file, "sliding_window", window)
-
-
 def _check_ids(file: Path, config: LlavaConfig) -> None:
+    """Begin and padding are rows of the embeddings; the image token is nothing else."""
     text, image = config.text_config, config.image_token_id
-    if not _whole(image) or image < 0:
-        raise InputError(f"{file}: the image token's id is {image!r}; a token id is needed (LLaVA-1.5: 32000)")
-    ends = text.eos_token_id if isinstance(text.eos_token_id, (list, tuple)) else [text.eos_token_id]
-    check_ends(file, [e for e in ends if e is not None], text.vocab_size)
+    for part in (config, text):
+        for key in ("bos_token_id", "pad_token_id"):
+            if (found := getattr(part, key, None)) is not None:
+                check_id(file, key, found, text.vocab_size)
+    ends = end_tokens(file, text.eos_token_id, text.vocab_size)
     if image in (text.bos_token_id, *ends):
         raise InputError(
             f"{file}: the image token's id {image} is an end or begin token's as well; fetch the file again"
         )
 
 
-def check_ends(file: Path, ends: Sequence, vocabulary: int) -> None:
-    """Raises InputError for an end token that no answer can contain."""
+def end_tokens(file: Path, told: int | Sequence | None, vocabulary: int) -> list[int]:
+    """What a field says that ends an answer. Raises InputError for an end token that no answer can contain."""
+    ends = [end for end in (told if isinstance(told, (list, tuple)) else [told]) if end is not None]
     for end in ends:
-        if not _whole(end) or not 0 <= end < vocabulary:
-            raise InputError(f"{file}: eos_token_id is {end!r}; a token id from 0 to {vocabulary - 1} is needed")
+        check_id(file, "eos_token_id", end, vocabulary)
+    return ends
 
 
-def _check_count(file: Path, key: str, value: Any) -> None:
-    if not _whole(value) or value < 1:
-        raise InputError(f"{file}: {key} is {value!r}; a positive whole number is needed, fetch the file again")
+def check_id(file: Path, key: str, found: object, vocabulary: int) -> None:
+    if not ID.fits(found) or found >= vocabulary:
+        raise InputError(f"{file}: {key} is {shown(found)}; a token id from 0 to {vocabulary - 1} is needed")
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _check_there(file: Path, key: str, value: object, kind: Kind) -> None:
+    if value is None or not kind.fits(value):
+        raise InputError(f"{file}: {key} is {shown(value)}; {kind.words} is needed, fetch the file again")
 
 
 def _first_line(fault: Exception) -> str:

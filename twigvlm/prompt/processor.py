@@ -6,18 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
-from transformers import AutoTokenizer, LlamaTokenizer, LlavaConfig, LlavaProcessor
+from transformers import LlavaConfig, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from ..errors import InputError
 from ..loading.describe import visual_tokens
-from ..loading.find import read_json
+from ..loading.judge.language import FRAME, PROBE, read_template, read_tokenizer
 from .images import open_image, pad_to_square
-from .template import IMAGE, VICUNA_V1, CheckpointPrompts, TextEncoder, VicunaPrompts
-
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
-FRAME = ("<im_start>", "<im_end>")  # what some checkpoints have around each picture
-PROBE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
+from .template import IMAGE, VICUNA_V1, CheckpointPrompts, VicunaPrompts
 
 # VICUNA_V1 in the language of Hugging Face's chat templates.
 VICUNA_CHAT = (
@@ -63,6 +59,13 @@ class SquareImageProcessor(PictureProcessor):
         return pad_to_square(image, tuple(int(255 * m) for m in self.image_mean))
 
 
+class FramedProcessor(LlavaProcessor):
+    """With what some checkpoints have around each picture."""
+
+    def replace_image_token(self, *args, **kwargs) -> str:
+        return super().replace_image_token(*args, **kwargs).join(FRAME)
+
+
 def pads(config: LlavaConfig) -> bool:
     """Pictures are padded to a square; otherwise their middle is cut out."""
     return getattr(config, "image_aspect_ratio", "pad") == "pad"
@@ -79,10 +82,8 @@ def make_processor(config: LlavaConfig, folder: Path, original: bool) -> LlavaPr
 
     Raises InputError when it has no tokenizer.
     """
-    tokenizer = _tokenizer(folder, original)
-    if getattr(config, "mm_use_im_start_end", False):
-        tokenizer.image_frame = tuple([_frame_id(tokenizer, folder, word)] for word in FRAME)
-    template = _chat_template(folder, tokenizer)
+    tokenizer = read_tokenizer(folder, config, original)
+    template = read_template(folder, tokenizer)
     if template is None and config.text_config.model_type == "llama":
         template = VICUNA_CHAT
     if IMAGE not in tokenizer.get_vocab():
@@ -91,7 +92,7 @@ def make_processor(config: LlavaConfig, folder: Path, original: bool) -> LlavaPr
     pictures = (SquareImageProcessor if pads(config) else PictureProcessor)(
         size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
-    return LlavaProcessor(
+    return (FramedProcessor if hasattr(tokenizer, "image_frame") else LlavaProcessor)(
         pictures,
         tokenizer,
         patch_size=config.vision_config.patch_size,
@@ -105,24 +106,28 @@ def make_processor(config: LlavaConfig, folder: Path, original: bool) -> LlavaPr
 def make_prompts(processor: LlavaProcessor, config: LlavaConfig) -> VicunaPrompts | CheckpointPrompts:
     """How this model is asked: vicuna_v1 for LLaVA-1.5, else the chat template of the checkpoint.
 
-    A template of the checkpoint that says USER and ASSISTANT is vicuna_v1 in other words (Hugging
-    Face's leaves the system sentence out, with which the model was trained). Raises InputError where
-    another model brings no template.
+    A Llama's template that says USER and ASSISTANT and nothing else is Hugging Face's for LLaVA-1.5, which leaves the
+    system sentence out with which the model was trained. Raises InputError where another model brings no template.
     """
-    facts = processor.tokenizer, config.image_token_id, visual_tokens(config)
+    facts, kind = (processor.tokenizer, config.image_token_id, visual_tokens(config)), config.text_config.model_type
     if processor.chat_template is None:
         raise InputError(
-            f"a {config.text_config.model_type} decoder without a chat template; vicuna_v1 is Llama's: put the "
+            f"a {kind} decoder without a chat template; vicuna_v1 is Llama's: put the "
             "model's chat_template.jinja into its folder, or give ids to generate"
         )
-    if processor.chat_template != VICUNA_CHAT:
-        try:
-            text = _Render(processor)(PROBE)
-        except Exception:  # a template is a program; one that takes no parts is not Hugging Face's for LLaVA-1.5
-            text = ""
-        if not all(f"{name}:" in text for name in (VICUNA_V1.user, VICUNA_V1.assistant)):
-            return CheckpointPrompts(_Render(processor), *facts)
-    return VicunaPrompts(*facts)
+    if processor.chat_template == VICUNA_CHAT or (kind == "llama" and _says_vicuna(processor)):
+        return VicunaPrompts(*facts)
+    return CheckpointPrompts(_Render(processor), *facts)
+
+
+def _says_vicuna(processor: LlavaProcessor) -> bool:
+    """Whether its template is vicuna_v1, with the system sentence or without, up to white space."""
+    turns = [(f"{IMAGE}\n?", None)]
+    try:
+        said = _Render(processor)(PROBE).split()
+    except Exception:  # a template is a program; one that takes no parts is not Hugging Face's for LLaVA-1.5
+        return False
+    return said in (VICUNA_V1.render(turns).split(), VICUNA_V1.render(turns, system="").split())
 
 
 class _Render:
@@ -133,39 +138,3 @@ class _Render:
 
     def __call__(self, messages: list[dict]) -> str:
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
-def _tokenizer(folder: Path, original: bool):
-    if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise InputError(f"{folder}: no tokenizer; fetch tokenizer.model (or tokenizer.json) of this model into it")
-    try:
-        # The plain class gives the original ids: AutoTokenizer drops LLaVA's prefix space there.
-        kind = LlamaTokenizer if original else AutoTokenizer
-        tokenizer = kind.from_pretrained(folder, legacy=True, local_files_only=True)
-    except Exception as fault:  # damaged files can raise anything
-        reason = " ".join(str(fault).split())[:200]
-        raise InputError(f"{folder}: no usable tokenizer ({reason}); fetch tokenizer.model") from fault
-    if not TextEncoder(tokenizer)("a"):
-        raise InputError(f"{folder}: its tokenizer knows no words; fetch tokenizer.model again")
-    return tokenizer
-
-
-def _frame_id(tokenizer, folder: Path, word: str) -> int:
-    found = tokenizer.get_vocab().get(word)
-    if found is None:
-        raise InputError(
-            f"{folder}: config.json says mm_use_im_start_end, but the tokenizer has no {word}; fetch added_tokens.json"
-        )
-    return found
-
-
-def _chat_template(folder: Path, tokenizer) -> str | None:
-    """What the checkpoint brings, in any of the files that it may stand in."""
-    for name in ("chat_template.json", "processor_config.json"):
-        if (folder / name).exists() and (found := read_json(folder / name).get("chat_template")):
-            break
-    else:
-        found = tokenizer.chat_template
-    if isinstance(found, list):  # named ones, as some tokenizers have them
-        found = {entry.get("name"): entry.get("template") for entry in found}
-    return found.get("default") if isinstance(found, dict) else found
