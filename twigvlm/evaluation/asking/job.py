@@ -115,6 +115,7 @@ class Job:
         Scores empty answers to all that is asked, so that it stops at whatever the score would stop at.
         """
         self.check()
+        self.questions  # noqa: B018 (a question file that is broken speaks for itself)
         try:
             self.score([self._empty_answer(question) for question in self.questions], strict=True)
         except InputError as fault:
