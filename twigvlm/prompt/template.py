@@ -18,8 +18,8 @@ from tokenizers import Encoding, Tokenizer
 
 from ..errors import InputError
 from ..files import whole
+from .media import IMAGE
 
-IMAGE = "<image>"
 # Inside this module: a picture's place, and `<image>` where it is a word. No text holds them, `whole` sees to it.
 PLACE, WORD = "\ud800", "\ud801"
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token that stands for one byte
