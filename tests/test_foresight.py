@@ -14,7 +14,7 @@ from conftest import ROOT, speaking, write_base
 import cli_demo
 import twigvlm
 from twigvlm.errors import InputError
-from twigvlm.evaluation import run, speed, suite
+from twigvlm.evaluation import calibrate, run, speed, suite
 from twigvlm.foresight import Wish, check
 from twigvlm.loading import base as load
 from twigvlm.loading import describe
@@ -51,12 +51,31 @@ ANSWER = [
 ]
 PROGRAMS = {
     "demo": (cli_demo.main, ["--question", "Is there a circle?"], TWIG + ANSWER),
-    "run": (run.main, ["--task", "gqa", "--limit", "2"], TWIG + ANSWER),
+    "run": (
+        run.main,
+        ["--task", "gqa", "--limit", "2"],
+        [
+            *TWIG,
+            *ANSWER,
+            (["--pruning", "mustdrop", "-R", "61", "--calibrate", "2", "--out", "/dev/null/x"], ["--out", "/dev/null"]),
+            (["--pruning", "mustdrop", "-R", "61", "--calibrate", "0"], ["--calibrate is 0"]),
+        ],
+    ),
+    "calibrate": (
+        calibrate.main,
+        ["--pruning", "mustdrop", "--baseline"],
+        [(["--calibrate", "0"], ["--calibrate is 0"]), (["--calibrate", "-1"], ["--calibrate is -1"])],
+    ),
     "suite": (suite.main, ["--tasks", "gqa", "--limit", "2"], [*TWIG[2:], *ANSWER, (["-R", "192,500"], ["500"])]),
     "speed": (
         speed.main,
         [],
-        [*TWIG, (["--prompts", "0"], ["--prompts"]), (["--repeats", "0"], ["--repeats"]), (["--threads", "0"], ["--threads"])],
+        [
+            *TWIG,
+            *((["--" + name, "0"], ["--" + name]) for name in ("prompts", "repeats", "threads")),
+            (["--out", "/dev/null/y.json"], ["--out", "/dev/null cannot be written to"]),
+            (["--out", "/proc/y/z.json"], ["--out", "/proc"]),
+        ],
     ),
     "report": (
         report.main,

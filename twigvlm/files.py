@@ -102,6 +102,21 @@ def exists(path: Path) -> bool:
         return False
 
 
+def check_folder(folder: Path, flag: str) -> None:
+    """Raise InputError where no file could be written in this folder, be it there or still to be made; nothing stays behind."""
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if exists(place))
+    try:
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder")
+        probe = above / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as fault:
+        raise InputError(
+            f"{flag} {folder}: {above} cannot be written to ({fault.strerror}); name another place"
+        ) from fault
+
+
 def check_regular(path: Path) -> None:
     """Raise InputError for what is there and no file: a pipe is waited for, a device may have no end."""
     try:
