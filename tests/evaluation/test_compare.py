@@ -195,6 +195,17 @@ def test_a_base_without_a_twig_says_what_it_cannot(comparer):
     assert [(one["method"], "--twig-block" in one["reason"]) for one in found["refused"]] == [("twig", True)]
 
 
+def test_a_partial_score_is_marked(comparer):
+    code, out, err = comparer("--methods", "fastv", "--limit", "4")
+    assert code == 0, err
+    assert (
+        f"GQA (first 4 of {QUESTIONS})" in out
+        and f"GQA (first 4 of {QUESTIONS})" in (comparer.folder / "comparison.md").read_text()
+    )
+    _, out, _ = comparer("--methods", "fastv")
+    assert "GQA" in out and "first 4" not in out
+
+
 def test_a_limit_for_what_is_timed_alone(comparer):
     args = compare.parse([*comparer.flags, "--benchmarks", "gqa,mmvet", "--limit", "6", "--speed-limit", "2"])
     shutil.copytree(Path(args.data) / "gqa", Path(args.data) / "mm-vet")

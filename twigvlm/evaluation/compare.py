@@ -18,7 +18,7 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from .comparing.shown import markdown, plot
 from .comparing.spread import measure
 from .run import Models, add_options, announce, answer, conclude, foresee, job_of, setting_of, stopped
 from .suite import BUDGETS, MAIN, benchmarks_of
+from .table import heading
 from .tasks.literature import MODEL as PUBLISHED_MODEL
 from .tasks.literature import model_of
 
@@ -230,9 +231,13 @@ class Comparison:
             "all questions" if self.args.limit is None else f"the first {self.args.limit} questions of each benchmark"
         )
         facts = {"model": setting.model_name, "title": f"{setting.model_name}, {asked}", "shape": vars(shape)}
+        facts["columns"] = {task.name: heading(task.name, self._results(task.name)) for task in self.args.benchmarks}
         facts |= {"limit": self.args.limit, "cores_taken_by_others": None if taken is None else round(taken, 2)}
         settings = flags.resolved(Namespace(**vars(self.args) | {"benchmarks": [t.name for t in self.args.benchmarks]}))
         return provenance() | facts | {"settings": settings, "rows": rows, "refused": [_told(r) for r in self.refused]}
+
+    def _results(self, task: str) -> list[Mapping[str, Any]]:
+        return [result for row in self.rows.values() for result in row.results.get(task, ())]
 
     def costs(self, shape: Shape) -> dict[Entry, Cost]:
         """Operations of a prefill and bytes of cache, by arithmetic; not of what depends on the picture."""
