@@ -149,8 +149,7 @@ class TwigDataset(Dataset):
     ):
         """`image_processor`: PIL images → pixel_values; None opens no pictures. Raises InputError for a missing folder."""
         self.folder = None if image_folder is None else Path(image_folder)
-        if self.folder is not None and not self.folder.is_dir():
-            raise InputError(f"{self.folder}: no such folder; give the one that the file's image names start from")
+        check_image_folder(self.folder)
         self.records, self.text = records, TextEncoder(tokenizer)
         self.image_processor = image_processor
         self.max_length, self.visual_tokens = max_length, visual_tokens
@@ -258,6 +257,11 @@ class TwigDataset(Dataset):
                 "check the image folder with python -m twigvlm.training.inspect"
             )
         return [*tried, spare]
+
+
+def check_image_folder(folder: Path | None) -> None:
+    if folder is not None and not (exists(folder) and folder.is_dir()):
+        raise InputError(f"{folder}: no such folder; give the one that the file's image names start from")
 
 
 @dataclass(frozen=True)

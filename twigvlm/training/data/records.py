@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
-from ...files import check_regular, json_fault, not_text
+from ...files import check_regular, exists, is_file, json_fault, not_text
 
 CHUNK = 1 << 22  # bytes looked at in one go
 MUCH = 1 << 24  # bytes, more than any record has
@@ -90,16 +90,12 @@ class Records(Sequence):
 
     def _open(self) -> tuple[int, int]:
         """(size, time of change) of the file, which is open from here on."""
-        check_regular(self.path)
+        check_there(self.path)
         try:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except FileNotFoundError as fault:
-            raise InputError(f"{self.path}: no such file; give a JSON list of conversations") from fault
         except (OSError, ValueError) as fault:
             why = getattr(fault, "strerror", fault)
             raise InputError(f"{self.path}: cannot be opened ({why}); check the path") from fault
-        if self.path.is_dir():
-            raise InputError(f"{self.path}: is a folder; give a JSON list of conversations")
         found = os.fstat(self._file)
         return found.st_size, found.st_mtime_ns
 
@@ -109,6 +105,14 @@ class Records(Sequence):
     def __del__(self):
         if getattr(self, "_file", None) is not None:
             os.close(self._file)
+
+
+def check_there(path: Path) -> None:
+    """Raise InputError for what is no file of records from afar."""
+    check_regular(path)
+    if not is_file(path):
+        what = "is a folder" if exists(path) else "no such file"
+        raise InputError(f"{path}: {what}; give a JSON list of conversations")
 
 
 def _read_at(file: int, count: int, start: int) -> bytes:
