@@ -241,3 +241,9 @@ def test_a_fresh_clone_says_what_to_run(clone, command):
         and any(name in line for name in ("torch", "transformers", "numpy"))
         and "make" in line
     ), line
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such bit there")
+def test_every_script_can_be_started():
+    scripts = [*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "docs").rglob("*.sh"), *ROOT.glob("*.sh")]
+    assert scripts and not [script for script in scripts if not os.access(script, os.X_OK)]
