@@ -333,6 +333,7 @@ def test_own_answers_are_scored_without_a_model(own, tmp_path, capsys):
         ("dog", ["dog"] * 3 + ["cat"] * 7, 0.9, True),
         ("dog", ["dog"] * 4 + ["cat"] * 6, 1.0, True),
         ("", ["dog"], 0.0, False),
+        (" ", ["a"], 0.0, False),
     ],
 )
 def test_the_two_figures_of_own_questions(answer, given, accuracy, exact):
@@ -394,6 +395,7 @@ def test_damaged_own_questions_are_named(own, tmp_path, capsys, unasked, change,
     [
         (["--task", "vqa"], ["--question-file"]),
         (["--task", "vqa", "--question-file", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
+        (["--task", "vqa", "--question-file", "/dev/zero"], ["/dev/zero", "is a pipe or a device"]),
         (["--task", "vqa", "--question-file", __file__, "--image-folder", "nowhere"], ["nowhere", "no such folder"]),
         (["--task", "vqa", "--question-file", __file__, "--data", str(ROOT)], ["--data"]),
         (["--task", "gqa", "--question-file", __file__], ["--question-file", "--task vqa"]),

@@ -1028,7 +1028,11 @@ def test_llavas_own_deepspeed_file_is_taken(tmp_path):
     told = {"fp16": fp16, "bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": params}}
     found = zero.settle(Path(zero_file(tmp_path, **told)), 32, 2, 3, 4, Settings(), True)
     assert found["fp16"]["enabled"] is False and found["bf16"]["enabled"] is True
-    assert found["optimizer"]["params"]["lr"] == Settings().lr
+    for other in (told, told | {"optimizer": {"type": "AdamW"}}):
+        found = zero.settle(Path(zero_file(tmp_path, **other)), 32, 2, 3, 4, Settings(), True)
+        assert found["optimizer"]["params"] == {
+            "lr": Settings().lr, "betas": list(Settings().betas), "eps": zero.EPSILON, "weight_decay": Settings().weight_decay
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize(

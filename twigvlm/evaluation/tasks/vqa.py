@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
-from ...files import is_file
+from ...files import check_regular, is_file
 from ...prompt.media import ADDRESS, IMAGE, PICTURES, SHOWN, unread
 from .base import Question, Score, Source, Task
 from .pairing import ids_of, pair
@@ -57,6 +57,7 @@ class VQA(Task):
             raise InputError("--data is a folder of benchmarks; --task vqa takes --question-file and --image-folder")
         if question_file is None:
             raise InputError(NO_QUESTIONS)
+        check_regular(question_file)
         if not is_file(question_file):
             raise InputError(f"--question-file {question_file}: no such file")
         if image_folder is not None and not image_folder.is_dir():
@@ -131,7 +132,9 @@ def _names(line: Mapping[str, Any], where: str) -> list[str]:
 
 
 def vqa_accuracy(answer: str, given: list[str]) -> float:
-    """0 to 1; see the head of this file."""
+    """0 to 1; see the head of this file. Nothing said is never right, even where normalising leaves nothing of an answer given."""
+    if not answer.strip():
+        return 0.0
     answer, given = evalai(answer), [evalai(text) for text in given]
     if len(given) <= ENOUGH:
         return given.count(answer) / len(given)

@@ -78,7 +78,7 @@ def settle(
     Raises InputError for a file that fixes what the run has otherwise.
     """
     config = read_zero(file)
-    part, optimizer = config.get(ZERO, {}), config.get(OPTIMIZER, {}).get("params", {})
+    part = config.get(ZERO, {})
     shares = f"{rows} samples x {accumulation} accumulation x {processes} processes"
     batch = {ROWS: rows, ACCUMULATION: accumulation, BATCH: rows * accumulation * processes}
     _fill(file, config, batch, shares, ", or give --batch-size and --per-device-batch that fit")
@@ -88,7 +88,8 @@ def settle(
         if name in config:
             _fill(file, config[name], {"enabled": on}, "--precision, or what the device computes in", of=f"{name}.")
     wanted = {"lr": settings.lr, "betas": list(settings.betas), "weight_decay": settings.weight_decay, "eps": EPSILON}
-    _fill(file, optimizer, {k: v for k, v in wanted.items() if k in optimizer}, "its flags")
+    if OPTIMIZER in config:  # whatever it leaves out would be DeepSpeed's own
+        _fill(file, config[OPTIMIZER].setdefault("params", {}), wanted, "its flags")
     if "scheduler" in config:
         raise InputError(f'{file}: "scheduler": the learning rate is --schedule\'s here; take it out')
     sizes = {
