@@ -13,6 +13,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from twigvlm.prompt import template as prompt
 from twigvlm.prompt.processor import SquareImageProcessor
 from twigvlm.prompt.template import VICUNA_V1, Round, TextEncoder
 from twigvlm.training import inspect as inspect_module
+from twigvlm.training import train
 from twigvlm.training.data import records as records_module
 from twigvlm.training.data import survey as survey_module
 from twigvlm.training.data.examples import (
@@ -48,6 +50,7 @@ from twigvlm.training.data.examples import (
     read,
 )
 from twigvlm.training.data.survey import SkipLog, counts, survey
+from twigvlm.training.settings import Settings
 
 V = 4  # visual tokens an image where the number does not matter
 
@@ -828,6 +831,15 @@ def test_a_survey_tells_of_pictures_that_nothing_shows(tmp_path, pictures):
     )
     for _ in range(2):  # found, then read again
         assert survey(dataset, tmp_path / "cache", workers=0, progress=False).unshown == 1
+
+
+def test_pictures_that_nothing_shows_are_told_before_training(tmp_path, pictures, capsys, monkeypatch):
+    dataset = dataset_of(tmp_path, pictures, [record("What?", "a", image="a.png")])
+    found = survey(dataset, workers=0, progress=False)
+    monkeypatch.setattr(train, "read_data", lambda settings, loaded, ranks, judge, *rest: judge(dataset, found))
+    one = SimpleNamespace(settings=Settings(), out=tmp_path / "out", ranks=SimpleNamespace(first=True))
+    train._read_data(one, SimpleNamespace(loaded=None), [])
+    assert "1 samples name pictures that no <image> shows" in capsys.readouterr().err
 
 
 def test_a_survey_by_several_processes(tmp_path, pictures, monkeypatch):

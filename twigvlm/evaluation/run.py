@@ -117,9 +117,11 @@ def setting_of(args: argparse.Namespace, task: Task) -> Setting:
 
 
 def job_of(args: argparse.Namespace, task: Task, setting: Setting, out: Path | None, split: str | None = None) -> Job:
-    for name, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        name, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; {least} or more is needed")
+    check_count(args.calibrate)
     data = find_data(setting, task, args.data)
     split = find_split(task, data, split)
     return Job(task, setting, data, split, out or default_out(task, data, split), args.skip_broken)
@@ -287,7 +289,6 @@ def carry_out(
             show(results[-1])
 
     placement = place(args.num_shards, args.shard, os.environ, args.device)
-    check_count(args.calibrate)
     later = [job for job in jobs if args.calibrate is not None and wanting(job) is not None]
     foresee(job.setting for job in jobs if job not in later and not job.done())
     if not args.answer_only:  # before hours of work, not behind them

@@ -61,7 +61,6 @@ def calibrate(job: Job, count: int) -> tuple[dict[str, Any], Any]:
     from ...record import provenance
     from .ask import CPU_BATCH, Prepared, batches, open_model
 
-    check_count(count)
     setting, R = job.setting, float(job.setting.R)
     method = find_method(setting.writing.pruning, setting.writing.query)
     if not missing(method):

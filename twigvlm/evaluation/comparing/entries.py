@@ -95,7 +95,7 @@ def wish_of(args: Namespace) -> Wish:
 def check(args: Namespace, wish: Wish) -> None:
     """Raise InputError for numbers that cannot be."""
     wrong: Sequence[tuple[str, int | None]] = (
-        ("--seeds", args.seeds), ("--limit", args.limit), ("--speed-limit", args.speed_limit), ("--calibrate", args.calibrate),
+        ("--seeds", args.seeds), ("--limit", args.limit), ("--speed-limit", args.speed_limit),
     )  # fmt: skip
     for name, value in wrong:
         if value is not None and value < 1:
