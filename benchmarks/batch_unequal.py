@@ -57,9 +57,9 @@ def rows(vlm) -> dict:
 def measure(tree: Path, repeats: int) -> dict:
     """Every method after a warm-up, in turn."""
     sys.path.insert(0, str(tree))
-    import torch
+    import twigvlm  # isort: skip  (before torch: it says how threads wait)
 
-    import twigvlm
+    import torch
 
     torch.set_num_threads(2)
     vlm = twigvlm.load(device="cpu")

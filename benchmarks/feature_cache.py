@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from statistics import median
 
+from twigvlm import flags  # isort: skip  (before torch: it says how threads wait)
+
 import torch
 
-from twigvlm import flags
 from twigvlm.files import write_json
 from twigvlm.record import provenance
 from twigvlm.training.cost import make_plan

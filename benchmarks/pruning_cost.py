@@ -23,9 +23,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+from twigvlm.config import TwigConfig  # isort: skip  (before torch: it says how threads wait)
+
 import torch
 
-from twigvlm.config import TwigConfig
 from twigvlm.decoding import prefill
 from twigvlm.errors import InputError
 from twigvlm.evaluation.asking.calibration import entering, fit

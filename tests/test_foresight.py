@@ -14,7 +14,7 @@ from conftest import ROOT, speaking, write_base
 import cli_demo
 import twigvlm
 from twigvlm.errors import InputError
-from twigvlm.evaluation import run, speed, suite
+from twigvlm.evaluation import calibrate, run, speed, suite
 from twigvlm.foresight import Wish, check
 from twigvlm.loading import base as load
 from twigvlm.loading import describe
@@ -51,12 +51,31 @@ ANSWER = [
 ]
 PROGRAMS = {
     "demo": (cli_demo.main, ["--question", "Is there a circle?"], TWIG + ANSWER),
-    "run": (run.main, ["--task", "gqa", "--limit", "2"], TWIG + ANSWER),
+    "run": (
+        run.main,
+        ["--task", "gqa", "--limit", "2"],
+        [
+            *TWIG,
+            *ANSWER,
+            (["--pruning", "mustdrop", "-R", "61", "--calibrate", "2", "--out", "/dev/null/x"], ["--out", "/dev/null"]),
+            (["--pruning", "mustdrop", "-R", "61", "--calibrate", "0"], ["--calibrate is 0"]),
+        ],
+    ),
+    "calibrate": (
+        calibrate.main,
+        ["--pruning", "mustdrop", "--baseline"],
+        [(["--calibrate", "0"], ["--calibrate is 0"]), (["--calibrate", "-1"], ["--calibrate is -1"])],
+    ),
     "suite": (suite.main, ["--tasks", "gqa", "--limit", "2"], [*TWIG[2:], *ANSWER, (["-R", "192,500"], ["500"])]),
     "speed": (
         speed.main,
         [],
-        [*TWIG, (["--prompts", "0"], ["--prompts"]), (["--repeats", "0"], ["--repeats"]), (["--threads", "0"], ["--threads"])],
+        [
+            *TWIG,
+            *((["--" + name, "0"], ["--" + name]) for name in ("prompts", "repeats", "threads")),
+            (["--out", "/dev/null/y.json"], ["--out", "/dev/null cannot be written to"]),
+            (["--out", "/proc/y/z.json"], ["--out", "/proc"]),
+        ],
     ),
     "report": (
         report.main,
@@ -141,6 +160,18 @@ def test_a_twig_says_before_loading_that_it_grew_elsewhere(tmp_path):
         ({"random": "huge"}, ["huge", "WIDTHxLAYERS"]),
         ({"base": "./nowhere", "data": "x.json"}, ["nowhere"]),
         ({"base": str(describe.EMBEDDED_BASE)}, ["--data"]),
+        ({"data": "nowhere.json"}, ["nowhere.json: no such file"]),
+        ({"data": str(ROOT)}, [f"{ROOT}: is a folder"]),
+        ({"data": "/dev/zero"}, ["/dev/zero: is a pipe or a device"]),
+        ({"data": __file__, "images": "/nope"}, ["/nope: no such folder"]),
+        ({"data": __file__, "held_out_data": "nowhere.json"}, ["nowhere.json: no such file"]),
+        ({"data": __file__, "held_out_images": "/nope"}, ["/nope: no such folder"]),
+        ({"out": "/proc/x"}, ["--out /proc/x", "cannot be written to"]),
+        ({"out": "/dev/null/x"}, ["--out /dev/null/x", "not a folder"]),
+        ({"learn": "projector", "pruning": "nonsense"}, ["nonsense"]),
+        ({"learn": "projector", "pruning": "fastv"}, ["fastv", "before the decoder"]),
+        ({"learn": "projector", "retained_tokens": 0}, ["0"]),
+        ({"learn": "projector", "lora_rank": 4}, ["lora_rank"]),
     ],
 )
 def test_a_training_is_checked_before_data_are_drawn_and_the_base_is_asked(settings, words, monkeypatch):
@@ -148,6 +179,26 @@ def test_a_training_is_checked_before_data_are_drawn_and_the_base_is_asked(setti
     with pytest.raises(InputError) as fault:
         launch.start(Settings(**{"device": "cpu"} | settings), [])
     assert all(word in str(fault.value) for word in words), fault.value
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"train_batch_size": 99}, ["train_batch_size is 99"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled is True"]),
+        ({"fp16": True}, ['"fp16" is True']),
+        ({"optimizer": {"type": "SGD"}}, ["SGD", "AdamW"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler"]),
+    ],
+)
+def test_a_deepspeed_file_is_held_against_the_run_before(config, words, monkeypatch, tmp_path):
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(launch, "fill_in", lambda *_: pytest.fail("drew data"))
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": 2}} | config))
+    with pytest.raises(InputError) as fault:
+        launch.start(Settings(device="cpu", precision="fp32", zero=str(file)), [])
+    assert all(word in str(fault.value) for word in [str(file), *words]), fault.value
 
 
 @pytest.mark.parametrize(
@@ -201,3 +252,9 @@ def test_a_fresh_clone_says_what_to_run(clone, command):
         and any(name in line for name in ("torch", "transformers", "numpy"))
         and "make" in line
     ), line
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such bit there")
+def test_every_script_can_be_started():
+    scripts = [*(ROOT / "scripts").rglob("*.sh"), *(ROOT / "docs").rglob("*.sh"), *ROOT.glob("*.sh")]
+    assert scripts and not [script for script in scripts if not os.access(script, os.X_OK)]

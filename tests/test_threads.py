@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import os
 import subprocess
 import sys
@@ -18,8 +20,6 @@ SAY = "import os, json; print(json.dumps({n: os.environ.get(n) for n in ('OMP_WA
 
 def said(code: str, **env: str) -> dict:
     """The two variables in a process, and in a child of it, after `code`."""
-    import json
-
     clean = {name: value for name, value in os.environ.items() if name not in WAITING}
     child = f"import subprocess, sys; print(subprocess.run([sys.executable, '-c', {SAY!r}], capture_output=True, text=True).stdout)"
     out = subprocess.run(
@@ -36,6 +36,44 @@ def test_it_is_said_before_torch_is_loaded():
     assert found == {"OMP_WAIT_POLICY": None, "GOMP_SPINCOUNT": SPINS} or found["OMP_WAIT_POLICY"] == "passive"
     assert said("import cli_demo; cli_demo.main(['--question', ' '])") == found
     assert said("import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_module('twigvlm.evaluation.speed', run_name='__main__')\nexcept SystemExit: pass") == found  # fmt: skip
+
+
+def late(tree: ast.Module) -> list[int]:
+    """Lines that load torch before the package, at the head of a script or of a function that loads both."""
+    found = []
+    for scope in (tree, *(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))):
+        loads = [(name.split(".")[0], node.lineno) for node in scope.body for name in loaded(node)]
+        first = dict(reversed(loads))
+        own = first.get("twigvlm", float("inf") if scope is tree else 0)
+        found += [first["torch"]] if "torch" in first and first["torch"] < own else []
+    return found
+
+
+def loaded(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+# Its child loads torch first on purpose: it measures other settings.
+SCRIPTS = [file for file in sorted((*ROOT.glob("benchmarks/*.py"), *ROOT.glob("*.py"))) if file.name != "threads.py"]
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.name)
+def test_scripts_load_the_package_before_torch(file):
+    assert not late(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def test_the_notebook_loads_the_package_before_torch():
+    cells = json.loads((ROOT / "examples" / "twigvlm.ipynb").read_text(encoding="utf-8"))["cells"]
+    lines = "".join("".join(cell["source"]) + "\n" for cell in cells if cell["cell_type"] == "code")
+    assert not late(ast.parse("\n".join("" if line.startswith(("!", "%")) else line for line in lines.split("\n"))))
+
+
+def test_a_late_package_would_be_found():
+    assert late(ast.parse("import torch\nimport twigvlm")) == [1]
+    assert late(ast.parse("def f():\n    from torch import nn\n    import twigvlm")) == [2]
+    assert not late(ast.parse("from twigvlm import flags\nimport torch\ndef f():\n    import torch"))
 
 
 @pytest.mark.parametrize("name", WAITING)

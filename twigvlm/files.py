@@ -1,4 +1,4 @@
-"""Where files lie, the one way to write one (whole or not at all) and to hold a lock. Knows nothing of what is in them.
+"""Where files lie, the one way to write one (whole or not at all) and to hold a lock; what is no file to read, or no text.
 
 filelock is imported with the first lock: reading and scoring need the standard library alone.
 """
@@ -9,9 +9,12 @@ import contextlib
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .errors import InputError
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -22,6 +25,20 @@ PACKAGE = Path(__file__).resolve().parent
 CHECKOUT = PACKAGE.parent if (PACKAGE.parent / "pyproject.toml").is_file() else None
 # What comes along with the code: checkpoints/, assets/, scripts/. A wheel carries it inside the package.
 BROUGHT = CHECKOUT or PACKAGE / "carried"
+
+# What is not text in UTF-8, by how it begins, and what to do with it.
+OTHERS = (
+    (b"\x1f\x8b", "compressed by gzip", "unpack it with gunzip"),
+    (b"PK\x03\x04", "a ZIP archive", "unpack it with unzip"),
+    (b"BZh", "compressed by bzip2", "unpack it with bunzip2"),
+    (b"\xfd7zXZ\x00", "compressed by xz", "unpack it with unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it with unzstd"),
+    (b"PAR1", "a Parquet table", "write its rows as JSON lines"),
+    (b"\xff\xfe\x00\x00", "UTF-32", "write it in UTF-8: iconv -f UTF-32 -t UTF-8"),
+    (b"\x00\x00\xfe\xff", "UTF-32", "write it in UTF-8: iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "UTF-16", "write it in UTF-8: iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16", "write it in UTF-8: iconv -f UTF-16 -t UTF-8"),
+)
 
 
 def home(env: Mapping[str, str] = os.environ) -> Path:
@@ -71,6 +88,64 @@ def write_text(text: str, path: Path) -> None:
 def write_json(facts: Any, path: Path) -> None:
     """Whole or not at all."""
     write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", path)
+
+
+def is_file(path: Path) -> bool:
+    return exists(path) and path.is_file()
+
+
+def exists(path: Path) -> bool:
+    """Whether anything lies there; not under a name that no file can have, nor in a folder that may not be entered."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Raise InputError where no file could be written in this folder, be it there or still to be made; nothing stays behind."""
+    above = next(place for place in (folder.absolute(), *folder.absolute().parents) if exists(place))
+    try:
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder")
+        probe = above / f".probe-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as fault:
+        raise InputError(
+            f"{flag} {folder}: {above} cannot be written to ({fault.strerror}); name another place"
+        ) from fault
+
+
+def check_regular(path: Path) -> None:
+    """Raise InputError for what is there and no file: a pipe is waited for, a device may have no end."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return  # whoever opens it says why
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{path}: is a pipe or a device; write what it gives into a file, and name that")
+
+
+def not_text(head: bytes) -> tuple[str, str] | None:
+    """What a file that begins so is, where text in UTF-8 is expected, and the remedy; None for what may be such text."""
+    for begin, what, remedy in OTHERS:
+        if head.startswith(begin):
+            return what, remedy
+    if b"\0" in head[:4]:  # no text in UTF-8 has one; UTF-16 without its mark does
+        width, order = 32 if b"\0\0" in head[:4] else 16, "BE" if head.startswith(b"\0") else "LE"
+        name = f"UTF-{width}{order}"
+        return f"binary or {name}", f"if it is {name}, write it in UTF-8: iconv -f {name} -t UTF-8"
+    return None
+
+
+def json_fault(fault: Exception) -> str:
+    """What a parser of JSON stumbled over."""
+    if isinstance(fault, RecursionError):
+        return "brackets within brackets, too deep"
+    if isinstance(fault, json.JSONDecodeError):
+        return fault.msg
+    return "a number of too many digits" if "digits" in str(fault) else str(fault)
 
 
 def flush(path: Path) -> None:

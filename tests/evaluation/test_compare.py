@@ -20,6 +20,7 @@ import pytest
 from tests.evaluation.conftest import QUESTIONS, Runner, script, write_data
 from twigvlm.errors import InputError
 from twigvlm.evaluation import compare, run
+from twigvlm.evaluation.asking import ask
 from twigvlm.evaluation.asking.ask import Asker
 from twigvlm.evaluation.comparing import shown, spread
 from twigvlm.evaluation.comparing.entries import Entry
@@ -194,6 +195,17 @@ def test_a_base_without_a_twig_says_what_it_cannot(comparer):
     assert [(one["method"], "--twig-block" in one["reason"]) for one in found["refused"]] == [("twig", True)]
 
 
+def test_a_partial_score_is_marked(comparer):
+    code, out, err = comparer("--methods", "fastv", "--limit", "4")
+    assert code == 0, err
+    assert (
+        f"GQA (first 4 of {QUESTIONS})" in out
+        and f"GQA (first 4 of {QUESTIONS})" in (comparer.folder / "comparison.md").read_text()
+    )
+    _, out, _ = comparer("--methods", "fastv")
+    assert "GQA" in out and "first 4" not in out
+
+
 def test_a_limit_for_what_is_timed_alone(comparer):
     args = compare.parse([*comparer.flags, "--benchmarks", "gqa,mmvet", "--limit", "6", "--speed-limit", "2"])
     shutil.copytree(Path(args.data) / "gqa", Path(args.data) / "mm-vet")
@@ -336,12 +348,25 @@ def test_a_broken_picture_is_told_and_the_rest_is_compared(comparer, data):
         (("--seeds", "0"), ("--seeds is 0",)),
         (("--limit", "0"), ("--limit is 0",)),
         (("--speed-limit", "-1"), ("--speed-limit is -1",)),
+        (("--calibrate", "0"), ("--calibrate is 0",)),
+        (("--draft-length", "-1"), ("draft", "-1")),
+        (("-R", "0"), ("-R is 0", "more than 0")),
+        (("-R", "2,nan"), ("-R is nan",)),
+        (("-R", "9999"), ("-R is 9999", "at most")),
+        (("-R", "0.01"), ("-R 0.01", "none of the methods")),
+        (("--report", "/dev/null/x"), ("--report /dev/null/x", "/dev/null cannot be written to")),
+        (("--out", "/proc/x"), ("--out /proc/x",)),
     ],
 )
-def test_impossible_wishes_are_refused_before_anything_is_opened(comparer, monkeypatch, flags, words):
+@pytest.mark.parametrize("methods", [(), ("--methods", "fastv,mustdrop", "--calibrate", "2")])
+def test_impossible_wishes_are_refused_before_anything_is_opened(comparer, monkeypatch, flags, words, methods):
+    """Nor is anything calibrated, which opens the model too."""
     monkeypatch.setattr(Models, "get", lambda *_: pytest.fail("opened the model"))
+    monkeypatch.setattr(ask, "open_model", lambda *_: pytest.fail("opened the model"))
+    if methods and flags == ("-R", "0.01"):
+        return  # what mustdrop leaves only the model can tell
     try:
-        code, _, err = comparer(*flags)
+        code, _, err = comparer(*methods, *flags)
     except SystemExit as end:
         code, err = end.code, comparer.capsys.readouterr().err
     assert code == 2 and all(word in err for word in words), err

@@ -398,13 +398,16 @@ def test_a_missing_picture_names_its_question(runner, tmp_path, data, monkeypatc
         patch.setattr(run.Models, "get", lambda *_: pytest.fail("opened the model"))
         runner.refused("--out", str(tmp_path / "out"), words=("question 102", str(picture), "--skip-broken"))
     result = runner.done("--out", str(tmp_path / "out"), "--skip-broken")
-    assert result["broken"] == {"count": 5, "ids": ["102", "106", "110", "114", "118"]}
+    broken = json.loads(Path(result["per_question"]).read_text())["broken"]
+    assert result["broken"] == 5 and list(broken) == ["102", "106", "110", "114", "118"]
+    assert all(str(picture) in reason for reason in broken.values()) and "118" not in json.dumps(result)
     assert result["doubts"] == {"broken_images_answered_empty": 5} and result["questions"] == QUESTIONS
     rows = [json.loads(row) for row in merged(tmp_path / "out").splitlines()]
-    assert [row["question_id"] for row in rows if row["metadata"].get("broken")] == result["broken"]["ids"]
+    assert [row["question_id"] for row in rows if row["metadata"].get("broken")] == list(broken)
     runner.refused("--out", str(tmp_path / "out"), words=("question 102",))  # skipped is not answered
     Image.new("RGB", (9, 9)).save(picture)
-    assert runner.done("--out", str(tmp_path / "out"))["broken"]["count"] == 0
+    whole = runner.done("--out", str(tmp_path / "out"))
+    assert whole["broken"] == 0 and "broken" not in Path(whole["per_question"] or os.devnull).read_text()
 
 
 def test_a_damaged_picture_names_its_question(runner, tmp_path, data):
@@ -412,7 +415,7 @@ def test_a_damaged_picture_names_its_question(runner, tmp_path, data):
     picture.write_bytes(picture.read_bytes()[:-90])
     for workers in ("0", "1"):
         runner.refused("--out", str(tmp_path / "out"), "--workers", workers, words=("question 101", "1.jpg"))
-    assert runner.done("--out", str(tmp_path / "out"), "--skip-broken")["broken"]["count"] == 5
+    assert runner.done("--out", str(tmp_path / "out"), "--skip-broken")["broken"] == 5
 
 
 def test_a_missing_annotation_is_found_before_the_work(runner, tmp_path, data, monkeypatch):

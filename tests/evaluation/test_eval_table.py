@@ -14,6 +14,7 @@ import pytest
 from twigvlm.errors import InputError
 from twigvlm.evaluation import table
 from twigvlm.evaluation.table import Table, collect, find_results, plot
+from twigvlm.evaluation.tasks import TASKS
 from twigvlm.evaluation.tasks.published import BASE, ROWS, SIX
 
 SETTINGS = {
@@ -137,6 +138,15 @@ def test_limited_runs_are_rows_of_their_own_with_their_own_baseline(runs, capsys
     _, out, _ = call(capsys, runs / "gqa", "--format", "json")
     rows = {row["method"] + str(row["R"]): row["RelAcc"] for row in json.loads(out)["rows"]}
     assert rows["TTP+SSD, first 4 questions64.0"] == 50 and rows["TTP+SSD64.0"] == 90
+
+
+def test_a_column_says_which_part_of_the_benchmark_its_score_is_of(runs, capsys):
+    result(runs, "pope", "base", 80.0, metric="F1 of adversarial, %")
+    _, out, _ = call(capsys, runs)
+    assert "POPE (F1 of adversarial)" in narrow(out)[0]
+    result(runs, "pope", "twig-R64", 80.0, metric=TASKS["pope"].metric)
+    _, out, _ = call(capsys, runs)
+    assert "POPE (F1 of adversarial; mean F1 of three settings)" in narrow(out)[0]
 
 
 def test_two_splits_are_two_columns(runs, capsys):

@@ -279,6 +279,10 @@ def test_own_questions_are_asked_as_they_stand(own):
     questions = task.questions(Path(), task.splits[0])
     assert questions[1] == Question("two", "Is it red?", (pictures / "b.png",), {"question_id": "two"})
     assert questions[2].images == (pictures / "a.png", pictures / "b.png") and questions[3].images == ()
+    rewritten = [row | {"images": row.pop("image", None)} for row in read_records(file)]
+    rewritten[0] |= {"image": None, "images": ["a.png"]}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rewritten))
+    assert [q.images for q in task.questions(Path(), task.splits[0])] == [q.images for q in questions]
 
 
 def test_own_questions_are_scored_where_there_are_answers(own, tmp_path):
@@ -329,6 +333,7 @@ def test_own_answers_are_scored_without_a_model(own, tmp_path, capsys):
         ("dog", ["dog"] * 3 + ["cat"] * 7, 0.9, True),
         ("dog", ["dog"] * 4 + ["cat"] * 6, 1.0, True),
         ("", ["dog"], 0.0, False),
+        (" ", ["a"], 0.0, False),
     ],
 )
 def test_the_two_figures_of_own_questions(answer, given, accuracy, exact):
@@ -342,6 +347,24 @@ def test_the_two_figures_of_own_questions(answer, given, accuracy, exact):
         (lambda rows: rows[0].pop("text"), ["'text' is missing"]),
         (lambda rows: rows[0].update(text=" "), ["question 1", "empty"]),
         (lambda rows: rows[0].update(image=7), ["question 1", "image is 7"]),
+        *(
+            (lambda rows, key=key: rows[0].update({"image": None, key: "a.png"}), ["question 1", f'"{key}" is'])
+            for key in ("img", "Image", "image_path", "image_url", "pictures", "video", "Video", "video_path", "audio")
+        ),
+        (lambda rows: rows[0].update(images=["b.png"]), ["question 1", "both image and images"]),
+        (lambda rows: rows[0].update(image="http://a.b/c.png"), ["question 1", "http://a.b/c.png is an address"]),
+        (lambda rows: rows[0].update(image=None, images=["data:image/png;base64,AA"]), ["question 1", "is an address"]),
+        (lambda rows: rows[0].update(image="."), ["question 1", "no file"]),
+        (lambda rows: rows[0].update(image="x" * 4000), ["question 1", "not there"]),
+        (lambda rows: rows[0].update(image="a\0b"), ["question 1", "not there"]),
+        (lambda rows: rows[0].update(text="<image> or <image>?"), ["question 1", "2 <image> marks for 1 images"]),
+        (lambda rows: rows[3].update(text="<image>?"), ["question 4", "1 <image> marks for 0 images"]),
+        (lambda rows: rows[1].update(answer=""), ["question two", "an answer is ''"]),
+        (lambda rows: rows[1].update(answer=float("nan")), ["question two", "an answer is nan"]),
+        (lambda rows: rows[1].update(answers=[{"text": "yes"}]), ["question two", "an answer is {'text'"]),
+        (lambda rows: rows[1].update(answers=[["yes"]]), ["question two", "an answer is ['yes']"]),
+        (lambda rows: rows[1].update(question_id=True), ["'question_id' is a JSON boolean"]),
+        (lambda rows: rows[1].update(question_id=""), ["'question_id' is empty"]),
         (lambda rows: rows[1].update(question_id=1), ["1", "twice"]),
         (lambda rows: rows[1].update(answer={"a": 1}), ["question two", "a text is needed"]),
         (lambda rows: rows[0].update(image="gone.png"), ["question 1", "gone.png"]),
@@ -372,6 +395,7 @@ def test_damaged_own_questions_are_named(own, tmp_path, capsys, unasked, change,
     [
         (["--task", "vqa"], ["--question-file"]),
         (["--task", "vqa", "--question-file", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
+        (["--task", "vqa", "--question-file", "/dev/zero"], ["/dev/zero", "is a pipe or a device"]),
         (["--task", "vqa", "--question-file", __file__, "--image-folder", "nowhere"], ["nowhere", "no such folder"]),
         (["--task", "vqa", "--question-file", __file__, "--data", str(ROOT)], ["--data"]),
         (["--task", "gqa", "--question-file", __file__], ["--question-file", "--task vqa"]),

@@ -751,7 +751,8 @@ def test_questions_of_llavas_files(tmp_path, name):
     files["questions"].parent.mkdir(parents=True)
     lines_of(files["questions"], LINES)
     one, two, three = task.questions(tmp_path, task.splits[0])
-    assert (one.id, two.id, three.id) == ("i", "i#2", "7")
+    second = "i#2" if task.shared_ids else "i"  # which no run takes twice
+    assert (one.id, two.id, three.id) == ("i", second, "7")
     assert two.prompt == f"Two?{task.suffix}" and three.images == (files["images"] / "j.jpg",)
     assert [question.line["question_id"] for question in (one, two, three)] == ["i", "i", 7]
     with pytest.raises(InputError, match="has no split 'x'"):

@@ -90,6 +90,24 @@ def test_a_folder_has_one_row_a_picture(call, pictures):
     assert png.size == (width(2), height(6, titles=3))
 
 
+def test_without_a_name_it_lies_among_the_runs(model, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "--base-model",
+        model[0],
+        "--device",
+        "cpu",
+        "-R",
+        "2",
+        "--image",
+        str(pictures / "c.PNG"),
+        "--max-new-tokens",
+        "4",
+    ]
+    assert show.main([*flags, "--methods", "fastv"]) == 0, capsys.readouterr().err
+    assert (tmp_path / "runs" / "kept.png").is_file() and not (tmp_path / "kept.png").exists()
+
+
 def test_a_method_that_cannot_has_a_tile_with_the_reason(call):
     code, out, _, png = call("--methods", "twig,fastv", "-R", "4")
     assert (
@@ -127,6 +145,7 @@ def test_what_only_the_loaded_model_knows_has_a_tile_too(call, monkeypatch):
         (("--image", "nowhere.png"), ("nowhere.png",)),
         (("--output", "kept.jpg"), ("PNG",)),
         (("--output", "nowhere/kept.png"), ("no folder",)),
+        (("--out", "nowhere/kept.png"), ("no folder",)),
         (("--max-new-tokens", "0"), ("max_new_tokens",)),
         (("--dtype", "int8"), ("int8",)),
     ],

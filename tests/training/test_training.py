@@ -999,6 +999,74 @@ def test_sizes_of_a_deepspeed_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"bf16": True}, ['"bf16" is True', "enabled"]),
+        ({"bf16": [1]}, ['"bf16" is [1]']),
+        ({"fp16": None}, ['"fp16" is None']),
+        ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["fp16.enabled is True", "--precision"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled is True"]),
+        ({"optimizer": None}, ['"optimizer" is None']),
+        ({"optimizer": ["AdamW"]}, ['"optimizer" is [']),
+        ({"optimizer": {"type": "AdamW", "params": None}}, ['"params" is None']),
+        ({"optimizer": {"type": "SGD"}}, ["optimizer.type is 'SGD'", "AdamW or Adam"]),
+        ({"optimizer": {"type": "auto"}}, ["optimizer.type is 'auto'"]),
+        ({"optimizer": {"params": {}}}, ["optimizer.type is None"]),
+        ({"optimizer": {"type": "AdamW", "params": {"momentum": "auto"}}}, ['optimizer.params.momentum is "auto"']),
+        ({"zero_optimization": None}, ['"zero_optimization" is None']),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "auto"}}},
+            ["offload_optimizer.device is 'auto'", "cpu"],
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "foo"}}}, ["offload_param.device is 'foo'"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": "cpu"}}, ["\"offload_param\" is 'cpu'"]),
+        ({"steps_per_print": "auto"}, ['steps_per_print is "auto"']),
+        (
+            {"activation_checkpointing": {"partition_activations": "auto"}},
+            ["activation_checkpointing.partition_activations"],
+        ),
+    ],
+)
+def test_parts_of_a_deepspeed_file_that_cannot_be(tmp_path, told, words):
+    with pytest.raises(InputError) as fault:
+        zero.settle(Path(zero_file(tmp_path, **told)), 32, 2, 3, 4, Settings(), True)
+    said = str(fault.value)
+    assert said.startswith(str(tmp_path / "zero.json")) and all(word in said for word in words), said
+
+
+def test_llavas_own_deepspeed_file_is_taken(tmp_path):
+    fp16 = {
+        "enabled": "auto",
+        "loss_scale": 0,
+        "loss_scale_window": 1000,
+        "initial_scale_power": 16,
+        "min_loss_scale": 1,
+    }
+    params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+    told = {"fp16": fp16, "bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": params}}
+    found = zero.settle(Path(zero_file(tmp_path, **told)), 32, 2, 3, 4, Settings(), True)
+    assert found["fp16"]["enabled"] is False and found["bf16"]["enabled"] is True
+    for other in (told, told | {"optimizer": {"type": "AdamW"}}):
+        found = zero.settle(Path(zero_file(tmp_path, **other)), 32, 2, 3, 4, Settings(), True)
+        assert found["optimizer"]["params"] == {
+            "lr": Settings().lr, "betas": list(Settings().betas), "eps": zero.EPSILON, "weight_decay": Settings().weight_decay
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x1f\x8b\x08", "{}".encode("utf-16"), b"{" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+)
+def test_a_deepspeed_file_that_is_no_json_is_told_in_a_line(tmp_path, data):
+    file = tmp_path / "zero.json"
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"zero\.json: (is|not a DeepSpeed)") as fault:
+        zero.read_zero(file)
+    assert "\n" not in str(fault.value) and "set_int_max_str_digits" not in str(fault.value)
+    with pytest.raises(InputError, match="is a pipe or a device"):
+        zero.read_zero(Path("/dev/zero"))
+
+
+@pytest.mark.parametrize(
     "text",
     ["", "no JSON", "[]", '{"zero_optimization": 3}', '{"zero_optimization": {"stage": 7}}', "{" * 10, "\ufeff{"],
 )

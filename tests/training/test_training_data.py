@@ -13,6 +13,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from twigvlm.prompt import template as prompt
 from twigvlm.prompt.processor import SquareImageProcessor
 from twigvlm.prompt.template import VICUNA_V1, Round, TextEncoder
 from twigvlm.training import inspect as inspect_module
+from twigvlm.training import train
 from twigvlm.training.data import records as records_module
 from twigvlm.training.data import survey as survey_module
 from twigvlm.training.data.examples import (
@@ -48,6 +50,7 @@ from twigvlm.training.data.examples import (
     read,
 )
 from twigvlm.training.data.survey import SkipLog, counts, survey
+from twigvlm.training.settings import Settings
 
 V = 4  # visual tokens an image where the number does not matter
 
@@ -323,6 +326,68 @@ def test_what_nobody_can_look_at_is_a_reason(key):
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        "img", "Image", "IMAGES", "image_path", "image_file", "image_url", "imageUrl", "image2", "pictures", "photo",
+        "video_path", "Video", "Audio", "frames", "media",
+    ],
+)  # fmt: skip
+def test_media_under_another_key_are_a_reason(key):
+    for value in ("a.png", ["a.png"], {"path": "a.png"}):
+        found = encoded(record("<image>\nWhat?", "a", **{key: value}))
+        assert (
+            found.reason == key
+            and "a.png" in found.detail
+            and (key.lower()[:2] in "viaumefr" or "images" in found.detail)
+        )
+        assert encoded(record("What?", "a", image="b.png", **{key: value})).reason == key
+    for nothing in (None, "", []):
+        assert isinstance(encoded(record("What?", "a", **{key: nothing})), Example)
+
+
+@pytest.mark.parametrize("key", ["image", "images", "img", "video"])
+def test_media_inside_a_turn_are_a_reason(key):
+    talk = turns("<image>\nWhat?", "a")
+    talk[0][key] = "a.png"
+    for more in ({}, {"image": "a.png"}):
+        assert encoded({"conversations": talk, **more}).reason == key
+
+
+@pytest.mark.parametrize(
+    "key", ["image_id", "image_size", "imagenet_class", "model", "source", "video_id", "image_source"]
+)
+def test_other_keys_are_nobodys_business(key):
+    assert isinstance(encoded(record("<image>\nWhat?", "a", image="a.png", **{key: "x"})), Example)
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["<image>\nWhat?", "What?\n<image>", "Look:\n<image>\nWhat?", " <image>", "<video>\nWhat?", "Hear <audio>"],
+)
+def test_marks_of_what_no_key_names_are_a_reason(question):
+    found = encoded(record(question, "a"))
+    assert found.reason == "media not named" and '"image" or "images"' in found.detail and "turn 0" in found.detail
+    if "<image>" not in question:
+        assert encoded(record(question, "a", video=None, image="a.png")).reason == "media not named"
+
+
+def test_a_system_text_takes_the_place_of_the_template_s():
+    ids = {
+        text: encoded(record("What?", "a", system=text)).input_ids for text in ("Be brief.", VICUNA_V1.system, "", None)
+    }
+    plain = encoded(record("What?", "a")).input_ids
+    assert ids[""] == ids[None] == ids[VICUNA_V1.system] == plain
+    said = TextEncoder(tiny_tokenizer())
+    assert ids["Be brief."] == [1, *said("Be brief. USER: What? ASSISTANT: a"), 2]
+
+
+@pytest.mark.parametrize("text", [3, ["a"], {"a": 1}, "a</s>", "<image> a", "\ud800"])
+def test_a_system_text_that_cannot_be_said_is_a_reason(text):
+    assert encoded(record("What?", "a", system=text)).reason == "system text"
+    assert encoded(record("a", "b", system="Be ASSISTANT: brief")).reason.endswith("control word in the text")
+
+
+@pytest.mark.parametrize(
     "name", ["http://a.b/c.png", "HTTPS://a.b/c.png", "s3://a/b.png", "file:///a.png", "data:image/png;base64,AAAA"]
 )
 def test_pictures_that_are_no_files_are_a_reason(name):
@@ -445,7 +510,9 @@ def test_labels_found_in_the_finished_text(messages):
     if isinstance(found, Example):
         assert aligned and found.input_ids == ids and found.labels == labels
     elif aligned:
-        assert any(word in "|".join(messages) for word in ("</s>", "ASSISTANT:")), found
+        assert found.reason == "media not named" or any(
+            word in "|".join(messages) for word in ("</s>", "ASSISTANT:")
+        ), found
 
 
 # ---------------------------------------------------------------------- records in a file
@@ -456,6 +523,15 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FILES = st.lists(st.dictionaries(st.text(max_size=5), JSON, max_size=4), min_size=1, max_size=5)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_or_a_device_is_no_file(tmp_path):
+    pipe = tmp_path / "pipe.json"
+    os.mkfifo(pipe)
+    for file in (pipe, "/dev/zero", "/dev/null"):
+        with pytest.raises(InputError, match="is a pipe or a device; write what it gives into a file"):
+            Records(file)
 
 
 @pytest.fixture
@@ -541,10 +617,10 @@ def test_no_records(content, part, tmp_path):
     [
         (lambda text: text.encode("utf-16"), "is UTF-16"),
         (lambda text: b"\xfe\xff" + text.encode("utf-16-be"), "is UTF-16"),
-        (lambda text: text.encode("utf-16-le"), "if it is UTF-16"),
-        (lambda text: text.encode("utf-16-be"), "if it is UTF-16"),
+        (lambda text: text.encode("utf-16-le"), "if it is UTF-16LE"),
+        (lambda text: text.encode("utf-16-be"), "iconv -f UTF-16BE"),
         (lambda text: text.encode("utf-32"), "is UTF-32"),
-        (lambda text: text.encode("utf-32-be"), "if it is UTF-16 or UTF-32"),
+        (lambda text: text.encode("utf-32-be"), "if it is UTF-32BE"),
         (lambda text: gzip.compress(text.encode()), "compressed by gzip.*gunzip"),
         (lambda text: bz2.compress(text.encode()), "compressed by bzip2"),
         (lambda text: lzma.compress(text.encode()), "compressed by xz"),
@@ -747,6 +823,23 @@ def test_a_survey(tmp_path, pictures):
         (4, IMAGE_MISSING), (5, f"{NO_LABELS}: empty message"), (6, TOO_LONG)
     ]  # fmt: skip
     assert counts(found.skipped) == {IMAGE_MISSING: 1, f"{NO_LABELS}: empty message": 1, TOO_LONG: 1}
+
+
+def test_a_survey_tells_of_pictures_that_nothing_shows(tmp_path, pictures):
+    dataset = dataset_of(
+        tmp_path, pictures, [record("What?", "a", image="a.png"), record("<image>", "a", image="a.png")]
+    )
+    for _ in range(2):  # found, then read again
+        assert survey(dataset, tmp_path / "cache", workers=0, progress=False).unshown == 1
+
+
+def test_pictures_that_nothing_shows_are_told_before_training(tmp_path, pictures, capsys, monkeypatch):
+    dataset = dataset_of(tmp_path, pictures, [record("What?", "a", image="a.png")])
+    found = survey(dataset, workers=0, progress=False)
+    monkeypatch.setattr(train, "read_data", lambda settings, loaded, ranks, judge, *rest: judge(dataset, found))
+    one = SimpleNamespace(settings=Settings(), out=tmp_path / "out", ranks=SimpleNamespace(first=True))
+    train._read_data(one, SimpleNamespace(loaded=None), [])
+    assert "1 samples name pictures that no <image> shows" in capsys.readouterr().err
 
 
 def test_a_survey_by_several_processes(tmp_path, pictures, monkeypatch):

@@ -21,7 +21,7 @@ from typing import Any
 from .. import flags
 from ..config import hub_id, split_name
 from ..errors import InputError, RunError
-from ..files import PART, umask
+from ..files import PART, check_folder, umask
 from ..program import called, run_program
 
 MARK = "twigvlm_export"  # in config.json: a folder of ours, which may be written again
@@ -59,11 +59,7 @@ def check_target(out: Path) -> None:
             ours = False
         if not ours:
             raise InputError(f"--out {out}: is not empty and no export of twigvlm; name a new folder, or empty it")
-    above = out.absolute().parent
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"--out {out}: {above} cannot be written to; name another folder")
+    check_folder(out.parent, "--out")
 
 
 @contextlib.contextmanager

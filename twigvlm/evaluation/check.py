@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .. import flags
 from ..errors import InputError
+from ..files import is_file
 from ..program import called, run_program
 from .asking.setting import REAL_DATA
 from .tasks import TASKS
@@ -122,7 +123,7 @@ def _check_pictures(finding: Finding, label: str, questions: Sequence[Question],
     pictures = list(dict.fromkeys(image for question in questions for image in question.images))
     finding.pictures = len(pictures)
     bar = {"desc": f"{label}: pictures", "leave": False, "disable": None, "delay": 1}
-    missing = [p for p in tqdm(pictures, **bar) if isinstance(p, Path) and not (p.is_file() and p.stat().st_size)]
+    missing = [p for p in tqdm(pictures, **bar) if isinstance(p, Path) and not (is_file(p) and p.stat().st_size)]
     finding.missing = len(missing)
     if missing:
         finding.fault(f"{len(missing)} of {len(pictures)} pictures missing or empty: {_sample(missing)}")

@@ -18,13 +18,13 @@ import os
 import sys
 import traceback
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import flags
 from ..errors import InputError
-from ..files import write_json, write_text
+from ..files import check_folder, write_json, write_text
 from ..processes import Placement, Stop, guarded, place
 from ..program import called
 from ..pruning import METHODS, Plan, Shape, find_method
@@ -32,7 +32,7 @@ from ..pruning.catalogue import budgets_of, methods_of
 from ..pruning.cost import Cost
 from ..threads import Clock
 from .asking.answers import LOGS
-from .asking.calibration import ensure
+from .asking.calibration import ensure, wanting
 from .asking.job import Job
 from .asking.setting import pruning_of
 from .asking.shards import launch
@@ -42,6 +42,7 @@ from .comparing.shown import markdown, plot
 from .comparing.spread import measure
 from .run import Models, add_options, announce, answer, conclude, foresee, job_of, setting_of, stopped
 from .suite import BUDGETS, MAIN, benchmarks_of
+from .table import heading
 from .tasks.literature import MODEL as PUBLISHED_MODEL
 from .tasks.literature import model_of
 
@@ -103,8 +104,8 @@ class Comparison:
     """The settings, their jobs, and what became of them."""
 
     def __init__(self, args: Namespace):
-        check(args)
         self.args, self.wish = args, wish_of(args)
+        check(args, self.wish)
         self.entries, self.refused = entries_of(args, self.wish)
         self.jobs = {entry: self._jobs(entry) for entry in self.entries}
         self.rows = {row: Measured(entries) for row, entries in rows_of(self.entries).items()}
@@ -230,9 +231,13 @@ class Comparison:
             "all questions" if self.args.limit is None else f"the first {self.args.limit} questions of each benchmark"
         )
         facts = {"model": setting.model_name, "title": f"{setting.model_name}, {asked}", "shape": vars(shape)}
+        facts["columns"] = {task.name: heading(task.name, self._results(task.name)) for task in self.args.benchmarks}
         facts |= {"limit": self.args.limit, "cores_taken_by_others": None if taken is None else round(taken, 2)}
         settings = flags.resolved(Namespace(**vars(self.args) | {"benchmarks": [t.name for t in self.args.benchmarks]}))
         return provenance() | facts | {"settings": settings, "rows": rows, "refused": [_told(r) for r in self.refused]}
+
+    def _results(self, task: str) -> list[Mapping[str, Any]]:
+        return [result for row in self.rows.values() for result in row.results.get(task, ())]
 
     def costs(self, shape: Shape) -> dict[Entry, Cost]:
         """Operations of a prefill and bytes of cache, by arithmetic; not of what depends on the picture."""
@@ -270,15 +275,30 @@ def report(found: dict[str, Any], folder: Path) -> None:
         print(f"report: {file}", flush=True)
 
 
-def run(args: Namespace, argv: Sequence[str], stop: Stop) -> int:
-    before = Clock.now()
-    if not args.recorded:
-        ensure(args.calibrate, calibrated(args))
+def prepared(args: Namespace) -> Comparison:
+    """The comparison, its thresholds found. All that can be looked at without a model is looked at before one is opened."""
     this = Comparison(args)
-    announce(this.every[-1].setting, this.every[0].data, args.data is not None)
     for job in {(job.task, job.split): job for job in this.every}.values():
         job.match() if not args.answer_only else job.check()  # before hours of work, not behind them
-    _writable(args.report)
+    check_folder(args.report, "--report")
+    if args.out is not None:
+        check_folder(args.out, "--out")
+    if args.recorded:
+        return this
+    later = [job for job in calibrated(args) if wanting(job) is not None]
+    able = {entry.R for entry in this.entries} | {job.setting.R for job in later}
+    if idle := next((R for R in args.retained_tokens if R not in able), None):
+        reason = next(one.reason for one in this.refused if idle == one.R)
+        raise InputError(f"-R {idle:g}: none of the methods can do that ({reason}); name another R or other methods")
+    foresee(job.setting for job in this.every if not job.done())
+    ensure(args.calibrate, later)
+    return Comparison(args) if later else this
+
+
+def run(args: Namespace, argv: Sequence[str], stop: Stop) -> int:
+    before = Clock.now()
+    this = prepared(args)
+    announce(this.every[-1].setting, this.every[0].data, args.data is not None)
     print(f"{len(args.benchmarks)} benchmarks x {len(this.entries)} settings", flush=True)
     placement = place(args.num_shards, args.shard, os.environ, args.device)
     if args.recorded:
@@ -295,18 +315,6 @@ def run(args: Namespace, argv: Sequence[str], stop: Stop) -> int:
         return int(failed)
     report(this.found(Clock.now().cores_taken(before)), args.report)
     return int(any(one.failed for one in this.refused))
-
-
-def _writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as fault:
-        raise InputError(
-            f"--report {folder}: nothing can be written there ({fault.strerror}); name another folder"
-        ) from fault
 
 
 def main(argv: Sequence[str] | None = None) -> int:

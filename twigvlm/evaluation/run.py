@@ -25,10 +25,11 @@ from typing import Any
 from .. import flags
 from ..config import GenerationSettings
 from ..errors import InputError, RunError
+from ..files import check_folder
 from ..processes import Placement, Stop, guarded, place
 from ..program import called, print_json
 from .asking.answers import LOGS, open_shard
-from .asking.calibration import ensure
+from .asking.calibration import check_count, ensure, wanting
 from .asking.job import Job, default_out, find_data, find_split
 from .asking.progress import Progress
 from .asking.setting import Setting
@@ -116,9 +117,11 @@ def setting_of(args: argparse.Namespace, task: Task) -> Setting:
 
 
 def job_of(args: argparse.Namespace, task: Task, setting: Setting, out: Path | None, split: str | None = None) -> Job:
-    for name, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
+    for name, least in (("batch_size", 1), ("workers", 0)):
+        name, value = f"--{name.replace('_', '-')}", getattr(args, name)
         if value is not None and value < least:
             raise InputError(f"{name} is {value}; {least} or more is needed")
+    check_count(args.calibrate)
     data = find_data(setting, task, args.data)
     split = find_split(task, data, split)
     return Job(task, setting, data, split, out or default_out(task, data, split), args.skip_broken)
@@ -285,12 +288,16 @@ def carry_out(
             results.append(conclude(job, placement))
             show(results[-1])
 
-    ensure(args.calibrate, jobs)
     placement = place(args.num_shards, args.shard, os.environ, args.device)
-    foresee(job.setting for job in jobs if not job.done())
+    later = [job for job in jobs if args.calibrate is not None and wanting(job) is not None]
+    foresee(job.setting for job in jobs if job not in later and not job.done())
     if not args.answer_only:  # before hours of work, not behind them
         for job in {(job.task, job.split): job for job in jobs}.values():
             job.match()
+    for out in {job.out for job in later}:
+        check_folder(out, "--out")
+    ensure(args.calibrate, later)
+    foresee(job.setting for job in later if not job.done())
     if placement.launch:
         print(f"{placement.count} shards on this node", flush=True)
         answer_in_children(jobs, placement, command, stop, each)

@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import flags
 from ..errors import InputError
+from ..files import check_regular, is_file
 from ..program import called, run_program
 from .tasks import ALIASES, OWN, TASKS, find
 from .tasks.base import Score, Source, Task
@@ -94,7 +95,8 @@ def _read(task: Task, args: argparse.Namespace) -> tuple[Source, Source | None, 
     if args.split is not None and args.split not in task.splits:
         raise InputError(f"--split {args.split}: {task.name} has {', '.join(task.splits)}")
     for flag, path in (("--questions", args.questions), ("--answers", args.answers)):
-        if not path.is_file():
+        check_regular(path)
+        if not is_file(path):
             raise InputError(f"{flag} {path}: no such file")
     if args.annotations is not None and not args.annotations.exists():
         raise InputError(f"--annotations {args.annotations}: no such file or folder")

@@ -28,7 +28,7 @@ from ..config import AUTO, DEFAULT_K, DEFAULT_T, GenerationSettings, TwigConfig
 from ..decoding.pace import Parts, now, times
 from ..errors import InputError
 from ..families import trunk_of
-from ..files import write_json
+from ..files import check_folder, write_json
 from ..foresight import Wish, check
 from ..loading.base import Loaded
 from ..loading.device import pick_device, pick_dtype
@@ -294,8 +294,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--random builds its own base and twig; leave --base-model and --twig-block away")
     if args.random is not None and args.short:
         raise InputError("--short asks about drawn pictures, which random weights know nothing of; leave it away")
-    if args.out is not None and (args.out.is_dir() or not os.access(_existing(args.out.parent), os.W_OK)):
-        raise InputError(f"--out {args.out}: no file can be written there; name a file in a folder that may be written")
+    if args.out is not None and args.out.is_dir():
+        raise InputError(f"--out {args.out}: is a folder; name a file")
+    if args.out is not None:
+        check_folder(args.out.parent, "--out")
     wish = Wish(**vars(flags.model_settings(args)), shape=args.random)
     trees_of(args)
     check(wish, options_of(args, wish.has_twig))
@@ -311,11 +313,6 @@ def options_of(args: argparse.Namespace, has_twig: bool = True) -> dict:
     """Of `generate`."""
     tokens = args.tokens or (MIN_TOKENS if args.random is not None else DESCRIPTION_TOKENS)
     return flags.generation(args, has_twig) | {"max_new_tokens": tokens, "tree": None}
-
-
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
-    return next((place for place in (folder, *folder.absolute().parents) if place.exists()), folder)
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -153,7 +153,7 @@ class Table:
 
     def title(self, column: Column) -> str:
         task, split = column
-        name = KNOWN[task].title if task in KNOWN else task
+        name = heading(task, [row.results[column] for row in self.rows if column in row.results], count=False)
         return f"{name} ({split})" if sum(task == other for other, _ in self.columns) > 1 else name
 
     def baseline(self, row: Row) -> Row | None:
@@ -243,6 +243,18 @@ class Table:
         if self.published:
             notes.append(f"Rows marked published are the paper's ({SOURCE}) and were not measured here.")
         return ["", *notes, *self.notes]
+
+
+def heading(task: str, results: Sequence[Mapping[str, Any]], count: bool = True) -> str:
+    """A column's title: with the score's name where it is not the benchmark's own, and with what of the benchmark was asked."""
+    if task not in KNOWN:
+        return task
+    usual = KNOWN[task].metric
+    metrics = {result.get("metric", usual) for result in results}
+    told = sorted(metric.removesuffix(", %") for metric in metrics) if metrics - {usual} else []
+    if count:
+        told += sorted({f"first {r['questions']} of {r['questions_in_all']}" for r in results if r.get("partial")})
+    return f"{KNOWN[task].title} ({'; '.join(told)})" if told else KNOWN[task].title
 
 
 def speed(result: Mapping[str, Any], base: Mapping[str, Any]) -> float | None:

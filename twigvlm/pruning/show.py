@@ -19,6 +19,7 @@ from PIL import Image
 
 from .. import flags
 from ..errors import InputError
+from ..files import check_folder
 from ..program import called, run_program
 from ..prompt.images import open_image
 from .catalogue import methods_of
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from ..vlm import TwigVLM
 
 MODULE = "twigvlm.pruning.show"
+USUAL = Path("runs/kept.png")
 QUESTION = "Describe the image in detail."
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 MOST, ALONE, TOKENS = 200, 6, 24  # pictures of a folder; tiles in a line where there is one picture; of an answer
@@ -47,7 +49,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         help="with settings, as --pruning takes them elsewhere (default: all; python -m twigvlm.pruning.catalogue lists them)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, default=Path("kept.png"), metavar="FILE.png", help="default: %(default)s"
+        "--out", "--output", dest="output", type=Path, default=USUAL, metavar="FILE.png", help="default: %(default)s"
     )
     parser.add_argument(
         "--columns", type=int, metavar="N", help=f"tiles in a line (default: {ALONE}; of a folder all of a picture)"
@@ -120,7 +122,10 @@ def run(args: Namespace) -> None:
     from ..foresight import Wish, check
     from .plan import Shape
 
-    check_target(args.output)
+    if args.output == USUAL:  # whose folder is made
+        check_folder(USUAL.parent, "--out")
+    else:
+        check_target(args.output)
     if args.columns is not None and args.columns < 1:
         raise InputError(f"--columns is {args.columns}; 1 or more is needed")
     if not args.question.strip():

@@ -18,8 +18,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import InputError
+from ..files import check_folder
 from ..loading.device import check_attention, pick_device
 from ..loading.find import read_json
 from ..loading.twig import check_letters
@@ -28,8 +30,11 @@ from ..processes import PARENT
 from ..program import run_program
 from .agreement import FILE as ANSWERS
 from .data.loading import fill_in, with_start
-from .data.records import Records
+from .data.records import Records, check_there
 from .settings import HELD_OUT, HELD_OUT_SHARE, STOPPED, Settings, check_accelerate, parse
+
+if TYPE_CHECKING:
+    import torch
 
 TRAIN, ASK, ANSWER = (f"twigvlm.training.{name}" for name in ("train", "agreement", "on_policy"))
 SAVING_TIME = 1800  # seconds that processes have to save after SIGTERM, before they are killed
@@ -78,7 +83,7 @@ def foresee(settings: Settings) -> None:
     settings = with_start(settings)
     from ..foresight import Wish
     from .plus.subject import foresee_stage
-    from .settings import ROWS_PER_DEVICE, split_batch
+    from .projector import ProjectorSubject
     from .train import check_export
     from .twig import INITS, Start, reducer_of
 
@@ -92,13 +97,36 @@ def foresee(settings: Settings) -> None:
     letters = wish.base_letters(settings.K, settings.T, settings.F)
     reducer_of(settings.tower_pruning, letters, wish.V)
     foresee_stage(settings, letters, wish.V)
+    if settings.learn == "projector":
+        ProjectorSubject(settings).reducer_of(letters.L, wish.V)
     if settings.init not in INITS:
         stored = read_json(Path(settings.init) / CONFIG)
         check_letters(Path(settings.init) / CONFIG, {"K": settings.K, "T": settings.T}, stored)
+    _check_places(settings)
     if int(os.environ.get("NNODES", "1")) == 1 and "HOSTFILE" not in os.environ:
-        world = _launched() or _processes(settings)
-        split_batch(settings.batch_size, world, settings.per_device_batch, ROWS_PER_DEVICE[device.type])
-        settings.zero_config(device.type, world)
+        _check_shares(settings, device, _launched() or _processes(settings))
+
+
+def _check_places(settings: Settings) -> None:
+    """Raise InputError for files and folders that are not there, or cannot be made."""
+    from .data.examples import check_image_folder
+
+    for file in filter(None, (settings.data, settings.held_out_data)):
+        check_there(Path(file))
+    for folder in filter(None, (settings.images, settings.held_out_images)):
+        check_image_folder(Path(folder))
+    check_folder(Path(settings.out or "runs"), "--out")
+
+
+def _check_shares(settings: Settings, device: torch.device, world: int) -> None:
+    """Raise InputError where these processes cannot share a batch as the flags and DeepSpeed's file have it."""
+    from .run.device import precision_of
+    from .run.zero import settle
+    from .settings import ROWS_PER_DEVICE, split_batch
+
+    shares = split_batch(settings.batch_size, world, settings.per_device_batch, ROWS_PER_DEVICE[device.type])
+    if file := settings.zero_config(device.type, world):
+        settle(file, 1, *shares, world, settings, precision_of(settings, device) == "bf16")  # of any width
 
 
 def _launched() -> int | None:

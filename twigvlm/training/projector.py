@@ -83,7 +83,11 @@ class ProjectorSubject:
         self.method, self.R = method, settings.retained_tokens
 
     def reducer(self, base: Trunk) -> Reducer:
-        return self.method.plan(self.R, Shape(base.L, base.V, 1, base.L)).tower
+        return self.reducer_of(base.L, base.V)
+
+    def reducer_of(self, L: int, V: int) -> Reducer:
+        """Of a base with L layers and V visual tokens an image. Raises InputError for an R that cannot be."""
+        return self.method.plan(self.R, Shape(L, V, 1, L)).tower
 
     def identity(self, settings: Settings) -> dict[str, Any]:
         return {"learn": "projector", "pruning": settings.pruning, "retained_tokens": settings.retained_tokens}

@@ -207,6 +207,9 @@ def _read_data(one: Run, prepared: Prepared, skips: list[SkipLog]) -> TrainingDa
         skips.append(SkipLog(one.out / SKIPPED, dataset, settings.max_skipped))
         skips[0].add(found.skipped)
         skips[0].write()
+        if found.unshown:
+            remedy = "write <image> into their text, or check them with python -m twigvlm.training.inspect"
+            print(f"note: {found.unshown:,} samples name pictures that no <image> shows; {remedy}", file=sys.stderr)
 
     return read_data(settings, prepared.loaded, one.ranks, judge, one.out, one.ranks.first)
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from ... import load
 from ...errors import InputError
+from ...files import is_file
 from ...loading.base import load_base
 from ...loading.device import pick_device, pick_dtype
 from ...processes import Stop, cores
@@ -120,9 +121,9 @@ def check_images(pieces: Iterable[Sequence[Question]]) -> None:
     for question in (q for piece in pieces for q in piece):
         for image in question.images:
             if isinstance(image, Path) and image not in known:
-                if not image.is_file():
+                if not is_file(image):
                     raise InputError(
-                        f"question {question.id}: {image} is not there; fetch it, or go on with --skip-broken"
+                        f"question {question.id}: {image} is not there, or no file; fetch it, or go on with --skip-broken"
                     )
                 known.add(image)
 

@@ -28,15 +28,17 @@ Measure = Callable[[Any, bool], Sequence[Sequence[float]]]  # method, few → to
 
 def ensure(count: int | None, jobs: Iterable[Job]) -> None:
     """Calibrate, on `count` questions of the first job that asks for it, every method and R that need it and are not yet."""
-    if count is None:
-        return
-    if count < 1:
-        raise InputError(f"--calibrate is {count}; 1 or more questions are needed")
-    for job in jobs:
+    check_count(count)
+    for job in jobs if count is not None else ():
         if wanting(job) is not None:
             print(f"calibrating {job.setting.writing.pruning} to R = {job.setting.R:g}", flush=True)
             facts, file = calibrate(job, count)
             print(f"{said(facts)}\ncalibration: {file}", flush=True)
+
+
+def check_count(count: int | None) -> None:
+    if count is not None and count < 1:
+        raise InputError(f"--calibrate is {count}; 1 or more questions are needed")
 
 
 def wanting(job: Job):

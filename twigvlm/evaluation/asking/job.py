@@ -115,6 +115,7 @@ class Job:
         Scores empty answers to all that is asked, so that it stops at whatever the score would stop at.
         """
         self.check()
+        self.questions  # noqa: B018 (a question file that is broken speaks for itself)
         try:
             self.score([self._empty_answer(question) for question in self.questions], strict=True)
         except InputError as fault:
@@ -177,12 +178,14 @@ class Job:
                 except InputError as fault:
                     note = "; ".join(filter(None, (note, f"no upload file: {fault}")))
             result = self._describe(score) | {"note": note, "upload": str(upload) if upload else None}
-            result["broken"] = {"count": len(broken), "ids": list(broken)}
+            result["broken"] = len(broken)
             if broken:
                 result["doubts"]["broken_images_answered_empty"] = len(broken)
             result |= self._configuration() | summary(self.folder.path, [q.id for q in self.questions])
             result |= _provenance(result.pop("sessions"), command, commit)
-            result["per_question"] = self._write_per_question(score)
+            result["per_question"] = self._write_per_question(
+                dict(score.per_question) | ({"broken": broken} if broken else {})
+            )
             write_json(result, self.folder.path / RESULT)
         self.forget()
         return result
@@ -196,13 +199,13 @@ class Job:
             "figures of the whole benchmark"
         )
 
-    def _write_per_question(self, score: Score) -> str | None:
-        """What the score says of single questions, beside the result; None where it says nothing of them."""
+    def _write_per_question(self, facts: Mapping[str, Any]) -> str | None:
+        """What is said of single questions, beside the result; None where nothing is."""
         file = self.folder.path / PER_QUESTION
-        if not score.per_question:
+        if not facts:
             file.unlink(missing_ok=True)
             return None
-        write_whole(file, json.dumps(score.per_question, ensure_ascii=False) + "\n")
+        write_whole(file, json.dumps(facts, ensure_ascii=False) + "\n")
         return str(file)
 
     def _empty_answer(self, question: Question, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -40,7 +40,11 @@ class Entry:
 
     def variant(self, args: Namespace) -> Namespace:
         """The flags of `evaluation.run` that ask for it."""
-        usual = {"retained_tokens": self.R or 64.0, "pruning": self.spec or "twig", "seed": self.seed}
+        usual = {
+            "retained_tokens": 64.0 if self.R is None else self.R,
+            "pruning": self.spec or "twig",
+            "seed": self.seed,
+        }
         switches = {"no_pruning": self.R is None, "no_speculation": not self.drafts}
         return Namespace(**vars(args) | usual | switches | {"baseline": self.spec is None and not self.drafts})
 
@@ -88,7 +92,7 @@ def wish_of(args: Namespace) -> Wish:
     return Wish(**vars(flags.model_settings(args)))
 
 
-def check(args: Namespace) -> None:
+def check(args: Namespace, wish: Wish) -> None:
     """Raise InputError for numbers that cannot be."""
     wrong: Sequence[tuple[str, int | None]] = (
         ("--seeds", args.seeds), ("--limit", args.limit), ("--speed-limit", args.speed_limit),
@@ -96,3 +100,7 @@ def check(args: Namespace) -> None:
     for name, value in wrong:
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; 1 or more is needed")
+    V = wish.V
+    for R in args.retained_tokens:
+        if not 0 < R <= V:
+            raise InputError(f"-R is {R:g}; more than 0 and at most {V}, the visual tokens of a picture, are needed")

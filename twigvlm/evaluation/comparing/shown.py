@@ -34,7 +34,8 @@ def legend(found: Mapping[str, Any]) -> str:
 
 def markdown(found: Mapping[str, Any]) -> str:
     """The whole table and what could not be asked. Raises InputError without tabulate."""
-    rows = [_cells(row) for row in found["rows"]]
+    titles = {name: task.title for name, task in TASKS.items()} | found.get("columns", {})
+    rows = [_cells(row, titles) for row in found["rows"]]
     parts = [table(rows), legend(found)]
     if found["refused"]:
         parts.append("Not in the table:\n\n" + "\n".join(f"- {_why(one)}" for one in found["refused"]))
@@ -46,7 +47,7 @@ def _why(one: Record) -> str:
     return f"`{one['method']}`{at}: {'failed: ' if one['failed'] else ''}{one['reason']}"
 
 
-def _cells(row: Record) -> dict[str, str]:
+def _cells(row: Record, titles: Mapping[str, str]) -> dict[str, str]:
     mine = row["source"] == MEASURED
     name = row["method"] + ("" if mine else f" ({row['source']}{'; ' + row['note'] if row.get('note') else ''})")
     cells = {
@@ -57,7 +58,7 @@ def _cells(row: Record) -> dict[str, str]:
     cells["authors'"] = _number(row["authors"], 1)
     for task, score in row["scores"].items():
         if task in TASKS:
-            cells[TASKS[task].title] = _number(score, TASKS[task].decimals)
+            cells[titles[task]] = _number(score, TASKS[task].decimals)
     return cells | {
         "RelAcc": _number(row["RelAcc"], 1),
         "95 %": _between(row["interval"]),

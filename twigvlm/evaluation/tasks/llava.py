@@ -24,6 +24,7 @@ class LlavaTask(Task):
 
     folder: ClassVar[str]
     layout: ClassVar[Mapping[str, Mapping[str, str]]]
+    shared_ids: ClassVar[bool] = False  # several questions stand under one id
 
     def files(self, root: Path, split: str) -> dict[str, Path]:
         if split not in self.layout:
@@ -33,7 +34,8 @@ class LlavaTask(Task):
     def questions(self, root: Path, split: str) -> list[Question]:
         files = self.files(root, split)
         lines = read_records(files["questions"], question_id=ID, image=str, text=str)
-        names = distinct(str(line["question_id"]) for line in lines)
+        names = [str(line["question_id"]) for line in lines]
+        names = distinct(names) if self.shared_ids else names
         return [
             Question(name, line["text"], (files["images"] / line["image"],), {"question_id": line["question_id"]})
             for name, line in zip(names, lines, strict=True)

@@ -31,7 +31,7 @@ from typing import ClassVar
 from ...errors import InputError
 from .base import Question, Score, Source, Task
 from .pairing import pair, upload_path
-from .reading import locate, write_whole
+from .reading import locate, opened, write_whole
 
 LETTERS = "ABCD"
 ROTATION = 1_000_000  # added to a question's index by each rotation
@@ -226,7 +226,7 @@ def read_table(path: Path, images: bool = True) -> Iterator[dict[str, str]]:
     needed = ("index", "question", "hint", "A", "B", "answer", *(("image",) if images else ()))
     csv.field_size_limit(sys.maxsize)  # one cell holds one picture
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with opened(path, newline="") as file:
             rows = csv.DictReader(file, delimiter="\t")
             absent = [name for name in needed if name not in (rows.fieldnames or ()) and name not in ("hint", "answer")]
             if absent:
@@ -234,9 +234,7 @@ def read_table(path: Path, images: bool = True) -> Iterator[dict[str, str]]:
             seen = set()
             for row in rows:
                 yield _checked(path, row, rows.line_num, seen, images)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; playground/README.md says where it is fetched") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise InputError(f"{path} cannot be read: {error}; fetch it again") from None
     if not seen:
         raise InputError(f"{path} has no rows; fetch it again")

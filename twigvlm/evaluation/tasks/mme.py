@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from ...errors import InputError
 from .base import Score, Source
 from .llava import SHORT_ANSWER, LlavaTask, same_questions, truth_needed
-from .reading import Doubts, added, first, read_records, write_whole
+from .reading import Doubts, added, first, read_records, read_text, write_whole
 
 SUBTASKS = {
     "Perception": (
@@ -55,7 +55,7 @@ class MME(LlavaTask):
         "7B: TwigVLM (arXiv 2503.14075), base row; 13B: 1531.3 perception (LLaVA-1.5, arXiv 2310.03744)"
         " + 295.4 cognition (ShareGPT4V, arXiv 2311.12793)"
     )
-    folder = "MME"
+    folder, shared_ids = "MME", True
     in_suite, column, decimals = True, 4, 0
     together = 2  # the two questions about a picture
     layout: ClassVar = {"test": {"questions": "llava_mme.jsonl", "annotations": RELEASE, "images": RELEASE}}
@@ -122,11 +122,7 @@ def _truth(place: Path) -> dict[tuple[str, str, str], str]:
 
 
 def _pairs(file: Path) -> list[tuple[str, str]]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise InputError(f"{file}: cannot be read ({fault})") from None
-    pairs = []
+    pairs, lines = [], read_text(file).split("\n")
     for number, line in enumerate(lines, 1):
         fields = line.strip().split("\t")
         if number == len(lines) and fields == [""]:
@@ -165,9 +161,11 @@ def _key(question_id: str, prompt: str, truth: Truth) -> tuple[str, str, str]:
 
 
 def _match(asked: Source, truth: Source) -> None:
+    names = [f"{line['question_id']} {line['text']!r}" for line in asked.rows]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise InputError(f"{asked.path}: {first(twice)} stand there twice; repair the file")
     keys = {
-        f"{line['question_id']} {line['text']!r}": _key(line["question_id"], line["text"], truth.rows)
-        for line in asked.rows
+        name: _key(line["question_id"], line["text"], truth.rows) for name, line in zip(names, asked.rows, strict=True)
     }
     same_questions(keys, {name for name, key in keys.items() if key in truth.rows}, asked, truth)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from .base import Score, Source
-from .llava import LlavaTask
+from .llava import LlavaTask, same_questions
 from .pairing import ids_of, pair, upload_path
-from .reading import write_whole
+from .reading import read_table, write_whole
 
 PREFIX = "v1_"  # of an id in the judge's file
 
@@ -34,8 +34,14 @@ class MMVet(LlavaTask):
         "mm-vet": {"questions": "llava-mm-vet.jsonl", "images": "images", "annotations": "mm-vet.json"}
     }
 
+    def read_truth(self, annotations: Path | None, questions: Path) -> Source | None:
+        """For the judge, who needs it whole."""
+        return None if annotations is None else Source(annotations, read_table(annotations))
+
     def score_records(self, asked: Source, truth: Source | None, said: Source, strict: bool = False) -> Score:
         texts, doubts = pair(said, ids_of(asked), strict)
+        if strict and truth is not None:
+            same_questions(map(_judged, ids_of(asked)), truth.rows, asked, truth)
         words = [len(text.split()) for text in texts.values()]
         parts = {"count": len(asked.rows), "answered": len(words), "words": sum(words) / max(1, len(words))}
         note = "not scored here: a paid judge is needed; give the exported file to the MM-Vet evaluator"

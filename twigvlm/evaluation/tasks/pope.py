@@ -14,13 +14,14 @@ from typing import Any, ClassVar
 from ...errors import InputError
 from .base import Score, Source
 from .llava import LLAVA_PAPER, SHORT_ANSWER, LlavaTask, truth_needed
-from .reading import ID, Doubts, added, first, read_records
+from .reading import ID, Doubts, added, checked, first, read_records
 
 SETTINGS = ("adversarial", "random", "popular")
 PREFIX, ENDING = "coco_pope_", ".json"
 OTHER_VERSION = (
     "LLaVA's question file belongs to the labels of POPE's commit e3e3926, and newer ones are of other pictures"
 )
+LABELS = ("yes", "no")
 NO_WORDS = {"No", "not", "no"}  # other spellings are yes
 
 
@@ -85,7 +86,17 @@ def _labels(place: Path) -> dict[str, list[dict[str, Any]]]:
     if not files:
         raise InputError(f"{place}: holds no {PREFIX}<setting>{ENDING}")
     order = [name for name in SETTINGS if name in files] + sorted(set(files) - set(SETTINGS))
-    return {name: read_records(files[name], label=str) for name in order}
+    return {name: _rows(files[name]) for name in order}
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    rows = read_records(file, label=str)
+    for number, row in enumerate(rows, 1):
+        about = {name: str for name in ("image", "text") if name in row}
+        checked(row, f"{file}: label {number}", **about)
+        if row["label"] not in LABELS:
+            raise InputError(f"{file}: label {number} is {row['label']!r}; yes or no is needed, fetch the file again")
+    return rows
 
 
 def _by_setting(questions: Lines, labels: Mapping[str, Lines]) -> dict[str, dict[str, Mapping[str, Any]]]:

@@ -6,13 +6,14 @@ separator inside a JSON string (U+2028, U+0085) is part of the string.
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ...errors import InputError
-from ...files import write_bytes, write_text
+from ...files import check_regular, json_fault, not_text, write_bytes, write_text
 
 ID = (str, int)  # ids are numbers in some benchmarks' files and text in others
 SHOWN = 5  # offenders that a message names
@@ -20,11 +21,12 @@ SHOWN = 5  # offenders that a message names
 
 def read_json(path: Path) -> Any:
     """The file's one JSON value; InputError names file and line."""
-    text = _text(path)
+    text = read_text(path)
     try:
         return json.loads(text)
-    except json.JSONDecodeError as fault:
-        raise InputError(f"{path}:{fault.lineno}: not JSON ({fault.msg}); fetch or write the file again") from None
+    except (ValueError, RecursionError) as fault:
+        line = f":{fault.lineno}" if isinstance(fault, json.JSONDecodeError) else ""
+        raise InputError(f"{path}{line}: not JSON ({json_fault(fault)}); fetch or write the file again") from None
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -37,7 +39,7 @@ def read_table(path: Path) -> dict[str, Any]:
 
 def read_records(path: Path, **fields: type | tuple[type, ...]) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file or of one JSON list; each must have `fields` of these types. Empty lines are skipped."""
-    text = _text(path)
+    text = read_text(path)
     if text.lstrip().startswith("["):
         found = [(f"{path}: item {number}", item) for number, item in enumerate(read_json(path), 1)]
     else:
@@ -53,13 +55,17 @@ def checked(record: Any, where: str, **fields: type | tuple[type, ...]) -> dict[
     for name, kind in fields.items():
         if name not in record:
             raise InputError(f"{where}: the field {name!r} is missing; it has {', '.join(map(repr, record)) or 'none'}")
-        if not isinstance(record[name], kind):
+        if kind is ID and record[name] == "":
+            raise InputError(f"{where}: the field {name!r} is empty; give every record its own")
+        no_id = kind is ID and isinstance(record[name], bool)  # to Python, true is a number
+        if no_id or not isinstance(record[name], kind):
             raise InputError(f"{where}: the field {name!r} is a JSON {_kind(record[name])}, which cannot be used")
     return record
 
 
 def locate(path: Path, *names: str) -> Path:
     """`path` itself if it is a file, else the first of `names` that lies in this folder or in its `annotations`."""
+    check_regular(path)
     if path.is_file():
         return path
     if not path.is_dir():
@@ -96,7 +102,7 @@ class Doubts:
         faults = [f"{len(items)} {name} ({first(items)})" for name, items in self._found.items() if items]
         if faults:
             raise InputError(
-                f"{answers}: {'; '.join(faults)}; answer every question once, in order, or score without --strict"
+                f"{answers}: {'; '.join(faults)}; answer every question once, in order, or score them without --strict"
             )
 
 
@@ -124,24 +130,48 @@ def added(values: Iterable[float]) -> float:
     return total
 
 
-def _text(path: Path) -> str:
+@contextlib.contextmanager
+def opened(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A file of text in UTF-8, its line ends as `newline` tells `open`; InputError says what else the file is."""
+    check_regular(path)
     try:
-        with open(path, encoding="utf-8-sig") as file:  # universal newlines
-            return file.read()
+        file = open(path, encoding="utf-8-sig", newline=newline)  # noqa: SIM115 (closed below)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as fault:
+        raise InputError(f"{path}: cannot be read ({getattr(fault, 'strerror', fault)})") from None
+    with file:
+        if other := not_text(file.buffer.peek(8)[:8]):
+            raise InputError(f"{path}: is {other[0]}, not text in UTF-8; {other[1]}")
+        try:
+            yield file
+        except UnicodeDecodeError:
+            raise InputError(f"{path}:{_foreign_line(path)}: not UTF-8 text; fetch or write the file again") from None
+        except OSError as fault:
+            raise InputError(f"{path}: cannot be read ({fault.strerror})") from None
+
+
+def _foreign_line(path: Path) -> int:
+    """Of the first byte that is not UTF-8."""
+    data = Path(path).read_bytes()
+    try:
+        data.decode()
     except UnicodeDecodeError as fault:
-        line = Path(path).read_bytes()[: fault.start].count(b"\n") + 1
-        raise InputError(f"{path}:{line}: not UTF-8 text; fetch or write the file again") from None
-    except OSError as fault:
-        raise InputError(f"{path}: cannot be read ({fault.strerror})") from None
+        return data[: fault.start].count(b"\n") + 1
+    return 1
+
+
+def read_text(path: Path) -> str:
+    with opened(path) as file:
+        return file.read()
 
 
 def _line(where: str, line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as fault:
-        raise InputError(f"{where}: not a line of JSON ({fault.msg} at column {fault.colno}); repair it") from None
+    except (ValueError, RecursionError) as fault:
+        column = f" at column {fault.colno}" if isinstance(fault, json.JSONDecodeError) else ""
+        raise InputError(f"{where}: not a line of JSON ({json_fault(fault)}{column}); repair it") from None
 
 
 def _kind(value: Any) -> str:

@@ -21,10 +21,10 @@ from ...errors import InputError
 from .base import Score, Source
 from .llava import LlavaTask, same_questions, truth_needed
 from .pairing import ids_of, pair, upload_path
-from .reading import locate, read_table, write_whole
+from .reading import ID, checked, locate, read_table, write_whole
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-KINDS = ("image", "video")
+KINDS, LETTERS = ("image", "video"), "ABCD"
 
 
 class SEED(LlavaTask):
@@ -60,7 +60,7 @@ class SEED(LlavaTask):
         hits: dict[str, list[bool]] = defaultdict(list)
         for key in counted:
             right = texts.get(key) == table[key]["answer"]
-            for part in ("all", table[key]["data_type"], types[table[key]["question_type_id"]]):
+            for part in ("all", table[key]["data_type"], types[str(table[key]["question_type_id"])]):
                 hits[part].append(right)
         parts: dict[str, Any] = {kind: _percent(hits[kind]) for kind in KINDS if kind in hits}
         parts["question types"] = {name: _percent(hits[name]) for name in types.values() if name in hits}
@@ -78,15 +78,17 @@ class SEED(LlavaTask):
 
 def _read_truth(path: Path) -> tuple[dict[str, dict], dict[Any, str]]:
     """Question id → annotation, and question type id → name."""
-    data = read_table(path)
-    try:
-        types = {number: name for name, number in data["question_type"].items()}
-        truth = {str(item["question_id"]): item for item in data["questions"]}
-        for key, item in truth.items():
-            if item["question_type_id"] not in types or item["answer"] not in "ABCD" or item["data_type"] not in KINDS:
-                raise InputError(f"{path}, question {key}, is no annotation of SEED-Bench version 1")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no annotation file of SEED-Bench version 1 ({error!r} is not there)") from None
+    data = checked(read_table(path), str(path), question_type=dict, questions=list)
+    types, truth = {str(number): name for name, number in data["question_type"].items()}, {}
+    for number, item in enumerate(data["questions"], 1):
+        where = f"{path}: item {number} of questions"
+        checked(item, where, question_id=ID, question_type_id=ID, answer=str, data_type=str)
+        kind, letter = str(item["question_type_id"]), item["answer"]
+        if kind not in types or letter not in tuple(LETTERS) or item["data_type"] not in KINDS:
+            raise InputError(
+                f"{where}: type {kind}, answer {letter!r}, {item['data_type']!r} are not SEED-Bench version 1's; fetch it again"
+            )
+        truth[str(item["question_id"])] = item
     return truth, types
 
 

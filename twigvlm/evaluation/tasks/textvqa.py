@@ -32,7 +32,7 @@ class TextVQA(LlavaTask):
     suffix = SHORT_ANSWER
     published: ClassVar = {"llava-1.5-7b": 58.2, "llava-1.5-13b": 61.3}
     source = LLAVA_PAPER
-    folder = "textvqa"
+    folder, shared_ids = "textvqa", True
     in_suite, column = True, 5
     layout: ClassVar = {
         "val": {

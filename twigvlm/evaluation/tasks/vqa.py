@@ -1,7 +1,7 @@
 """Anybody's own questions, as LLaVA's `model_vqa` takes them: JSON lines {question_id, image, text}.
 
-`text` is asked as it stands. `image` is a file below the image folder; a list of files is several pictures, and a
-line without it asks about none. A line may give the truth: `answer` (a text) or `answers` (texts, or objects with
+`text` is asked as it stands. `image` is a file below the image folder, `images` or a list several; a line without
+them asks about none. A line may give the truth: `answer` (a text) or `answers` (texts, or objects with
 an `answer`, as VQAv2, TextVQA and VizWiz have them); a file of annotations with a `question_id` does as well.
 
 Two figures where there is truth, both in percent:
@@ -12,6 +12,7 @@ Two figures where there is truth, both in percent:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ...errors import InputError
+from ...files import check_regular, is_file
+from ...prompt.media import ADDRESS, IMAGE, PICTURES, SHOWN, unread
 from .base import Question, Score, Source, Task
 from .pairing import ids_of, pair
 from .reading import ID, checked, first, read_json, read_records
@@ -54,7 +57,8 @@ class VQA(Task):
             raise InputError("--data is a folder of benchmarks; --task vqa takes --question-file and --image-folder")
         if question_file is None:
             raise InputError(NO_QUESTIONS)
-        if not question_file.is_file():
+        check_regular(question_file)
+        if not is_file(question_file):
             raise InputError(f"--question-file {question_file}: no such file")
         if image_folder is not None and not image_folder.is_dir():
             raise InputError(f"--image-folder {image_folder}: no such folder")
@@ -74,10 +78,9 @@ class VQA(Task):
     def _question(self, line: Mapping[str, Any], where: str) -> Question:
         if not line["text"].strip():
             raise InputError(f"{where}: its text is empty; ask something")
-        images = line.get("image")
-        names = [] if images is None else [images] if isinstance(images, str) else images
-        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-            raise InputError(f"{where}: image is {images!r}; a file's name, a list of them, or none is needed")
+        names, marks = _names(line, where), line["text"].count(IMAGE)
+        if marks not in (0, len(names)):
+            raise InputError(f"{where}: has {marks} {IMAGE} marks for {len(names)} images; write none or one per image")
         if names and self.image_folder is None:
             raise InputError(f"{where}: has a picture, {names[0]}; give --image-folder DIR, the folder that holds it")
         pictures = tuple(self.image_folder / name for name in names) if self.image_folder else ()
@@ -110,8 +113,28 @@ class VQA(Task):
         return Score(parts["vqa_accuracy"], parts, doubts.counts(), note)
 
 
+def _names(line: Mapping[str, Any], where: str) -> list[str]:
+    """Of the pictures that a question is about, in the order of their marks."""
+    if found := unread(line):
+        raise InputError(f"{where}: {found[1]}")
+    given = [key for key in PICTURES if line.get(key) not in (None, [])]
+    if len(given) > 1:
+        raise InputError(f"{where}: both {' and '.join(given)} name pictures; give one of them")
+    if not given:
+        return []
+    value = line[given[0]]
+    names = value if isinstance(value, list) else [value]
+    if not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{where}: {given[0]} is {value!r}; a file's name, a list of them, or none is needed")
+    if address := next(filter(ADDRESS.match, names), None):
+        raise InputError(f"{where}: {address[:SHOWN]} is an address; fetch it into the image folder and name the file")
+    return names
+
+
 def vqa_accuracy(answer: str, given: list[str]) -> float:
-    """0 to 1; see the head of this file."""
+    """0 to 1; see the head of this file. Nothing said is never right, even where normalising leaves nothing of an answer given."""
+    if not answer.strip():
+        return 0.0
     answer, given = evalai(answer), [evalai(text) for text in given]
     if len(given) <= ENOUGH:
         return given.count(answer) / len(given)
@@ -168,14 +191,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _texts(value: Any, where: str) -> list[str]:
-    """The answers in a field: a text, a number, or a list of texts or of objects with one."""
+    """The answers in a field, none if it is null: a text, a number, or a list of texts or of objects with an `answer`."""
     if value is None:
         return []
     if isinstance(value, list):
-        return [text for one in value for text in _texts(one.get("answer") if isinstance(one, dict) else one, where)]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise InputError(f"{where}: an answer is {value!r}; a text is needed")
-    return [str(value)]
+        return [_text(one["answer"] if isinstance(one, dict) and "answer" in one else one, where) for one in value]
+    return [_text(value, where)]
+
+
+def _text(value: Any, where: str) -> str:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number and not (isinstance(value, str) and value.strip()):
+        raise InputError(f"{where}: an answer is {value!r}; a text is needed, or no such field")
+    return str(value)
 
 
 def _percent(values: list[float]) -> float:

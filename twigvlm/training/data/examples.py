@@ -1,13 +1,11 @@
 """From LLaVA's instruction records to batches: which tokens, which of them to learn, which pictures.
 
-Knows a record's form and what makes one unusable; knows neither the model nor the order of
-training. An unusable record is an answer (`Skipped`), not an exception: nothing is masked, cut or
-mended silently.
+Knows neither the model nor the order of training. An unusable record is an answer (`Skipped`), not an
+exception: nothing is masked, cut or mended silently.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -19,9 +17,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ...errors import InputError, RunError
+from ...files import exists
 from ...prompt.images import open_image
-from ...prompt.template import HUMAN, IMAGE, MODEL, VICUNA_V1, TextEncoder, Unalignable, text_encoder
+from ...prompt.template import VICUNA_V1, TextEncoder, Unalignable, text_encoder
 from ...workers import named
+from .conversation import NO_LABELS, Conversation, Skipped, read
 from .records import Records
 
 __all__ = ["IGNORE", "IMAGE_LABEL", "Collator", "Example", "Records", "Skipped", "TwigDataset", "encode", "read"]
@@ -30,38 +30,8 @@ IMAGE_LABEL = -200  # stands in `input_ids` for one whole picture, as in the aut
 IGNORE = -100  # a label that is not learnt
 TRIES = 1000  # records that are looked at for a stand-in
 
-MALFORMED, TOO_LONG = "malformed record", "too long"
-NO_LABELS = "labels cannot be aligned"
-IMAGE_COUNT, IMAGE_MISSING, IMAGE_BROKEN = "image count", "image missing", "image broken"
-IMAGE_ELSEWHERE = "image is no file"
-OTHER_MEDIA = ("video", "videos", "audio", "audios")  # keys; each is a reason of its own
-ELSEWHERE = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)  # how the address of what is no file begins
-SHOWN = 80  # letters of a name or address in a message
+TOO_LONG, IMAGE_MISSING, IMAGE_BROKEN = "too long", "image missing", "image broken"
 DROPPED = "dropped on request"
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A record that cannot be used: a reason to count by, and what exactly is wrong."""
-
-    reason: str
-    detail: str
-    index: int | None = None  # place in the file, from 0
-    id: object = None
-
-
-class _Unusable(Exception):
-    """(reason, detail)."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What a record says, before any tokenizer: messages of (human or gpt, text), pictures in the order of their marks."""
-
-    messages: list[tuple[str, str]]
-    images: tuple[str, ...]
-    marked: bool  # `<image>` is a picture, not a word
-    unshown: int = 0  # pictures that no `<image>` shows
 
 
 @dataclass(frozen=True)
@@ -128,21 +98,6 @@ def respoken(example: Example, answers: Sequence[Sequence[int]], visual_tokens: 
     )
 
 
-def read(record: object) -> Conversation | Skipped:
-    """A record's turns and pictures, in the authors' form.
-
-    Every turn that holds `<image>` is stripped and gets it in front, on a line of its own; a first
-    turn that is not the human's is dropped with its pictures. One picture stands wherever a turn
-    asks for it; several pictures need as many marks, or as many turns with marks. Under the key
-    "images" each picture has a mark of its own. A record with neither key has no pictures: `<image>`
-    is a word there.
-    """
-    try:
-        return _conversation(record)
-    except _Unusable as fault:
-        return Skipped(*fault.args)
-
-
 def encode(record: object, tokenizer, max_length: int, visual_tokens: int = 576) -> Example | Skipped:
     """Ids and labels of a record: a Hugging Face tokenizer (or TextEncoder), lengths in tokens."""
     text = tokenizer if isinstance(tokenizer, TextEncoder) else text_encoder(tokenizer)
@@ -165,88 +120,14 @@ def _tokens(talk: Conversation, text: TextEncoder) -> tuple[list[int], list[int]
     label = IMAGE_LABEL if talk.marked else None
     ids = [] if text.bos is None else [text.bos]
     labels = [IGNORE] * len(ids)
-    for said in VICUNA_V1.rounds(talk.messages):
+    template = VICUNA_V1 if talk.system is None else replace(VICUNA_V1, system=talk.system)
+    for said in template.rounds(talk.messages):
         said_ids, asked = text.round(said, label)
         ids += said_ids
         labels += [IGNORE] * asked + said_ids[asked:]
     if text.unk is not None and text.unk in ids:
         raise Unalignable("control word in the text", "an unknown token, which also pads")
     return ids, labels
-
-
-def _conversation(record: object) -> Conversation:
-    turns = record.get("conversations") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not turns:
-        raise _Unusable(MALFORMED, 'an object with a non-empty list "conversations" is expected')
-    for i, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise _Unusable(MALFORMED, f'turn {i}: an object with "from" and a text "value" is expected')
-        if not _is_text(turn["value"]):
-            raise _Unusable(MALFORMED, f"turn {i}: half a character (a lone surrogate) in its text")
-        if turn.get("from") not in (HUMAN, MODEL):
-            raise _Unusable(
-                f"{NO_LABELS}: unknown role", f"turn {i} is from {turn.get('from')!r}; human or gpt is needed"
-            )
-    shown, unshown = _pictures(record, [turn["value"].count(IMAGE) for turn in turns])
-    marked = "image" in record or "images" in record
-    messages = [
-        (turn["from"], _marks_first(turn["value"], len(names)) if marked else turn["value"])
-        for turn, names in zip(turns, shown, strict=True)
-    ]
-    if messages[0][0] != HUMAN:
-        unshown += len(shown[0])
-        messages, shown = messages[1:], shown[1:]
-    names = tuple(name for names in shown for name in names)
-    for name in filter(ELSEWHERE.match, names):
-        raise _Unusable(IMAGE_ELSEWHERE, f"{name[:SHOWN]!r}; fetch it into the image folder and name the file")
-    return Conversation(messages, names, marked, unshown)
-
-
-def _is_text(value: str) -> bool:
-    """JSON can write what no encoding can."""
-    try:
-        return value.isascii() or bool(value.encode())
-    except UnicodeEncodeError:
-        return False
-
-
-def _marks_first(text: str, marks: int) -> str:
-    if IMAGE not in text:
-        return text
-    return (f"{IMAGE}\n" * marks + text.replace(IMAGE, "").strip()).strip()
-
-
-def _pictures(record: dict, marks: list[int]) -> tuple[list[list[str]], int]:
-    """Names of the pictures shown by each turn, and how many are shown by none."""
-    for key in OTHER_MEDIA:
-        if record.get(key):
-            raise _Unusable(key, f"{str(record[key])[:SHOWN]!r}; only pictures can be looked at")
-    each_marked = bool(record.get("images"))
-    if each_marked and record.get("image"):
-        raise _Unusable(MALFORMED, 'both "image" and "images" name pictures; one of them is needed')
-    names, none = _names(record, "images" if each_marked else "image"), [[] for _ in marks]
-    turns = sum(m > 0 for m in marks)
-    if not each_marked:
-        if not ("image" in record or "images" in record) or not turns:
-            return none, len(names)
-        if len(names) == 1:
-            return [names * (m > 0) for m in marks], 0
-    if len(names) == sum(marks):
-        each = marks
-    elif len(names) == turns and not each_marked:
-        each = [int(m > 0) for m in marks]
-    else:
-        raise _Unusable(IMAGE_COUNT, f"{sum(marks)} {IMAGE} marks for {len(names)} images; one for each is needed")
-    left = iter(names)
-    return [[next(left) for _ in range(count)] for count in each], 0
-
-
-def _names(record: dict, key: str) -> list[str]:
-    value = record.get(key)
-    names = [] if value is None or value == "" else value if isinstance(value, list) else [value]
-    if not all(isinstance(name, str) and name for name in names):
-        raise _Unusable(MALFORMED, f'"{key}" is {str(value)[:SHOWN]!r}; a file name or a list of them is expected')
-    return names
 
 
 class TwigDataset(Dataset):
@@ -268,8 +149,7 @@ class TwigDataset(Dataset):
     ):
         """`image_processor`: PIL images → pixel_values; None opens no pictures. Raises InputError for a missing folder."""
         self.folder = None if image_folder is None else Path(image_folder)
-        if self.folder is not None and not self.folder.is_dir():
-            raise InputError(f"{self.folder}: no such folder; give the one that the file's image names start from")
+        check_image_folder(self.folder)
         self.records, self.text = records, TextEncoder(tokenizer)
         self.image_processor = image_processor
         self.max_length, self.visual_tokens = max_length, visual_tokens
@@ -343,13 +223,13 @@ class TwigDataset(Dataset):
             try:
                 opened.append(open_image(path))
             except InputError as fault:
-                reason = IMAGE_BROKEN if _exists(path) else IMAGE_MISSING
+                reason = IMAGE_BROKEN if exists(path) else IMAGE_MISSING
                 return Skipped(reason, str(fault), found.index, found.id), []
         return found, opened
 
     def missing(self, images: Sequence[str]) -> str | None:
         """The first of these pictures that is not there."""
-        return next((str(self._path(name)) for name in images if not _exists(self._path(name))), None)
+        return next((str(self._path(name)) for name in images if not exists(self._path(name))), None)
 
     def _path(self, name: str) -> Path:
         if self.folder is None:
@@ -379,11 +259,9 @@ class TwigDataset(Dataset):
         return [*tried, spare]
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
+def check_image_folder(folder: Path | None) -> None:
+    if folder is not None and not (exists(folder) and folder.is_dir()):
+        raise InputError(f"{folder}: no such folder; give the one that the file's image names start from")
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
+from ...files import check_regular, exists, is_file, json_fault, not_text
 
 CHUNK = 1 << 22  # bytes looked at in one go
 MUCH = 1 << 24  # bytes, more than any record has
@@ -26,19 +27,6 @@ _KIND[ord('"')] = QUOTE
 _WANTED = (_KIND > 0).astype(np.uint8).tobytes()  # for bytes.translate, the fastest table there is
 BLANK = b" \t\r\n"
 BOM = b"\xef\xbb\xbf"
-# What is not JSON in UTF-8, by how it begins, and what to do with it.
-OTHERS = (
-    (b"\x1f\x8b", "compressed by gzip", "unpack it with gunzip"),
-    (b"PK\x03\x04", "a ZIP archive", "unpack it with unzip"),
-    (b"BZh", "compressed by bzip2", "unpack it with bunzip2"),
-    (b"\xfd7zXZ\x00", "compressed by xz", "unpack it with unxz"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "unpack it with unzstd"),
-    (b"PAR1", "a Parquet table", "write its rows as JSON lines"),
-    (b"\xff\xfe\x00\x00", "UTF-32", "write it in UTF-8: iconv -f UTF-32 -t UTF-8"),
-    (b"\x00\x00\xfe\xff", "UTF-32", "write it in UTF-8: iconv -f UTF-32 -t UTF-8"),
-    (b"\xff\xfe", "UTF-16", "write it in UTF-8: iconv -f UTF-16 -t UTF-8"),
-    (b"\xfe\xff", "UTF-16", "write it in UTF-8: iconv -f UTF-16 -t UTF-8"),
-)
 
 
 class Records(Sequence):
@@ -68,7 +56,7 @@ class Records(Sequence):
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as fault:
-            raise self.broken(start + _byte_of(fault, text), str(fault).split(": line")[0]) from fault
+            raise self.broken(start + _byte_of(fault, text), json_fault(fault)) from fault
 
     @property
     def size(self) -> int:
@@ -102,14 +90,12 @@ class Records(Sequence):
 
     def _open(self) -> tuple[int, int]:
         """(size, time of change) of the file, which is open from here on."""
+        check_there(self.path)
         try:
             self._file = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        except FileNotFoundError as fault:
-            raise InputError(f"{self.path}: no such file; give a JSON list of conversations") from fault
-        except OSError as fault:
-            raise InputError(f"{self.path}: cannot be opened ({fault.strerror}); check the path") from fault
-        if self.path.is_dir():
-            raise InputError(f"{self.path}: is a folder; give a JSON list of conversations")
+        except (OSError, ValueError) as fault:
+            why = getattr(fault, "strerror", fault)
+            raise InputError(f"{self.path}: cannot be opened ({why}); check the path") from fault
         found = os.fstat(self._file)
         return found.st_size, found.st_mtime_ns
 
@@ -119,6 +105,14 @@ class Records(Sequence):
     def __del__(self):
         if getattr(self, "_file", None) is not None:
             os.close(self._file)
+
+
+def check_there(path: Path) -> None:
+    """Raise InputError for what is no file of records from afar."""
+    check_regular(path)
+    if not is_file(path):
+        what = "is a folder" if exists(path) else "no such file"
+        raise InputError(f"{path}: {what}; give a JSON list of conversations")
 
 
 def _read_at(file: int, count: int, start: int) -> bytes:
@@ -165,13 +159,8 @@ class _Scan:
     def _first(self) -> int:
         """The byte of the opening bracket."""
         head = self.records.read(0, min(CHUNK, self.records.size))
-        for begin, what, remedy in OTHERS:
-            if head.startswith(begin):
-                raise InputError(f"{self.records.path}: is {what}, not JSON in UTF-8; {remedy}")
-        if b"\0" in head[:4]:  # no text in UTF-8 has one; UTF-16 without its mark does
-            raise InputError(
-                f"{self.records.path}: is not JSON in UTF-8; if it is UTF-16 or UTF-32, write it anew with iconv -t UTF-8"
-            )
+        if other := not_text(head):
+            raise InputError(f"{self.records.path}: is {other[0]}, not JSON in UTF-8; {other[1]}")
         text = head.removeprefix(BOM).lstrip(BLANK)
         if not text:
             raise InputError(f"{self.records.path}: is empty; a JSON list of conversations is expected")

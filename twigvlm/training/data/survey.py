@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from ...errors import InputError, RunError
 from ...workers import Failure, attempt, checked
-from .examples import DROPPED, IMAGE_BROKEN, IMAGE_MISSING, Conversation, Skipped, TwigDataset, read
+from .conversation import Conversation, Skipped, read
+from .examples import DROPPED, IMAGE_BROKEN, IMAGE_MISSING, TwigDataset
 
-VERSION = 2  # of what `encode` does: raise it when a record's ids, labels or reasons change
+VERSION = 3  # of what `encode` does: raise it when a record's ids, labels or reasons change
 PART = 500  # records a worker takes at a time
 MAX_SKIPPED = 0.01  # share of all records
 
@@ -44,6 +45,7 @@ class Survey:
     learnt: np.ndarray
     images: np.ndarray
     skipped: list[Skipped]
+    unshown: int = 0  # records that name pictures which no `<image>` shows
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -156,9 +158,9 @@ def _there(work, dataset: TwigDataset, parts: list, workers: int) -> Iterator[li
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _encode_all(dataset: TwigDataset, indices: Sequence[int]) -> list[tuple[int, int, int] | Skipped]:
+def _encode_all(dataset: TwigDataset, indices: Sequence[int]) -> list[tuple[int, int, int, bool] | Skipped]:
     found = (dataset.encode(i) for i in indices)
-    return [f if isinstance(f, Skipped) else (f.length, f.learnt, len(f.images)) for f in found]
+    return [f if isinstance(f, Skipped) else (f.length, f.learnt, len(f.images), f.unshown > 0) for f in found]
 
 
 def _missing(dataset: TwigDataset, indices: Sequence[int]) -> list[Skipped | None]:
@@ -180,7 +182,8 @@ def _texts(dataset: TwigDataset, workers: int, progress: bool) -> Survey:
         if isinstance(answer, Skipped):
             found.skipped.append(answer)
         else:
-            found.lengths[i], found.learnt[i], found.images[i] = answer
+            found.lengths[i], found.learnt[i], found.images[i], unshown = answer
+            found.unshown += unshown
     return found
 
 
@@ -202,19 +205,19 @@ def _load(file: Path, n: int) -> Survey | None:
     try:
         with np.load(file) as stored:
             skipped = [Skipped(*s) for s in json.loads(str(stored["skipped"]))]
-            found = Survey(stored["lengths"], stored["learnt"], stored["images"], skipped)
+            found = Survey(stored["lengths"], stored["learnt"], stored["images"], skipped, int(stored["unshown"]))
     except (OSError, ValueError, KeyError, EOFError):  # none, or one that cannot be trusted
         return None
     return found if len(found) == n else None
 
 
 def _save(found: Survey, file: Path) -> None:
-    skipped = json.dumps([(s.reason, s.detail, s.index, s.id) for s in found.skipped])
+    skipped = np.array(json.dumps([(s.reason, s.detail, s.index, s.id) for s in found.skipped]))
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as out:
-            np.savez(out, lengths=found.lengths, learnt=found.learnt, images=found.images, skipped=np.array(skipped))
+            np.savez(out, **vars(found) | {"skipped": skipped})
         os.replace(part, file)
     except OSError as fault:
         part.unlink(missing_ok=True)
@@ -238,7 +241,7 @@ def _without_missing(found: Survey, dataset: TwigDataset, workers: int, progress
     lengths, learnt, images = (part.copy() for part in (found.lengths, found.learnt, found.images))
     for part in (lengths, learnt, images):
         part[places] = 0
-    return Survey(lengths, learnt, images, sorted([*found.skipped, *missing], key=lambda s: s.index))
+    return Survey(lengths, learnt, images, sorted([*found.skipped, *missing], key=lambda s: s.index), found.unshown)
 
 
 class SkipLog:

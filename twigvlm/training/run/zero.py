@@ -6,35 +6,68 @@ What is "auto" there is filled in with what the run has; what is not must agree 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
+from ...files import check_regular, json_fault, not_text
 
 if TYPE_CHECKING:
     from ..settings import Settings
 
 AUTO, CLIPPING = "auto", "gradient_clipping"
+ZERO, OFFLOADS, PLACES = "zero_optimization", ("offload_optimizer", "offload_param"), ("cpu", "nvme", "none")
+OPTIMIZER, OPTIMIZERS, HALVES = "optimizer", ("AdamW", "Adam"), ("bf16", "fp16")
 EPSILON = 1e-8  # AdamW's
 BATCH, ROWS, ACCUMULATION = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
 
 
 def read_zero(file: Path) -> dict[str, Any]:
-    """The configuration as it is written. Raises InputError for what is no JSON object, or has no stage."""
+    """The configuration as it is written. Raises InputError for what is no JSON object, or has parts of another shape."""
+    check_regular(file)
     try:
-        found = json.loads(file.read_text(encoding="utf-8-sig"))
+        data = file.read_bytes()
+        if other := not_text(data[:8]):
+            raise InputError(f"{file}: is {other[0]}, not JSON in UTF-8; {other[1]}")
+        found = json.loads(data.decode("utf-8-sig"))
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError) as fault:
-        raise InputError(f"{file}: not a DeepSpeed configuration, which is JSON ({fault}); repair it") from fault
+        why = fault.strerror if isinstance(fault, OSError) else json_fault(fault)
+        raise InputError(f"{file}: not a DeepSpeed configuration, which is JSON ({why}); repair it") from fault
     if not isinstance(found, dict):
         raise InputError(f"{file}: a JSON object is expected, found {type(found).__name__}; repair it")
-    part = found.get("zero_optimization", {})
-    if not isinstance(part, dict) or part.get("stage", 0) not in (0, 1, 2, 3) or isinstance(part.get("stage"), bool):
-        raise InputError(f'{file}: "zero_optimization" is {part!r}; an object with a "stage" from 0 to 3 is expected')
+    part = _object(file, found, ZERO, 'an object with a "stage" from 0 to 3')
+    if part.get("stage", 0) not in (0, 1, 2, 3) or isinstance(part.get("stage"), bool):
+        raise InputError(f'{file}: "{ZERO}" is {part!r}; an object with a "stage" from 0 to 3 is expected')
+    for name in OFFLOADS:
+        offload = _object(file, part, name, f'an object with a "device", one of {", ".join(PLACES)},')
+        if offload.get("device", PLACES[0]) not in PLACES:
+            raise InputError(
+                f"{file}: {ZERO}.{name}.device is {offload['device']!r}; one of {', '.join(PLACES)} is needed"
+            )
+    for name in HALVES:
+        _object(file, found, name, 'an object with "enabled"')
+    optimizer = _object(file, found, OPTIMIZER, 'an object with "type" and "params"')
+    if OPTIMIZER in found and optimizer.get("type") not in OPTIMIZERS:
+        raise InputError(
+            f"{file}: {OPTIMIZER}.type is {optimizer.get('type')!r}; {' or '.join(OPTIMIZERS)} is needed, or no such part"
+        )
+    _object(file, optimizer, "params", "an object")
     return found
 
 
+def _object(file: Path, whole: dict[str, Any], name: str, wanted: str) -> dict[str, Any]:
+    """A part of the configuration, an empty one where it is not there."""
+    part = whole.get(name, {})
+    if not isinstance(part, dict):
+        raise InputError(f'{file}: "{name}" is {part!r}; {wanted} is expected')
+    return part
+
+
 def stage_of(config: dict[str, Any]) -> int:
-    return config.get("zero_optimization", {}).get("stage", 0)
+    return config.get(ZERO, {}).get("stage", 0)
 
 
 def settle(
@@ -45,14 +78,18 @@ def settle(
     Raises InputError for a file that fixes what the run has otherwise.
     """
     config = read_zero(file)
-    part, optimizer = config.get("zero_optimization", {}), config.get("optimizer", {}).get("params", {})
+    part = config.get(ZERO, {})
     shares = f"{rows} samples x {accumulation} accumulation x {processes} processes"
     batch = {ROWS: rows, ACCUMULATION: accumulation, BATCH: rows * accumulation * processes}
     _fill(file, config, batch, shares, ", or give --batch-size and --per-device-batch that fit")
     _fill(file, config, {CLIPPING: settings.max_grad_norm}, "--max-grad-norm")
-    _fill(file, config.setdefault("bf16", {}), {"enabled": half}, "--precision, or what the device computes in")
+    config.setdefault("bf16", {})
+    for name, on in zip(HALVES, (half, False), strict=True):  # nothing here trains in fp16
+        if name in config:
+            _fill(file, config[name], {"enabled": on}, "--precision, or what the device computes in", of=f"{name}.")
     wanted = {"lr": settings.lr, "betas": list(settings.betas), "weight_decay": settings.weight_decay, "eps": EPSILON}
-    _fill(file, optimizer, {k: v for k, v in wanted.items() if k in optimizer}, "its flags")
+    if OPTIMIZER in config:  # whatever it leaves out would be DeepSpeed's own
+        _fill(file, config[OPTIMIZER].setdefault("params", {}), wanted, "its flags")
     if "scheduler" in config:
         raise InputError(f'{file}: "scheduler": the learning rate is --schedule\'s here; take it out')
     sizes = {
@@ -64,16 +101,23 @@ def settle(
     for name, size in sizes.items():
         if part.get(name) == AUTO:
             part[name] = size
-    left = [name for name, value in part.items() if value == AUTO]
-    if left:
-        raise InputError(f'{file}: zero_optimization.{left[0]} is "auto", which nothing here fills in; write a value')
+    if left := next(_left(config), None):
+        raise InputError(f'{file}: {left} is "auto", which nothing here fills in; write a value')
     return config
 
 
-def _fill(file: Path, part: dict, wanted: dict, source: str, other: str = "") -> None:
+def _left(part: Any, name: str = "") -> Iterator[str]:
+    """What is still "auto", by its name with those above it."""
+    if part == AUTO:
+        yield name
+    for key, value in part.items() if isinstance(part, dict) else ():
+        yield from _left(value, f"{name}.{key}" if name else key)
+
+
+def _fill(file: Path, part: dict, wanted: dict, source: str, other: str = "", of: str = "") -> None:
     for name, value in wanted.items():
         if part.get(name, AUTO) not in (AUTO, value):
             raise InputError(
-                f'{file}: {name} is {part[name]!r}, and this run has {value} ({source}); write "auto" there{other}'
+                f'{file}: {of}{name} is {part[name]!r}, and this run has {value} ({source}); write "auto" there{other}'
             )
         part[name] = value
