@@ -45,6 +45,8 @@ def several(kind: Kind, inner: Callable[[Any], bool] | None = None) -> Kind:
     )
 
 
+LONGEST = 2**53  # of a context, which no memory is taken for
+
 TEXT = Kind("a text", lambda v: isinstance(v, str))
 FLAG = Kind("true or false", lambda v: isinstance(v, bool))
 OBJECT = Kind("an object", lambda v: isinstance(v, dict))
@@ -70,7 +72,7 @@ TOP = {
 DECODER = {
     "model_type": TEXT, "architectures": NAMES, "dtype": DTYPE, "torch_dtype": DTYPE, "hidden_size": up_to(2**16), "intermediate_size": up_to(2**20),
     "num_hidden_layers": up_to(2**10), "num_attention_heads": up_to(2**12), "num_key_value_heads": up_to(2**12),
-    "head_dim": up_to(2**12), "vocab_size": up_to(2**22), "max_position_embeddings": up_to(2**22), "sliding_window": up_to(2**40),
+    "head_dim": up_to(2**12), "vocab_size": up_to(2**22), "max_position_embeddings": up_to(LONGEST), "sliding_window": up_to(2**40),
     "rms_norm_eps": EPSILON, "hidden_act": TEXT, "attention_bias": FLAG, "mlp_bias": FLAG, "tie_word_embeddings": FLAG,
     "eos_token_id": IDS, "bos_token_id": ID, "pad_token_id": ID, "rope_theta": POSITIVE, "rope_scaling": OBJECT,
     "rope_parameters": OBJECT,
@@ -151,7 +153,7 @@ def shown(value: Any) -> str:
 # ---------------------------------------------------------------------- rotary positions
 
 FACTOR = {"factor": POSITIVE}
-STRETCHED = FACTOR | {"original_max_position_embeddings": up_to(2**22)}
+STRETCHED = FACTOR | {"original_max_position_embeddings": up_to(LONGEST)}
 NOT_NEGATIVE = Kind("a number from 0", lambda v: number(v) and v >= 0)
 ROPES = {  # whose angles do not depend on how long the sequence is; what each is told, the first of it always
     "default": {},
