@@ -179,7 +179,8 @@ PLACES = {
     "settings", [{"draft_length": 0}, {"do_sample": True, "seed": 1}, {"retained_tokens": 2.5}], ids=str
 )
 def test_the_layer_is_named(name, value, settings):
-    vlm = spoilt(name, value)
+    # SDPA lets scores that are no numbers vanish on some processors; weights of files are looked at when they are read.
+    vlm = spoilt(name, value, **({"attention": "eager"} if "q_proj" in name else {}))
     with pytest.raises(RunError) as caught:
         vlm.generate(**one(vlm, 3, IMAGE, 4), max_new_tokens=4, **settings)
     assert PLACES[name] in str(caught.value) and f"({name})" in str(caught.value), caught.value

@@ -40,7 +40,7 @@ from transformers.generation import (
 from twigvlm.config import GenerationSettings
 from twigvlm.decoding.choose import Chooser, Voice
 from twigvlm.decoding.draft import chain
-from twigvlm.pruning import METHODS
+from twigvlm.pruning import METHODS, TowerMethod
 
 QUERIES = ("last", "text")
 NEW = 10  # tokens an answer
@@ -200,7 +200,9 @@ def test_keeping_all_equals_not_pruning(case):
 def test_sdpa_equals_eager(case):
     arguments = {**batch(*case.prompts(), case.left), "max_new_tokens": case.new, "eos_token_id": []}
     eager = tiny(**dict(case.shape), attention="eager")
-    for pruning in ({}, case.pruned):
+    # Before the decoder some choose between near equals of a random tower: rounding decides, on every processor otherwise.
+    within = not issubclass(METHODS[case.method], TowerMethod)
+    for pruning in ({}, case.pruned) if within else ({},):
         arguments |= pruning | case.speculation
         same(case.vlm.generate(**arguments), eager.generate(**arguments))
 

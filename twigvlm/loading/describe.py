@@ -183,8 +183,8 @@ def find_tower(folder: Path, facts: dict) -> tuple[Path | None, dict]:
         found = resolve(name, "vision tower", HUB_DESCRIPTION)
     described, own = found / "config.json", "the vision tower's "
     named = read_json(described)
-    _check_quantisation(described, named)
     check_fields(described, named, TOP, own)
+    _check_quantisation(described, named)
     kind = named.get("model_type", TOWERS[0])
     if kind not in TOWERS:
         raise InputError(

@@ -19,7 +19,6 @@ from tokenizers import Encoding, Tokenizer
 from ..config import IMAGE
 from ..errors import InputError
 from ..files import whole
-from .media import IMAGE
 
 # Inside this module: a picture's place, and `<image>` where it is a word. No text holds them, `whole` sees to it.
 PLACE, WORD = "\ud800", "\ud801"

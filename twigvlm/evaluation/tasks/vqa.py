@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ...config import IMAGE
 from ...errors import InputError
 from ...files import check_regular, is_file
-from ...prompt.media import ADDRESS, IMAGE, PICTURES, SHOWN, unread
+from ...prompt.media import ADDRESS, PICTURES, SHOWN, unread
 from .base import Question, Score, Source, Task
 from .pairing import ids_of, pair
 from .reading import ID, checked, first, read_json, read_records
