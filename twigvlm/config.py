@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .errors import InputError
+from .files import BROUGHT
 
 DEFAULT_K, DEFAULT_T = 2, 3  # the released twigs', paper section 4.1
 WIPE_SHARE = 0.75  # F / L of LLaVA-1.5-7B, paper section 3.2
@@ -132,11 +133,20 @@ def pinned(base: str | Path | None, twig: str | Path | None, revision: str | Non
     """(base, twig) with their revisions behind their names: owner/name@REVISION.
 
     `revision` is the base's, and the twig's where only that is on the hub. Raises InputError for a revision of what is
-    not there, or another one than a name says.
+    not there, or another one than a name says. A twig that comes along has its folder's name ("sprout-plus").
     """
+    twig = _brought(twig)
     if revision is not None and hub_id(base) is None and hub_id(twig) is not None and twig_revision is None:
         revision, twig_revision = None, revision
     return _pin(base, revision, "revision", "the base"), _pin(twig, twig_revision, "twig_revision", "the twig")
+
+
+def _brought(twig: str | Path | None) -> str | Path | None:
+    """The folder of a twig of the embedded base that is called by its name alone."""
+    if not isinstance(twig, str) or Path(twig).name != twig or Path(twig).exists():
+        return twig
+    folder = BROUGHT / "checkpoints" / twig
+    return folder if twig and folder.is_dir() else twig
 
 
 def _pin(name: str | Path | None, revision: str | None, option: str, what: str) -> str | Path | None:
@@ -172,7 +182,7 @@ class ModelSettings:
         metavar="ID",
     )
     twig: str | Path | None = option(
-        None, "hub id, folder or .safetensors of its twig (default: none, or the embedded one)",
+        None, "hub id, folder or .safetensors of its twig (default: none, or the embedded one; sprout-plus: TwigVLM++'s)",
         flag="twig_block", parse=str, metavar="ID",
     )  # fmt: skip
     K: int | None = option(

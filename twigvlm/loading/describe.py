@@ -35,6 +35,7 @@ from .parts import part_of
 
 EMBEDDED = BROUGHT / "checkpoints"
 EMBEDDED_BASE, EMBEDDED_TWIG = EMBEDDED / "sprout-base", EMBEDDED / "sprout-twig-K2-T3"
+EMBEDDED_PLUS = EMBEDDED / "sprout-plus"  # the twig again, with a pruning head that learnt by rewards
 
 # The tower that original LLaVA-1.5 checkpoints name, for those that carry its weights themselves.
 KNOWN_TOWERS = {

@@ -11,17 +11,22 @@ import json
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors.torch import load_file
 
 from .. import flags
 from ..errors import InputError
 from ..evaluation.comparing.shown import markdown, short
 from ..files import CHECKOUT, write_text
 from ..hub.card import TAGS, TASK, About, with_head
-from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
-from ..model.twig import CONFIG, WEIGHTS
+from ..loading.describe import EMBEDDED_BASE, EMBEDDED_PLUS, EMBEDDED_TWIG
+from ..loading.find import read_json
+from ..model.twig import CONFIG, WEIGHTS, write_twig
+from ..model.twig import START as GATES
 from ..program import called, run_program
 from ..pruning.catalogue import catalogue, in_short
 from ..record import provenance, table
@@ -46,7 +51,7 @@ TOLD = (
     "random",
 )  # in the README
 PLACES = ("--out", "--plots", "--report", "--work")  # flags that say where something goes
-LIMIT = 30 * 2**20  # bytes of base and twig together, so that a clone stays small
+LIMIT = 30 * 2**20  # bytes of the base and all twigs together, so that a clone stays small
 
 FILES = {  # what is published of a folder; a training leaves more
     "base": (
@@ -58,7 +63,9 @@ FILES = {  # what is published of a folder; a training leaves more
         "tokenizer_config.json",
     ),
     "twig": (WEIGHTS, CONFIG),
+    "plus": (WEIGHTS, CONFIG),
 }
+TARGETS = {"base": EMBEDDED_BASE, "twig": EMBEDDED_TWIG, "plus": EMBEDDED_PLUS}
 
 HEADS = {
     "base": """# sprout: a LLaVA small enough for a laptop
@@ -78,6 +85,12 @@ base = LlavaForConditionalGeneration.from_pretrained("checkpoints/sprout-base")
 Three decoder layers, a norm and a head on layer 2 of sprout, trained by next-token cross-entropy on the answers with the base frozen
 (TwigVLM, arXiv 2503.14075, section 3.1). `twigvlm.load()` uses it with the embedded base.
 """,
+    "plus": """# sprout's twig with a pruning head (K=2, T=3, F=24)
+
+sprout's twig once more, and a head that chooses visual tokens in its place (TwigVLM++, arXiv 2503.14075v3, section 3.2). The head began as
+the twig's own attention and learnt by rewards alone, without the paper's stage 1; everything else is the plain twig, to the bit before it was
+stored in half precision. `twigvlm.load(twig="sprout-plus")`, or `--twig-block sprout-plus`.
+""",
 }
 
 
@@ -85,7 +98,7 @@ def with_facts(kind: str, text: str, report: dict) -> str:
     """A card below the head that the hub reads: licence, library, and the report's figures of what it is about."""
     about = About(
         f"sprout-{kind}", license="apache-2.0", library="transformers" if kind == "base" else "twigvlm",
-        tags=TAGS if kind == "twig" else TAGS[:1], results=list(_results(kind, report)),
+        tags=TAGS[:1] if kind == "base" else TAGS, results=list(_results(kind, report)),
     )  # fmt: skip
     return with_head(text, about)
 
@@ -104,7 +117,7 @@ def _results(kind: str, report: dict) -> Iterator[EvalResult]:
             yield EvalResult(
                 **data, metric_type="accuracy", metric_name="right short answers, %", metric_value=round(row["all"], 2)
             )
-        elif kind == "twig" and str(row["setting"]).startswith("twig"):
+        elif kind != "base" and str(row["setting"]).startswith("twig"):
             for name, key in (("accuracy of the unpruned base", "RelAcc"), ("drafts accepted", "acceptance")):
                 yield EvalResult(
                     **data,
@@ -122,10 +135,16 @@ def card(kind: str, run: Path, report: dict) -> str:
     notes = run / "notes.md"
     if notes.exists():
         lines.append(f"\n{notes.read_text(encoding='utf-8').strip()}")
-    lines.append("\n## Figures\n")
-    lines.append(f"{_asked_by(report)} on the test split, {report['rows'][0]['questions']} questions (percent):\n")
-    lines.append(table([{k: v for k, v in row.items() if k not in HIDDEN} for row in report["rows"]]))
+    lines += _figures(report)
     return with_facts(kind, "\n".join(lines) + "\n", report)
+
+
+def _figures(report: dict) -> list[str]:
+    return [
+        "\n## Figures\n",
+        f"{_asked_by(report)} on the test split, {report['rows'][0]['questions']} questions (percent):\n",
+        table([{k: v for k, v in row.items() if k not in HIDDEN} for row in report["rows"]]),
+    ]
 
 
 RECIPE = """`python -m twigvlm.sprout.train`, in these stages (seconds are wall clock); at last it trains the twig, by the users' own
@@ -154,26 +173,57 @@ def _stage(log: Path) -> dict:
 
 def publish(run: Path, report: Path) -> None:
     """Copy `run`/base, `run`/twig and the report. Raises InputError when one is missing or both are too large."""
-    sources = {"base": (run / "base", EMBEDDED_BASE), "twig": (run / "twig", EMBEDDED_TWIG)}
-    for source, _ in sources.values():
+    sources = {"base": run / "base", "twig": run / "twig"}
+    for source in sources.values():
         if not source.is_dir():
             raise InputError(f"{source}: no such folder; train first: python -m twigvlm.sprout.train --out {run}")
-    if not report.is_file():
-        measure = f"python -m twigvlm.sprout.report --base {run}/base --twig {run}/twig --out {report.parent}"
-        raise InputError(f"{report}: no such file; the cards need figures of what is published: {measure}")
-    found = json.loads(report.read_text())
-    size = sum((source / file).stat().st_size for kind, (source, _) in sources.items() for file in FILES[kind])
-    if size > LIMIT:
-        raise InputError(
-            f"base and twig have {size} bytes; at most {LIMIT} are published, train a narrower one (--hidden)"
-        )
-    for kind, (source, target) in sources.items():
+    found = _figures_of(report, f"--base {run}/base --twig {run}/twig")
+    _check_size(sources)
+    for kind, source in sources.items():
         for file in FILES[kind]:
-            shutil.copyfile(source / file, target / file)
-        (target / "README.md").write_text(card(kind, run, found), encoding="utf-8")
+            shutil.copyfile(source / file, TARGETS[kind] / file)
+        (TARGETS[kind] / "README.md").write_text(card(kind, run, found), encoding="utf-8")
     for file in (report, report.with_suffix(".png")):
         if file.exists() and file.parent.resolve() != RESULTS.resolve():
             shutil.copyfile(file, RESULTS / f"sprout_report{file.suffix}")
+
+
+def publish_plus(run: Path, report: Path) -> None:
+    """The twig of `run`, a training of TwigVLM++'s stage 2, in half precision. Raises InputError as `publish` does."""
+    facts = read_json(run / CONFIG)
+    if not facts.get(GATES):
+        raise InputError(f"{run}: its twig has no pruning head; train one with STAGE=2 bash scripts/v1_5/train_twig.sh")
+    found = _figures_of(report, f"--twig {run} --methods twig")
+    state = {name: tensor.half() for name, tensor in load_file(run / WEIGHTS).items()}
+    with tempfile.TemporaryDirectory() as place:
+        write_twig(Path(place), state, facts)
+        _check_size({"plus": Path(place)})
+        write_twig(EMBEDDED_PLUS, state, facts)
+    (EMBEDDED_PLUS / "README.md").write_text(plus_card(run, found), encoding="utf-8")
+
+
+def plus_card(run: Path, report: dict) -> str:
+    told = (run / "README.md").read_text(encoding="utf-8").splitlines()  # the card that the training wrote
+    facts = [line.replace(f" --out {run}", "") for line in told if line.startswith("|")]
+    return with_facts("plus", "\n".join([HEADS["plus"], "## Recipe\n", *facts, *_figures(report)]) + "\n", report)
+
+
+def _figures_of(report: Path, of: str) -> dict:
+    if not report.is_file():
+        measure = f"python -m twigvlm.sprout.report {of} --out {report.parent}"
+        raise InputError(f"{report}: no such file; the cards need figures of what is published: {measure}")
+    return json.loads(report.read_text())
+
+
+def _check_size(new: dict[str, Path]) -> None:
+    """All that is published, with these folders for what is there now."""
+    folders = TARGETS | new
+    files = [folder / file for kind, folder in folders.items() for file in FILES[kind]]
+    size = sum(file.stat().st_size for file in files if file.exists())
+    if size > LIMIT:
+        raise InputError(
+            f"base and twigs have {size} bytes; at most {LIMIT} are published, train a narrower one (--hidden)"
+        )
 
 
 def refresh(results: Path, root: Path = ROOT) -> None:
@@ -302,18 +352,18 @@ def _speed(results: Path) -> str:
 
 
 def _stages(results: Path) -> str:
-    """TwigVLM++'s twigs beside a plain one, where they were compared."""
-    file = results / "plus.json"
-    if not file.exists():
-        return ""
+    """TwigVLM++'s twigs beside a plain one, of each study that compared some."""
     from . import plus
 
-    found = json.loads(file.read_text(encoding="utf-8"))
-    return (
-        f"`{_command(found)}`\n({found['questions']} questions, {found['descriptions']} descriptions, "
-        f"[JSON](benchmarks/results/plus.json)):\n\n{plus.shown(found)}\n\n"
-        "![RelAcc and right descriptions against R](benchmarks/results/plus.png)"
-    )
+    parts = []
+    for file in sorted(results.glob("plus*.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        parts.append(
+            f"`{_command(found)}`\n({found['questions']} questions, {found['descriptions']} descriptions, "
+            f"[JSON](benchmarks/results/{file.name})):\n\n{plus.shown(found)}\n\n"
+            f"![RelAcc and right descriptions against R](benchmarks/results/{file.stem}.png)"
+        )
+    return "\n\n".join(parts)
 
 
 def _benchmarks(results: Path) -> str:
@@ -332,6 +382,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--report", type=Path, metavar="FILE", help="figures of this base and twig (default RUN/sprout_report.json)"
     )
+    parser.add_argument(
+        "--plus",
+        type=Path,
+        metavar="FOLDER",
+        help="nothing but the twig of a training of TwigVLM++'s stage 2, with --report",
+    )
     parser.add_argument("--readme-only", action="store_true", help="leave checkpoints/ as they are")
     parser.add_argument(
         "--methods-only", action="store_true", help="nothing but the catalogue of pruning methods and their comparison"
@@ -345,6 +401,8 @@ def main(argv: list[str] | None = None) -> int:
             )
         if args.methods_only:
             return refresh_methods(RESULTS)
+        if args.plus:
+            return publish_plus(args.plus, args.report or args.plus / "sprout_report.json")
         if not args.readme_only:
             publish(args.run, args.report or args.run / "sprout_report.json")
         refresh(RESULTS)
