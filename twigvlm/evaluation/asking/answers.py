@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import shortuuid
 
 from ...errors import InputError, RunError
-from ...files import alone, flush, hold, whole, write_bytes, write_json
+from ...files import alone, check_folder, flush, hold, whole, write_bytes, write_json
 from ..tasks.base import Question
 from .setting import LATE
 
@@ -147,15 +147,8 @@ class Folder:
 
         Raises InputError otherwise. Nothing is left behind in a folder that cannot be used.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
-        except OSError as fault:
-            raise InputError(
-                f"{self.path}: answers cannot be written here ({fault.strerror}); choose another --out"
-            ) from fault
+        check_folder(self.path, "--out")
+        self.path.mkdir(parents=True, exist_ok=True)
         self.compare(identity)
 
     def record(self, identity: Mapping[str, Any]) -> None:
