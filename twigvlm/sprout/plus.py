@@ -56,6 +56,7 @@ class Recipe:
 
 
 ZIP = "visionzip:keep=288"
+ON_TWIG, BEHIND = "stage 2 on the twig", (*STAGE_2, "--head-init", "identity")  # what each option is measured with
 RECIPES = (
     Recipe("twig"),
     Recipe("stage 1", ("--stage", "1")),
@@ -66,23 +67,22 @@ RECIPES = (
     Recipe("stage 1, identity", ("--stage", "1", "--head-init", "identity"), options=True),
     Recipe("stage 1, hybrid loss", ("--stage", "1", "--prediction-loss", "hybrid"), options=True),
     Recipe("stage 1, pruned teacher", ("--stage", "1", "--teacher", "pruned"), options=True),
-    Recipe("stage 2, leave-one-out", (*STAGE_2, "--baseline", "leave-one-out"), "stage 1", options=True),
-    Recipe("stage 2, fidelity", (*STAGE_2, "--reward", "fidelity"), "stage 1", options=True),
-    Recipe("stage 2, first turn", (*STAGE_2, "--reward-turns", "first"), "stage 1", options=True),
-    Recipe("stage 2, random turn", (*STAGE_2, "--reward-turns", "random"), "stage 1", options=True),
-    Recipe("stage 2, temperature 0.5", (*STAGE_2, "--policy-temperature", "0.5"), "stage 1", options=True),
-    Recipe("stage 2, spread floor", (*STAGE_2, "--advantage-floor", "0.02"), "stage 1", options=True),
-    Recipe("stage 2, by token", (*STAGE_2, "--by-token"), "stage 1", options=True),
-    Recipe("stage 2, antithetic", (*STAGE_2, "--antithetic"), "stage 1", options=True),
+    Recipe("stage 2, identity", STAGE_2, "stage 1, identity", options=True),
+    Recipe(ON_TWIG, BEHIND, "twig", options=True),
     *(
-        Recipe(f"stage 2 on the twig{name}", (*STAGE_2, "--head-init", "identity", *flags), "twig", options=True)
+        Recipe(f"{ON_TWIG}, static R=64{name}", (*BEHIND, "--budget", "64", *flags), "twig", options=True)
         for name, flags in {
             "": (),
-            ", static R=64": ("--budget", "64"),
-            ", static R=64, temperature 0.5": ("--budget", "64", "--policy-temperature", "0.5"),
+            ", leave-one-out": ("--baseline", "leave-one-out"),
+            ", fidelity": ("--reward", "fidelity"),
+            ", first turn": ("--reward-turns", "first"),
+            ", random turn": ("--reward-turns", "random"),
+            ", temperature 0.5": ("--policy-temperature", "0.5"),
+            ", spread floor": ("--advantage-floor", "0.02"),
+            ", by token": ("--by-token",),
+            ", antithetic": ("--antithetic",),
         }.items()
     ),
-    Recipe("stage 2, identity", STAGE_2, "stage 1, identity", options=True),
     Recipe("twig, on-policy", ("--on-policy", "960"), options=True),
     Recipe(f"twig, {ZIP}", ("--tower-pruning", ZIP), options=True, pruning=f"{ZIP}+twig"),
     Recipe(f"twig asked behind {ZIP}", options=True, pruning=f"{ZIP}+twig", of="twig"),
