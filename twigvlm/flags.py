@@ -101,7 +101,7 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """The flags, those of `--config FILE.yaml` first, so that the command line has the last word.
 
     The file maps names of flags to values. An unknown one is refused with the list of those that are known.
-    `typed` of the result names the flags of the command line.
+    `typed` of the result names the flags of the command line: a file may hold the resolved ones of another run.
     """
     parser.add_argument(
         "--config", type=Path, metavar="FILE.yaml", help="flags from a file; those on the command line come after"

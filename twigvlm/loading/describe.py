@@ -238,7 +238,7 @@ def _check_pictures(file: Path, facts: dict, original: bool) -> None:
         raise InputError(f"{file}: image_aspect_ratio is {aspect!r}{what}; 'pad' or 'square' is understood, {NEEDED}")
     fields = {
         "mm_patch_merge_type": ("flat", "flat"),
-        "mm_resampler_type": (None, "none"),
+        "mm_resampler_type": (None, "a model without one (null)"),
         "s2": (False, "one scale"),
     }
     for key, (legal, word) in fields.items():

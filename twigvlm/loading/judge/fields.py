@@ -23,7 +23,10 @@ def whole(value: Any) -> bool:
 
 
 def number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """One that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1023
 
 
 class Kind(NamedTuple):
@@ -53,7 +56,7 @@ OBJECT = Kind("an object", lambda v: isinstance(v, dict))
 NAMES = Kind("a list of names", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v))
 DTYPE = Kind(
     "float16, bfloat16 or float32",
-    lambda v: isinstance(v, str) and v.removeprefix("torch.") in ("float16", "bfloat16", "float32", "float64", "auto"),
+    lambda v: isinstance(v, str) and v in ("float16", "bfloat16", "float32", "float64", "auto"),
 )
 LAYER = Kind("a layer's number (LLaVA-1.5: -2)", whole)
 ID = Kind("a token id", lambda v: whole(v) and 0 <= v < 2**31)
