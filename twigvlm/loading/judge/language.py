@@ -29,6 +29,8 @@ def judge_language(folder: Path, facts: dict, config: LlavaConfig, original: boo
     tokenizer = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         tokenizer = read_tokenizer(folder, config, original)
+        if not original:
+            _check_image(folder, tokenizer, config)
         _check_syntax(folder, tokenizer, read_template(folder, tokenizer))
     return _generation_config(folder, facts, config, tokenizer)
 
@@ -54,12 +56,12 @@ def read_tokenizer(folder: Path, config: LlavaConfig, original: bool):
         raise InputError(
             f"{folder}: its tokenizer names no end token, or is not a fast one; fetch tokenizer_config.json and tokenizer.json"
         )
-    _check_words(folder, tokenizer, config, original)
+    _check_words(folder, tokenizer, config)
     return tokenizer
 
 
-def _check_words(folder: Path, tokenizer, config: LlavaConfig, original: bool) -> None:
-    """All ids that text can have are rows of the embeddings, and pictures are marked by the ids that the model knows."""
+def _check_words(folder: Path, tokenizer, config: LlavaConfig) -> None:
+    """All ids that text can have are rows of the embeddings, and so are those of what frames a picture."""
     rows = config.text_config.vocab_size
     words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
@@ -69,15 +71,9 @@ def _check_words(folder: Path, tokenizer, config: LlavaConfig, original: bool) -
             f"{folder}: its tokenizer writes ids up to {largest}, but the vocabulary has {rows}; it is another model's, "
             "fetch this one's"
         )
-    known = tokenizer.get_vocab()
-    image = known.get(IMAGE)
-    if not original and image not in (None, config.image_token_id):
-        raise InputError(
-            f"{folder}: {IMAGE} is token {image} of its tokenizer, but image_token_index in config.json is "
-            f"{config.image_token_id}; fetch both files again"
-        )
     if not getattr(config, "mm_use_im_start_end", False):
         return
+    known = tokenizer.get_vocab()
     for word in FRAME:
         if known.get(word, rows) >= rows:
             raise InputError(
@@ -86,6 +82,16 @@ def _check_words(folder: Path, tokenizer, config: LlavaConfig, original: bool) -
             )
     tokenizer.add_tokens(list(FRAME), special_tokens=True)  # words of the vocabulary as a rule, which are never cut now
     tokenizer.image_frame = tuple([known[word]] for word in FRAME)
+
+
+def _check_image(folder: Path, tokenizer, config: LlavaConfig) -> None:
+    """Pictures are marked by the id that the model knows."""
+    image = tokenizer.get_vocab().get(IMAGE)
+    if image not in (None, config.image_token_id):
+        raise InputError(
+            f"{folder}: {IMAGE} is token {image} of its tokenizer, but image_token_index in config.json is "
+            f"{config.image_token_id}; fetch both files again"
+        )
 
 
 # ---------------------------------------------------------------------- chat template
