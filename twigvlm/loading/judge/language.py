@@ -14,6 +14,7 @@ from ...errors import InputError
 from ..describe import check_id, end_tokens
 from ..find import read_json
 from .fields import shown
+from .probe import heard, says
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
 FRAME = ("<im_start>", "<im_end>")  # what some checkpoints have around each picture
@@ -29,7 +30,7 @@ def judge_language(folder: Path, facts: dict, config: LlavaConfig, original: boo
     tokenizer = None
     if any((folder / name).exists() for name in TOKENIZER_FILES):
         tokenizer = read_tokenizer(folder, config, original)
-        _check_syntax(folder, tokenizer, read_template(folder, tokenizer))
+        _check_template(folder, tokenizer, read_template(folder, tokenizer))
     return _generation_config(folder, facts, config, tokenizer)
 
 
@@ -116,17 +117,30 @@ def read_template(folder: Path, tokenizer) -> str | None:
     return found or None
 
 
-def _check_syntax(folder: Path, tokenizer, template: str | None) -> None:
+def _check_template(folder: Path, tokenizer, template: str | None) -> None:
+    """It can be read, and says what is asked wherever it says anything; what it does not take is seen when it is asked for."""
     from jinja2 import TemplateSyntaxError
 
     if template is None:
         return
+
+    def render(messages: list[dict]) -> str:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+
     try:
-        tokenizer.apply_chat_template(PROBE, chat_template=template, tokenize=False)
+        render(PROBE)
     except TemplateSyntaxError as fault:
         raise InputError(f"{folder}: its chat template cannot be read ({fault}); fetch it again") from fault
-    except Exception:  # a template is a program: which conversations it takes is seen when one is asked for
-        return
+    except Exception:  # a template is a program
+        pass
+    for pictures, about in ((1, "about a picture"), (0, "without a picture")):
+        found = heard(render, pictures)
+        if found and not any(map(says, found.values())):
+            raise InputError(
+                f"{folder}: its chat template does not say a question {about} once, as it was asked; fetch this model's own"
+            )
 
 
 # ---------------------------------------------------------------------- ends
