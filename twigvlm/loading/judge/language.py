@@ -11,12 +11,14 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, LlavaC
 
 from ...config import IMAGE
 from ...errors import InputError
+from ...files import check_regular
 from ..describe import check_id, end_tokens
 from ..find import read_json
 from .fields import shown
 from .probe import heard, says
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+READ = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")  # by transformers, for a tokenizer
 FRAME = ("<im_start>", "<im_end>")  # what some checkpoints have around each picture
 PROBE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
 
@@ -41,6 +43,8 @@ def read_tokenizer(folder: Path, config: LlavaConfig, original: bool):
     """A model's tokenizer, with the ids of its `image_frame` where it has one. Raises InputError where there is none."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise InputError(f"{folder}: no tokenizer; fetch tokenizer.model (or tokenizer.json) of this model into it")
+    for file in (file for pattern in READ for file in folder.glob(pattern)):
+        check_regular(file)
     try:
         # The plain class gives the original ids: AutoTokenizer drops LLaVA's prefix space there.
         kind = LlamaTokenizer if original else AutoTokenizer
