@@ -71,7 +71,7 @@ SIZES = [
     {"max_position_embeddings": 0},
     *({"head_dim": n} for n in (-2, 0, 1, 3, 15)),
     {"num_key_value_heads": -1},
-    *({"rms_norm_eps": eps} for eps in (math.nan, math.inf, -1e-6, 1.0)),
+    *({"rms_norm_eps": eps} for eps in (math.nan, math.inf, -1e-6, 1.0, 10**400)),
     *({key: n} for key in ("bos_token_id", "pad_token_id", "eos_token_id") for n in (-1, 64, 10**12)),
     {"eos_token_id": [2, 64]},
     {"hidden_act": "xielu"},
