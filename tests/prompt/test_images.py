@@ -518,6 +518,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Location", "ftp://127.0.0.1/picture.png")
         self.end_headers()
 
+    def named(self):
+        self.send_response(302)
+        self.send_header("Location", f"http://user:geheim@{self.headers['Host']}/good")
+        self.end_headers()
+
     def inside(self):
         self.send_response(302)
         self.send_header("Location", "file:///etc/passwd")
@@ -619,6 +624,18 @@ def test_no_such_server(url):
     with pytest.raises(InputError, match="cannot be fetched") as caught:
         open_image(url)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("user", ["user:geheim", "user:ge@heim", "geheim", "geheim:"])
+def test_no_password_is_said(site, user):
+    for url in (site.replace("//", f"//{user}@") + "/good", f"{site}/named"):
+        with pytest.raises(InputError, match=r"://…@127.*with a user name cannot be fetched.*give the file") as caught:
+            open_image(url)
+        assert "heim" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_blanks_around_an_address(site):
+    assert open_image(f" \n{site}/good ").size == open_image(f"{site}/good").size
 
 
 def test_a_name_that_takes_forever(monkeypatch):
