@@ -38,6 +38,9 @@ class TwigConfig:
     pruning_head: str = ""  # a HeadStart; "": the twig has none
 
     def __post_init__(self) -> None:
+        for letter in "LKTF":
+            if not _whole(value := getattr(self, letter)):
+                raise InputError(f"{letter} is {value!r}; a whole number of layers is needed")
         if self.F == 0:
             object.__setattr__(self, "F", max(self.K + 1, round(WIPE_SHARE * self.L)))
         if self.K < 0:

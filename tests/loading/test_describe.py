@@ -529,7 +529,8 @@ def test_a_template_that_takes_text_only(tmp_path):
 
 
 def test_a_template_that_shows_no_picture(tmp_path):
-    vlm = twigvlm.load(speaking_folder(tmp_path / "chat", "{{ 'hello' }}"))
+    blind = "{% for p in messages[-1]['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}"
+    vlm = twigvlm.load(speaking_folder(tmp_path / "chat", blind))
     with pytest.raises(InputError, match="chat template cannot write this conversation"):
         vlm.prepare(Image.new("RGB", (9, 9)), "is it red?")
 

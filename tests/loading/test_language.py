@@ -108,6 +108,47 @@ def test_what_is_no_template(spoken, template, no_weights):  # noqa: F811
     refused([str(spoken), "chat template"], spoken)
 
 
+LLAMA3 = (
+    "{% for m in messages %}{% set content = '<|start|>' + m['role'] + ' ' + m['content'] | trim + '<|eot|>' %}"
+    "{{ content }}{% endfor %}{{ '<|start|>assistant ' }}"
+)
+DEAF = "{% for m in messages %}{% for p in m['content'] if p['type'] == 'image' %}<image>{% endfor %}{% endfor %} say"
+RAISING = "{{ raise_exception('a system message is needed') }}"
+
+
+@pytest.mark.parametrize("template", [LLAMA3, "{% for m in messages %}{{ m['content'] }}{% endfor %}"], ids=range(2))
+def test_a_template_of_texts_is_given_texts(tmp_path, template):
+    """With and without a picture: joined to a text, a list of parts would be printed as Python prints it."""
+    vlm = twigvlm.load(speaking_folder(tmp_path / "m", template))
+    for picture, history in ((None, []), (None, [("is it blue?", "no")]), (Image.new("RGB", (9, 9)), [])):
+        prompt = vlm.prepare(picture, "is it red?", history)["input_ids"][0].tolist()
+        words = words_of(vlm, prompt)
+        assert "red" in words and "type" not in words and "[{" not in "".join(words)
+        assert (prompt.count(vlm.image_token_id) > 0) == (picture is not None)
+
+
+@pytest.mark.parametrize(
+    ("template", "about"),
+    [
+        (DEAF, "about a picture"),
+        (HF_LLAVA.replace("p['text'] + ' '", "p['text'] * 2"), "about a picture"),
+        ("{% for m in messages %}{{ m['content'] | tojson if '<image>' not in m['content'] }}{% endfor %}", "picture"),
+        (CHATML.replace("in m['content'] %}", "in m['content'] if m['content'] | length > 1 %}")
+         .replace("m['content'] is string", "false"), "without a picture"),
+    ],
+    ids=["deaf", "twice", "shown", "without-a-picture"],
+)  # fmt: skip
+def test_a_template_that_does_not_say_the_question(spoken, template, about, no_weights):  # noqa: F811
+    (spoken / "chat_template.jinja").write_text(template)
+    refused([str(spoken), "chat template", about, "fetch"], spoken)
+
+
+def test_a_template_that_raises_is_told_when_asked(spoken):
+    (spoken / "chat_template.jinja").write_text(RAISING)
+    with pytest.raises(twigvlm.errors.InputError, match="a system message is needed"):
+        twigvlm.load(spoken).prepare(None, "is it red?")
+
+
 # ---------------------------------------------------------------------- tokenizers
 
 

@@ -319,6 +319,31 @@ TWIGS = {
         [CONFIG, "'tiny'", "hidden_size = 64", "hidden_size = 32"],
     ),
     "other-weights": (lambda d: edit(d / CONFIG, base_signature=[0.1] * 16), [CONFIG, "'tiny'", "other weights"]),
+    **{
+        f"{key}-{value!r:.20}": (
+            lambda d, key=key, value=value: edit(d / CONFIG, **{key: value}),
+            [CONFIG, f"{key} is ", "needed"],
+        )
+        for key, value in (
+            ("base_signature", "x"),
+            ("base_signature", ["x"]),
+            ("base_signature", [10**400] * 16),
+            ("base_signature", [[0.1]] * 16),
+            ("K", True),
+            ("K", -1),
+            ("K", 2.0),
+            ("T", 2.0),
+            ("L", 6.0),
+            ("F", False),
+            ("format_version", True),
+            ("hidden_size", 32.0),
+            ("tower_pruning", {"a": 1}),
+            ("base", 3),
+            ("base_revision", ["x"]),
+            ("pruning_head", ["released"]),
+        )
+    },
+    "large-weights": (lambda d: edit(d / CONFIG, base_signature=[10**30] * 16), [CONFIG, "other weights"]),
     "too-deep": (lambda d: edit(d / CONFIG, K=5), ["K + T is 5 + 2", "L = 6"]),
 }
 
@@ -338,6 +363,17 @@ def test_bad_twigs(name, base, twig):
     twigvlm.load(base, twig)
     spoil(twig)
     refused([str(twig), *parts] if name != "too-deep" else parts, base, twig)
+
+
+def test_a_signature_of_null_is_none(base, twig):
+    (twig / CONFIG).write_text(json.dumps(json.loads((twig / CONFIG).read_text()) | {"base_signature": None}))
+    assert twigvlm.load(base, twig).twig is not None
+
+
+@pytest.mark.parametrize("letters", [{"K": True}, {"T": 2.0}, {"L": 6.0}, {"F": "5"}], ids=str)
+def test_letters_are_whole_numbers(letters):
+    with pytest.raises(InputError, match=rf"{min(letters)} is .*; a whole number of layers is needed"):
+        TwigConfig(**({"L": 6, "K": 2, "T": 2} | letters))
 
 
 def test_flags_that_disagree_with_the_twig(base, twig):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from conftest import IMAGE, batch, prompts, tiny, tiny_model
 from safetensors.torch import load_file, save_file
-from test_describe import Hub
+from test_describe import Hub, speaking_folder
 from test_loading import base, edit, original, refused, split, states_equal  # noqa: F401 (fixtures)
 
 import twigvlm
@@ -157,6 +158,51 @@ def test_an_index_is_read_before_weights_are_fetched(layout, name, parts, reques
     hub = Hub(folder, monkeypatch)
     refused([index.name, *parts], "someone/llava")
     assert len(hub.asked) == 1, "nothing more is fetched of what cannot be used"
+
+
+@pytest.mark.parametrize(
+    "shard",
+    [5, None, ["a.bin"], "../base/model.safetensors", "/model.bin", "..\\model.bin", "a\0.bin", ".", "", ".bin", "model.pt"],
+    ids=repr,
+)  # fmt: skip
+def test_a_shard_is_a_file_beside_its_index(base, shard):  # noqa: F811
+    index = split(base, "safetensors") / "model.safetensors.index.json"
+    edit(index, weight_map=json.loads(index.read_text())["weight_map"] | {"lm_head.weight": shard})
+    refused([f"{index}: the shard of 'lm_head.weight' is {shard!r}; ", ".safetensors or .bin", "fetch it again"], base)
+
+
+def test_a_shard_of_a_name_that_no_file_has(base):  # noqa: F811
+    index = split(base, "safetensors") / "model.safetensors.index.json"
+    name = "a" * 5000 + ".bin"
+    edit(index, weight_map=json.loads(index.read_text())["weight_map"] | {"lm_head.weight": name})
+    refused(["1 of 3 shards", "aaa…", "fetch"], base)
+
+
+@pytest.mark.parametrize("text", ["[" * 200000, "[]", '{"weight_map": 3}', "{}", '{"weight_map": {"a": 1}}'], ids=len)
+def test_what_is_no_weight_index(base, text):  # noqa: F811
+    index = split(base, "safetensors") / "model.safetensors.index.json"
+    index.write_text(text)
+    refused([str(index), "again"], base)
+
+
+# ---------------------------------------------------------------------- files that are none
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json",
+                                  "special_tokens_map.json", "chat_template.jinja", "model.safetensors",
+                                  "model.safetensors.index.json"])  # fmt: skip
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    folder = speaking_folder(tmp_path / "m", None)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused([f"{folder / name}: is a pipe or a device"], folder)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_description(base):  # noqa: F811
+    for file in (base / "config.json", split(base, "safetensors") / "model.safetensors.index.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    twigvlm.load(base)
 
 
 # ---------------------------------------------------------------------- files by torch

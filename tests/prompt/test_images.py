@@ -128,6 +128,23 @@ def test_what_is_no_picture_at_all(source, words):
         open_image(source)
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_floats_that_are_not_finite(odd, tmp_path):
+    """One value that is no number is as dark as the darkest, and leaves the rest as it is."""
+    ramp = np.linspace(-3, 7, 40, dtype=np.float32)[None].repeat(20, 0)
+    whole, spoilt = Image.fromarray(ramp), ramp.copy()
+    spoilt[0, -1] = odd
+    Image.fromarray(spoilt).save(tmp_path / "picture.tif")
+    expected = np.array(open_image(whole))
+    expected[0, -1] = 0
+    for source in (Image.fromarray(spoilt), tmp_path / "picture.tif"):
+        assert np.array_equal(np.array(open_image(source)), expected) and expected.max() == 255
+    spoilt[:] = odd
+    Image.fromarray(spoilt).save(tmp_path / "picture.tif")
+    with pytest.raises(InputError, match=r"picture\.tif: not one of its values is a finite number; save"):
+        open_image(tmp_path / "picture.tif")
+
+
 def test_sixteen_bits_with_transparency(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add(b"tRNS", (300).to_bytes(2, "big"))
@@ -501,6 +518,11 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Location", "ftp://127.0.0.1/picture.png")
         self.end_headers()
 
+    def named(self):
+        self.send_response(302)
+        self.send_header("Location", f"http://user:geheim@{self.headers['Host']}/good")
+        self.end_headers()
+
     def inside(self):
         self.send_response(302)
         self.send_header("Location", "file:///etc/passwd")
@@ -602,6 +624,18 @@ def test_no_such_server(url):
     with pytest.raises(InputError, match="cannot be fetched") as caught:
         open_image(url)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("user", ["user:geheim", "user:ge@heim", "geheim", "geheim:"])
+def test_no_password_is_said(site, user):
+    for url in (site.replace("//", f"//{user}@") + "/good", f"{site}/named"):
+        with pytest.raises(InputError, match=r"://…@127.*with a user name cannot be fetched.*give the file") as caught:
+            open_image(url)
+        assert "heim" not in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+def test_blanks_around_an_address(site):
+    assert open_image(f" \n{site}/good ").size == open_image(f"{site}/good").size
 
 
 def test_a_name_that_takes_forever(monkeypatch):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..config import split_name
 from ..errors import InputError, RunError
+from ..files import check_regular, exists
 
 HUB_DESCRIPTION = ("*.json", "tokenizer.model", "*.txt", "*.jinja", "README.md")
 HUB_FILES = (*HUB_DESCRIPTION, "*.safetensors", "*.bin")
@@ -81,10 +82,12 @@ def _fetch(name: str, what: str, files: Sequence[str], revision: str | None = No
 
 
 def read_json(file: Path) -> dict:
-    if not file.exists():
+    """The object in a JSON file, with a byte order mark or without. Raises InputError for all else."""
+    if not exists(file):
         raise InputError(f"{file}: no such file; is {file.parent} a model folder?")
+    check_regular(file)
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError, RecursionError) as fault:
         raise InputError(f"{file}: not readable JSON ({fault}); fetch it again") from fault
     if not isinstance(facts, dict):

@@ -18,9 +18,17 @@ from ..model.trunk import Trunk
 from ..model.twig import CONFIG, START, TUNED, WEIGHTS, Origin, Twig, recognised, signature, twig_skeleton
 from .base import HEAD, MAX_PADDED_ROWS, Loaded
 from .find import HUB_FILES, read_json, resolve
+from .judge.fields import TEXT, Kind, check_fields, number, up_to, whole
 from .weights import Filling, materialise, read_index, read_tensors, weight_files
 
 INDEX = f"{WEIGHTS}.index.json"
+LETTER = Kind("a layer's number", lambda v: whole(v) and v >= 0)
+COUNT = up_to(2**22)
+WEIGHTS_SEEN = Kind("a list of numbers", lambda v: isinstance(v, list) and all(map(number, v)))
+DESCRIPTION = {
+    "format_version": Kind("a whole number", whole), "L": COUNT, "K": LETTER, "T": COUNT, "F": LETTER, START: TEXT, "base": TEXT,
+    "base_revision": TEXT, "base_signature": WEIGHTS_SEEN, "hidden_size": COUNT, "vocabulary": COUNT, TUNED: TEXT,
+}  # fmt: skip
 COPIES = re.compile(r"(^|\.)bkb_")  # what TwigVLM++'s training stores of the frozen base along with a twig
 
 
@@ -50,7 +58,7 @@ def load_twig(
     module = twig_skeleton(trunk, config, vocabulary)
     materialise(module, trunk.device, trunk.dtype)
     fill_twig(module, files, trunk.device)
-    if "base_signature" in facts:
+    if facts.get("base_signature") is not None:
         _check_signature(folder / CONFIG, facts, trunk, loaded)
     if loaded is not None:
         name = split_name(loaded.name)[0] or loaded.name
@@ -82,8 +90,15 @@ def stored_twig(folder: Path) -> tuple[list[Path], str]:
     """Of a twig on this disk: the files with its weights, and how its pruning head began ("" if there is none)."""
     folder, file = _twig_files(folder)
     files = _weights(file)
-    facts = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    facts = read_description(folder)
     return files, _start_of(folder / CONFIG, facts, files)
+
+
+def read_description(folder: Path) -> dict:
+    """twig_config.json, each of its fields of the right kind; nothing where there is none. Raises InputError."""
+    facts = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    check_fields(folder / CONFIG, facts, DESCRIPTION)
+    return facts
 
 
 def read_twig_letters(
@@ -95,7 +110,7 @@ def read_twig_letters(
     description. Raises InputError when K or T disagree with the files, or a base of L layers with the twig's.
     """
     folder, file = _twig_files(resolve(twig, "twig", files))
-    facts = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    facts = read_description(folder)
     if not file.exists():
         if Path(twig).expanduser().exists():
             raise InputError(f"{file}: no such file; a twig is a folder with {WEIGHTS}")

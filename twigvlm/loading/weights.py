@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import InputError, RunError
+from ..files import check_regular, exists
 from ..model.finite import place_of, sound, spoilt
+from .find import read_json
+from .judge.fields import shown
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 NESTS = ("state_dict", "model_state_dict", "module", "model")  # where training frameworks put the tensors
@@ -31,6 +34,7 @@ QUANTISED = (
     "_packed",
     "_zero_point",
 )
+SHARD = re.compile(r"[^/\\\0]+\.(safetensors|bin)")  # a plain name
 IGNORED = (".rotary_emb.inv_freq", ".embeddings.position_ids")  # buffers that old versions stored
 
 
@@ -41,12 +45,12 @@ def weight_files(folder: Path, wanted: Callable[[str], bool] = lambda name: True
     """
     for name in SINGLE:
         index = folder / f"{name}.index.json"
-        if index.exists():
+        if exists(index):
             shards = sorted({shard for name, shard in read_index(index).items() if wanted(name)})
-            missing = [s for s in shards if not (folder / s).exists()]
+            missing = [s for s in shards if not exists(folder / s)]
             if missing:
                 raise InputError(
-                    f"{folder}: {len(missing)} of {len(shards)} shards are missing, first {missing[0]}; fetch them"
+                    f"{folder}: {len(missing)} of {len(shards)} shards are missing, first {shown(missing[0])}; fetch them"
                 )
             return [folder / s for s in shards]
         if (folder / name).exists():
@@ -64,12 +68,17 @@ def find_index(folder: Path) -> Path | None:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Tensor → shard, of the index of several."""
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {name: str(shard) for name, shard in places.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise InputError(f"{index}: not a weight index ({fault}); fetch the file again") from fault
+    """Tensor → shard, of the index of several. No shard lies outside the index's folder. Raises InputError."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict):
+        raise InputError(f"{index}: not a weight index (its weight_map is {shown(places)}); fetch the file again")
+    for name, shard in places.items():
+        if not (isinstance(shard, str) and SHARD.fullmatch(shard)):
+            raise InputError(
+                f"{index}: the shard of {shown(name)} is {shown(shard)}; the name of a .safetensors or .bin file beside "
+                "the index is needed, fetch it again"
+            )
+    return places
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class Stored:
 
 def read_tensors(file: Path, device: torch.device) -> Iterator[Stored]:
     """Every tensor of a weight file. Raises InputError for a damaged file, or one that holds something else."""
+    check_regular(file)
     if file.suffix == ".bin":
         for name, tensor in _read_bin(file).items():
             yield Stored(name, tuple(tensor.shape), str(tensor.dtype), lambda tensor=tensor: tensor)

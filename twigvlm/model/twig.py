@@ -234,6 +234,9 @@ def signature(trunk: Trunk) -> list[float]:
 
 
 def recognised(known: Sequence[float], trunk: Trunk) -> bool:
-    """Whether a signature is this base's, whatever dtype either was in."""
-    theirs, own = torch.tensor(list(known)), torch.tensor(signature(trunk))
+    """Whether a signature is this base's, whatever dtype either was in. What is no list of numbers is nobody's."""
+    try:
+        theirs, own = (torch.tensor(numbers, dtype=torch.float64) for numbers in (known, signature(trunk)))
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False
     return theirs.shape == own.shape and torch.allclose(theirs, own, rtol=0.02, atol=1e-4)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image
 
 from ..errors import InputError
@@ -49,10 +50,13 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
         image = image if turn is None else image.transpose(turn)
         if image.mode.startswith(("I", "F")):  # 16 and 32 bit greys of any order of bytes: scale to what is there
             image = image.convert("I") if image.mode.startswith("I;16") else image
+            image = _finite(image, name) if image.mode == "F" else image
             low, high = image.getextrema()
             spread = (high - low) or 1
             image = image.convert("F").point(lambda v: (v - low) * (255 / spread)).convert("L")
         image = _opaque(image).convert("RGB")
+    except InputError:
+        raise
     except Exception as fault:  # of a lazy file, anything that its reader raises
         raise _fault(name, fault) from fault
     image.info = {}  # it is upright now, whatever the metadata say
@@ -67,6 +71,17 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Ima
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def _finite(image: Image.Image, name: str) -> Image.Image:
+    """A grey of floats with its lowest value where there is none: one NaN or infinity would else turn all of it black."""
+    values = np.asarray(image)
+    known = np.isfinite(values)
+    if known.all():
+        return image
+    if not known.any():
+        raise InputError(f"{name}: not one of its values is a finite number; save the picture again")
+    return Image.fromarray(np.where(known, values, values[known].min()))
 
 
 def _opaque(image: Image.Image) -> Image.Image:

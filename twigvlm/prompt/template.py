@@ -19,6 +19,7 @@ from tokenizers import Encoding, Tokenizer
 from ..config import IMAGE
 from ..errors import InputError
 from ..files import whole
+from ..loading.judge.probe import heard, says
 
 # Inside this module: a picture's place, and `<image>` where it is a word. No text holds them, `whole` sees to it.
 PLACE, WORD = "\ud800", "\ud801"
@@ -331,12 +332,13 @@ class CheckpointPrompts:
         self.words = TextEncoder(tokenizer, special)
         adds_bos = self.words.bos is not None and tokenizer("a").input_ids[:1] == [self.words.bos]
         self._begin = tokenizer.bos_token if adds_bos else None
+        self._forms = {pictures: _forms(render, pictures) for pictures in (0, 1)}
 
     def ids(self, talk: Talk) -> list[int]:
         pictures = talk.leading + sum(text.count(PLACE) for text, _ in talk.turns)
-        for messages in (_parts(talk), _plain(talk)):  # some templates take parts, others text only
+        for form in self._forms[min(pictures, 1)]:
             try:
-                text = self.render(messages)
+                text = self.render(form(talk))
             except Exception as fault:  # a template is a program
                 problem = " ".join(str(fault).split())[:200]
                 continue
@@ -354,6 +356,14 @@ class CheckpointPrompts:
 
     def continuation(self, text: str) -> list[int]:
         return self.words(text.lstrip())
+
+
+def _forms(render: Callable[[list[dict]], str], pictures: int) -> list[Callable[[Talk], list[dict]]]:
+    """How messages are given to this template: some take parts, others texts, and print parts as Python does."""
+    found = heard(render, pictures)
+    fit = [in_parts for in_parts, text in found.items() if says(text) and text.count(IMAGE) == pictures]
+    # Where neither fits, it may still write another conversation, or say why not.
+    return [_parts if in_parts else _plain for in_parts in fit or (True, False)]
 
 
 def _parts(talk: Talk) -> list[dict]:

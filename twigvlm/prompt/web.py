@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import ipaddress
+import re
 import socket
 import string
 import threading
@@ -13,6 +14,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
+from ..config import SHOWN
 from ..errors import InputError
 
 MAX_BYTES = 32 * 2**20
@@ -22,7 +24,7 @@ SCHEMES = ("http://", "https://")
 
 
 def is_url(name: str) -> bool:
-    return name.lower().startswith(SCHEMES)
+    return name.strip().lower().startswith(SCHEMES)
 
 
 def download(url: str, public: bool = False) -> bytes:
@@ -34,7 +36,9 @@ def download(url: str, public: bool = False) -> bytes:
     Raises InputError for an address that is none, a server that says no, a redirect to anything but
     http(s), what is not complete after TIMEOUT seconds, and more than MAX_BYTES.
     """
-    fetching = _Fetch(" ".join(url.split()), time.monotonic() + TIMEOUT, public)
+    url = " ".join(url.split())
+    _check_nameless(url)
+    fetching = _Fetch(url, time.monotonic() + TIMEOUT, public)
     thread = threading.Thread(target=fetching.run, daemon=True)  # nothing else bounds the look-up of a name
     thread.start()
     thread.join(TIMEOUT)
@@ -44,6 +48,17 @@ def download(url: str, public: bool = False) -> bytes:
         fetching.hang_up()
         raise InputError(f"{fetching.url}: not complete after {TIMEOUT:g} s; fetch it yourself and give the file")
     return fetching.data
+
+
+def _check_nameless(url: str) -> None:
+    """Raises InputError for an address with a user name, and says neither it nor the password: messages are logged."""
+    scheme, _, rest = url.partition("://")
+    server = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" in server:
+        raise InputError(
+            f"{scheme}://…@{server.rpartition('@')[2][:SHOWN]}: an address with a user name cannot be fetched; fetch it "
+            "yourself and give the file"
+        )
 
 
 def is_public(address: str) -> bool:
@@ -133,6 +148,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if not is_url(newurl):
             raise InputError(f"{req.full_url}: leads to {newurl!r}, which is no http(s) address; give a file")
+        _check_nameless(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

@@ -137,10 +137,11 @@ def _copy_twig(start: Start, known_by: list[float], twig: Twig) -> None:
                 f"{folder / CONFIG}: {letter} is {facts.get(letter)}, but {letter} = {asked} was asked for; "
                 f"give {letter}={facts.get(letter)} or another start"
             )
-    stored = torch.tensor(facts.get("base_signature", known_by))
+    files, _ = stored_twig(folder)  # judges the description as well
+    stored = torch.tensor(facts.get("base_signature") or known_by)
     if not torch.allclose(stored, torch.tensor(known_by), rtol=0.02, atol=1e-4):
         raise InputError(f"{folder / CONFIG}: this twig grew on other weights ({facts.get('base')!r}) than this base's")
-    fill_twig(twig, stored_twig(folder)[0], torch.device("cpu"))
+    fill_twig(twig, files, torch.device("cpu"))
 
 
 def tower_method(spec: str) -> TowerMethod:

@@ -4,7 +4,7 @@ Llama or Mistral decoder, a CLIP tower or LLaVA-1.5 does not have and that would
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +23,7 @@ def whole(value: Any) -> bool:
 
 
 def number(value: Any) -> bool:
-    """One that a float holds."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1023
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 class Kind(NamedTuple):

@@ -11,11 +11,14 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaTokenizer, LlavaC
 
 from ...config import IMAGE
 from ...errors import InputError
+from ...files import check_regular
 from ..describe import check_id, end_tokens
 from ..find import read_json
 from .fields import shown
+from .probe import heard, says
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")
+READ = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*")  # by transformers, for a tokenizer
 FRAME = ("<im_start>", "<im_end>")  # what some checkpoints have around each picture
 PROBE = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]
 
@@ -31,7 +34,7 @@ def judge_language(folder: Path, facts: dict, config: LlavaConfig, original: boo
         tokenizer = read_tokenizer(folder, config, original)
         if not original:
             _check_image(folder, tokenizer, config)
-        _check_syntax(folder, tokenizer, read_template(folder, tokenizer))
+        _check_template(folder, tokenizer, read_template(folder, tokenizer))
     return _generation_config(folder, facts, config, tokenizer)
 
 
@@ -42,6 +45,8 @@ def read_tokenizer(folder: Path, config: LlavaConfig, original: bool):
     """A model's tokenizer, with the ids of its `image_frame` where it has one. Raises InputError where there is none."""
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise InputError(f"{folder}: no tokenizer; fetch tokenizer.model (or tokenizer.json) of this model into it")
+    for file in (file for pattern in READ for file in folder.glob(pattern)):
+        check_regular(file)
     try:
         # The plain class gives the original ids: AutoTokenizer drops LLaVA's prefix space there.
         kind = LlamaTokenizer if original else AutoTokenizer
@@ -122,17 +127,30 @@ def read_template(folder: Path, tokenizer) -> str | None:
     return found or None
 
 
-def _check_syntax(folder: Path, tokenizer, template: str | None) -> None:
+def _check_template(folder: Path, tokenizer, template: str | None) -> None:
+    """It can be read, and says what is asked wherever it says anything; what it does not take is seen when it is asked for."""
     from jinja2 import TemplateSyntaxError
 
     if template is None:
         return
+
+    def render(messages: list[dict]) -> str:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+
     try:
-        tokenizer.apply_chat_template(PROBE, chat_template=template, tokenize=False)
+        render(PROBE)
     except TemplateSyntaxError as fault:
         raise InputError(f"{folder}: its chat template cannot be read ({fault}); fetch it again") from fault
-    except Exception:  # a template is a program: which conversations it takes is seen when one is asked for
-        return
+    except Exception:  # a template is a program
+        pass
+    for pictures, about in ((1, "about a picture"), (0, "without a picture")):
+        found = heard(render, pictures)
+        if found and not any(map(says, found.values())):
+            raise InputError(
+                f"{folder}: its chat template does not say a question {about} once, as it was asked; fetch this model's own"
+            )
 
 
 # ---------------------------------------------------------------------- ends
