@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...prompt.media import ADDRESS, PICTURES, SHOWN, mark, unread
+from ...prompt.media import ADDRESS, PICTURES, SHOWN, marks, unread
 from ...prompt.template import HUMAN, IMAGE, MODEL, VICUNA_V1
 
 NO_LABELS, MALFORMED = "labels cannot be aligned", "malformed record"
@@ -47,7 +47,7 @@ def read(record: object) -> Conversation | Skipped:
     turn that is not the human's is dropped with its pictures. One picture stands wherever a turn
     asks for it; several pictures need as many marks, or as many turns with marks. Under the key
     "images" each picture has a mark of its own. A record with neither key has no pictures: within a
-    sentence `<image>` is a word there; where it begins or ends a line a picture was meant.
+    sentence `<image>` is a word there; where it begins or ends a question a picture was meant.
     """
     try:
         return _conversation(record)
@@ -90,14 +90,21 @@ def _check_media(record: dict, turns: list[dict], marked: bool) -> None:
         if found := unread(part, known):
             raise _Unusable(*found)
     for i, turn in enumerate(turns):
-        asked = mark(turn["value"])
-        if asked and not (marked and asked == IMAGE):
+        if turn["from"] != HUMAN:  # an answer asks for no picture: what it holds is HTML, or RSS
+            continue
+        for asked in marks(turn["value"]):
+            if marked and asked.lower().startswith("<image"):
+                continue
             raise _Unusable(MEDIA_UNNAMED, f'turn {i} holds {asked}; name pictures under "image" or "images"')
 
 
 def _system(record: dict) -> str | None:
     text = record.get("system") or None
-    if text is None or (isinstance(text, str) and _is_text(text) and VICUNA_V1.end not in text and IMAGE not in text):
+    if text is None:
+        return None
+    if isinstance(text, str) and not _is_text(text):
+        raise _Unusable(SYSTEM, 'half a character (a lone surrogate) in "system"')
+    if isinstance(text, str) and VICUNA_V1.end not in text and IMAGE not in text:
         return text
     raise _Unusable(SYSTEM, f'"system" is {str(text)[:SHOWN]!r}; a text without {IMAGE} and {VICUNA_V1.end} is needed')
 

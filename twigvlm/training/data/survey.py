@@ -28,7 +28,7 @@ from ...workers import Failure, attempt, checked
 from .conversation import Conversation, Skipped, read
 from .examples import DROPPED, IMAGE_BROKEN, IMAGE_MISSING, TwigDataset
 
-VERSION = 3  # of what `encode` does: raise it when a record's ids, labels or reasons change
+VERSION = 4  # of what `encode` does: raise it when a record's ids, labels or reasons change
 PART = 500  # records a worker takes at a time
 MAX_SKIPPED = 0.01  # share of all records
 
