@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 PICTURES = ("image", "images")  # the fields that are read
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)  # how the address of what is no file begins
-SHOWN = 80  # letters of a value in a message
+SHOWN, FIELDS = 80, 12  # letters of a value, and names of fields, in a message
 _PICTURE = r"(?:image|img|pic|picture|photo|gif)"
 _OTHER = r"(?:video|audio|frame|media)"
 _HOW = r"s?([_-]?(?:path|file|filename|file_name|name|url|uri|src|data|bytes|base64|list)s?)?[_-]?\d*"
@@ -46,6 +46,12 @@ def unread(record: Mapping[str, Any], known: Collection[str] = PICTURES) -> tupl
 
 def names_pictures(record: Mapping[str, Any], known: Collection[str] = PICTURES) -> bool:
     return any(record.get(key) for key in known)
+
+
+def fields_of(records: Iterable[Any]) -> str:
+    """The fields that records have, for a message."""
+    found = {key: None for record in records if isinstance(record, Mapping) for key in record}
+    return ", ".join([*found][:FIELDS]) + (", …" if len(found) > FIELDS else "")
 
 
 def marks(text: str) -> list[str]:
