@@ -49,7 +49,7 @@ from twigvlm.training.data.examples import (
     encode,
     read,
 )
-from twigvlm.training.data.survey import SkipLog, counts, survey
+from twigvlm.training.data.survey import SkipLog, check_named, counts, survey
 from twigvlm.training.settings import Settings
 
 V = 4  # visual tokens an image where the number does not matter
@@ -886,6 +886,23 @@ def test_a_survey_tells_of_pictures_that_nothing_shows(tmp_path, pictures):
     )
     for _ in range(2):  # found, then read again
         assert survey(dataset, tmp_path / "cache", workers=0, progress=False).unshown == 1
+
+
+def test_a_folder_of_pictures_that_no_record_names_is_told(tmp_path, pictures):
+    for more in ({}, {"image": None}, {"image_id": 12}, {"file_name": "0012"}):
+        blind = dataset_of(tmp_path, pictures, [record("What?", "a", **more), record("a", "")])
+        with pytest.raises(InputError, match=r"none of its 2 records names a picture.*id, conversations") as fault:
+            check_named(survey(blind, workers=0, progress=False), blind)
+        assert all(key in str(fault.value) for key in more) and "leave --images out" in str(fault.value)
+        text = dataset_of(tmp_path, None, [record("What?", "a", **more)])
+        check_named(survey(text, workers=0, progress=False), text)
+    for named in (
+        MIXED,
+        [record("a", "b"), record("a", "b", image="a.png")],
+        [record("a", "b"), record("", image="a")],
+    ):
+        dataset = dataset_of(tmp_path, pictures, named)
+        check_named(survey(dataset, workers=0, progress=False), dataset)
 
 
 def test_pictures_that_nothing_shows_are_told_before_training(tmp_path, pictures, capsys, monkeypatch):
