@@ -437,6 +437,13 @@ def test_flags_of_own_questions(flags, words, capsys, unasked):
     assert all(word in message for word in words), message
 
 
+def test_a_field_that_stands_twice_is_told(own):
+    file, pictures = own
+    file.write_text('{"question_id": 1, "image": "a.png", "text": "What?", "image": "b.png"}\n')
+    with pytest.raises(InputError, match=r"my-questions\.jsonl:1: names the field 'image' twice"):
+        find("vqa").given(file, pictures).questions(Path(), "my-questions")
+
+
 def test_pictures_of_own_questions_need_their_folder(own):
     file, _ = own
     with pytest.raises(InputError, match="--image-folder"):

@@ -611,6 +611,18 @@ def test_records(layout, lines, tmp_path, small_chunks):
     check()
 
 
+def test_a_key_that_stands_twice_is_a_reason(tmp_path):
+    talk = json.dumps(turns("<image>\nWhat?", "a"))
+    twice = talk.replace('"value": "a"', '"value": "b", "value": "a"')
+    lines = [f'{{"image": "a.png", "image": "b.png", "conversations": {talk}}}', f'{{"image": "a", "conversations": {twice}}}',
+             f'{{"image": "a.png", "more": {{"a": 1, "a": 2}}, "conversations": {talk}}}']  # fmt: skip
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(lines))
+    first, second, third = (read(found) for found in Records(file))
+    assert first.reason == second.reason == "malformed record" and third.images == ("a.png",)
+    assert 'the record has "image" twice' in first.detail and 'turn 1 has "value" twice' in second.detail
+
+
 def test_broken_anywhere(tmp_path, small_chunks):
     """With a byte lost or added the file is refused wherever JSON would refuse it, and read where it still is JSON."""
     file = tmp_path / "data.json"

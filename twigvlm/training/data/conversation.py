@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...files import Doubled
 from ...prompt.media import ADDRESS, PICTURES, SHOWN, marks, unread
 from ...prompt.template import HUMAN, IMAGE, MODEL, VICUNA_V1
 
@@ -59,6 +60,9 @@ def _conversation(record: object) -> Conversation:
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
         raise _Unusable(MALFORMED, 'an object with a non-empty list "conversations" is expected')
+    for i, part in enumerate((record, *turns)):
+        if isinstance(part, Doubled):
+            raise _Unusable(MALFORMED, f'{f"turn {i - 1}" if i else "the record"} has "{part.key}" twice; keep one')
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise _Unusable(MALFORMED, f'turn {i}: an object with "from" and a text "value" is expected')
