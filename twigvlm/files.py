@@ -139,6 +139,22 @@ def not_text(head: bytes) -> tuple[str, str] | None:
     return None
 
 
+class Doubled(dict):
+    """A JSON object that names a key twice: it keeps the last value."""
+
+    key = ""
+
+
+def told_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """As `object_pairs_hook` of `json.loads`: JSON itself passes over the first of two values without a word."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    found, seen = Doubled(found), set()
+    found.key = next(key for key, _ in pairs if key in seen or seen.add(key))
+    return found
+
+
 def json_fault(fault: Exception) -> str:
     """What a parser of JSON stumbled over."""
     if isinstance(fault, RecursionError):

@@ -333,12 +333,32 @@ def test_own_answers_are_scored_without_a_model(own, tmp_path, capsys):
         ("dog", ["dog"] * 3 + ["cat"] * 7, 0.9, True),
         ("dog", ["dog"] * 4 + ["cat"] * 6, 1.0, True),
         ("", ["dog"], 0.0, False),
+        ("dog", ["dog"] * 3 + [""] * 7, 0.9, True),
+        ("a", ["dog"] * 9 + [""], 0.0, False),
+        ("", ["dog"] * 9 + [""], 0.0, False),
         (" ", ["a"], 0.0, False),
     ],
 )
 def test_the_two_figures_of_own_questions(answer, given, accuracy, exact):
     assert vqa_accuracy(answer, given) == pytest.approx(accuracy)
     assert exact_match(answer, given) is exact
+
+
+@pytest.mark.parametrize("people", [["red"] * 9 + [""], [{"answer": "red"}] * 9 + [{"answer": ""}]])
+def test_who_said_nothing_is_one_of_ten(tmp_path, people):
+    huge = 10**400
+    rows = [
+        {"question_id": 1, "text": "Which colour?", "answers": people},
+        {"question_id": 2, "text": "How many?", "answer": huge},
+        {"question_id": 3, "text": "What?", "answer": ""},
+    ]
+    said = {1: "red", 2: str(huge), 3: "x"}
+    for name, lines in (("asked", rows), ("said", [{"question_id": n, "text": text} for n, text in said.items()])):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = find("vqa")
+    found = task.score_records(task.read_questions(tmp_path / "asked"), None, task.read_answers(tmp_path / "said"))
+    assert [item["vqa_accuracy"] for item in found.parts["items"]] == [1.0, 1.0]
+    assert "2 of 3" in found.note
 
 
 @pytest.mark.parametrize(
@@ -359,7 +379,16 @@ def test_the_two_figures_of_own_questions(answer, given, accuracy, exact):
         (lambda rows: rows[0].update(image="a\0b"), ["question 1", "not there"]),
         (lambda rows: rows[0].update(text="<image> or <image>?"), ["question 1", "2 <image> marks for 1 images"]),
         (lambda rows: rows[3].update(text="<image>?"), ["question 4", "1 <image> marks for 0 images"]),
-        (lambda rows: rows[1].update(answer=""), ["question two", "an answer is ''"]),
+        (lambda rows: rows[1].update(answers=["", " "]), ["question two", "all of its 2 answers are empty"]),
+        *(
+            (
+                lambda rows, key=key: rows.__setitem__(
+                    slice(None), [{"question_id": 1, "text": "What?", key: value} for value in ("0012", 7)]
+                ),
+                ["none of its questions names a picture", f"question_id, text, {key}", '"image" or "images"'],
+            )
+            for key in ("image_id", "imageId", "file_name", "image_src")
+        ),
         (lambda rows: rows[1].update(answer=float("nan")), ["question two", "an answer is nan"]),
         (lambda rows: rows[1].update(answers=[{"text": "yes"}]), ["question two", "an answer is {'text'"]),
         (lambda rows: rows[1].update(answers=[["yes"]]), ["question two", "an answer is ['yes']"]),
@@ -406,6 +435,13 @@ def test_flags_of_own_questions(flags, words, capsys, unasked):
     assert run.main(flags) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert all(word in message for word in words), message
+
+
+def test_a_field_that_stands_twice_is_told(own):
+    file, pictures = own
+    file.write_text('{"question_id": 1, "image": "a.png", "text": "What?", "image": "b.png"}\n')
+    with pytest.raises(InputError, match=r"my-questions\.jsonl:1: names the field 'image' twice"):
+        find("vqa").given(file, pictures).questions(Path(), "my-questions")
 
 
 def test_pictures_of_own_questions_need_their_folder(own):

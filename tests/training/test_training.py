@@ -13,6 +13,7 @@ import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1003,12 +1004,16 @@ def test_sizes_of_a_deepspeed_file(tmp_path):
     [
         ({"bf16": True}, ['"bf16" is True', "enabled"]),
         ({"bf16": [1]}, ['"bf16" is [1]']),
-        ({"fp16": None}, ['"fp16" is None']),
+        ({"amp": {"enabled": True, "opt_level": "O1"}}, ['"amp" is enabled', "take it out"]),
+        ({"amp": 1}, ['"amp" is 1']),
+        ({"zero_optimisation": {"stage": 3}}, ['no "zero_optimisation"', "write zero_optimization"]),
+        ({"_note": "mine"}, ['no "_note"', "take it out"]),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": 1}}}, ['"scheduler"']),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, ["fp16.enabled is True", "--precision"]),
         ({"fp16": {"enabled": True}}, ["fp16.enabled is True"]),
         ({"optimizer": None}, ['"optimizer" is None']),
         ({"optimizer": ["AdamW"]}, ['"optimizer" is [']),
-        ({"optimizer": {"type": "AdamW", "params": None}}, ['"params" is None']),
+        ({"optimizer": {"type": "AdamW", "params": None}}, ['"optimizer.params" is None']),
         ({"optimizer": {"type": "SGD"}}, ["optimizer.type is 'SGD'", "AdamW or Adam"]),
         ({"optimizer": {"type": "auto"}}, ["optimizer.type is 'auto'"]),
         ({"optimizer": {"params": {}}}, ["optimizer.type is None"]),
@@ -1043,14 +1048,49 @@ def test_llavas_own_deepspeed_file_is_taken(tmp_path):
         "min_loss_scale": 1,
     }
     params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+    warmup = {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
     told = {"fp16": fp16, "bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": params}}
+    told["scheduler"] = {"type": "WarmupLR", "params": warmup}
     found = zero.settle(Path(zero_file(tmp_path, **told)), 32, 2, 3, 4, Settings(), True)
     assert found["fp16"]["enabled"] is False and found["bf16"]["enabled"] is True
-    for other in (told, told | {"optimizer": {"type": "AdamW"}}):
+    for other in (told, told | {"optimizer": {"type": "adamw"}}):
         found = zero.settle(Path(zero_file(tmp_path, **other)), 32, 2, 3, 4, Settings(), True)
+        assert found["optimizer"]["type"] == "AdamW" and "scheduler" not in found
         assert found["optimizer"]["params"] == {
             "lr": Settings().lr, "betas": list(Settings().betas), "eps": zero.EPSILON, "weight_decay": Settings().weight_decay
         }  # fmt: skip
+
+
+def test_what_deepspeed_itself_refuses_is_told_in_a_line(tmp_path, monkeypatch):
+    class DeepSpeedConfigError(Exception):
+        """As DeepSpeed has it: no ValueError."""
+
+    def refuse(*_):
+        raise DeepSpeedConfigError("has been\nremoved")
+
+    one = SimpleNamespace(
+        settings=Settings(), zero=tmp_path / "zero.json", out=tmp_path, device="cpu", ranks=None, form={}
+    )
+    text = SimpleNamespace(text_config=SimpleNamespace(hidden_size=8))
+    base = SimpleNamespace(model=SimpleNamespace(config=text))
+    prepared = SimpleNamespace(module=torch.nn.Linear(1, 1), base=base)
+    subject = SimpleNamespace(lesson=lambda *_: None)
+    for name in ("StepTimes", "_plan", "Learner", "TwigWatch", "has_adapters"):
+        monkeypatch.setattr(train, name, lambda *_: None)
+    monkeypatch.setattr(train, "Loop", refuse)
+    with pytest.raises(
+        InputError, match=r"zero\.json: not a DeepSpeed configuration for this run \(has been removed\)"
+    ):
+        train._loop(one, prepared, None, None, SimpleNamespace(facts={}), None, subject)
+
+
+def test_parts_of_a_deepspeed_file_that_are_null_or_off(tmp_path):
+    sizes = {"stage": 3, "offload_optimizer": None, "offload_param": None}
+    off = {"enabled": False, "opt_level": "auto"}
+    file = Path(zero_file(tmp_path, fp16=None, bf16=None, scheduler=None, amp=off, zero_optimization=sizes))
+    found = zero.settle(file, 32, 2, 3, 4, Settings(), True)
+    assert found["zero_optimization"] == {"stage": 3} and found["bf16"] == {"enabled": True}
+    assert not {"fp16", "amp", "scheduler"} & {*found}
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ from twigvlm.training.data.examples import (
     encode,
     read,
 )
-from twigvlm.training.data.survey import SkipLog, counts, survey
+from twigvlm.training.data.survey import SkipLog, check_named, counts, survey
 from twigvlm.training.settings import Settings
 
 V = 4  # visual tokens an image where the number does not matter
@@ -366,13 +366,63 @@ def test_other_keys_are_nobodys_business(key):
 
 @pytest.mark.parametrize(
     "question",
-    ["<image>\nWhat?", "What?\n<image>", "Look:\n<image>\nWhat?", " <image>", "<video>\nWhat?", "Hear <audio>"],
+    [
+        "<image>\nWhat?",
+        "What?\n<image>",
+        " <image>",
+        "<video>\nWhat?",
+        "Hear <audio>",
+        "<Image>\nWhat?",
+        "<image_1> What?",
+    ],
 )
 def test_marks_of_what_no_key_names_are_a_reason(question):
     found = encoded(record(question, "a"))
     assert found.reason == "media not named" and '"image" or "images"' in found.detail and "turn 0" in found.detail
-    if "<image>" not in question:
+    if "<image" not in question.lower():
         assert encoded(record(question, "a", video=None, image="a.png")).reason == "media not named"
+        assert (
+            encoded(record(f"<image>\n{question.partition('>')[0]}>", "a", image="a.png")).reason == "media not named"
+        )
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "```html\n<video>\n</video>\n```",
+        "<channel>\n  <image>\n <url>x</url>\n</image>",
+        "New: <article>, <audio>\n<canvas>, <video>",
+        "<video>",
+    ],
+)
+def test_html_and_rss_are_no_marks(answer):
+    assert isinstance(encoded(record("Write it", answer)), Example)
+    if "<image>" not in answer:
+        assert encoded(record("<image>\nWrite this page", answer, image="a.png")).images == ("a.png",)
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["<image>\n<url>x</url>\n</image>\nWhat is this?", "<VIDEO>\n</video> fails", "Why does\n<video>\nnot play?"],
+)
+def test_html_and_rss_that_is_asked_about_is_no_mark(question):
+    assert isinstance(encoded(record(question, "a")), Example)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("media", "web"), ("frames", 8), ("photo", "sunset"), ("video", True), ("img", ["v1.5"]), ("file_name", "a.json"),
+     ("image_id", "000012"), ("image_id", 12)],
+)  # fmt: skip
+def test_numbers_and_plain_words_name_no_media(key, value):
+    for more in ({}, {"image": "a.png"}):
+        assert isinstance(encoded(record("<image>\nWhat?" if more else "What?", "a", **{key: value}, **more)), Example)
+
+
+@pytest.mark.parametrize("key", ["image_id", "imageId", "file_name", "filename", "image_src", "src"])
+def test_fields_whose_value_is_a_picture_s_name(key):
+    assert encoded(record("What?", "a", **{key: "a.jpg"})).reason == key
+    assert isinstance(encoded(record("<image>\nWhat?", "a", image="b.jpg", **{key: "a.jpg"})), Example)
 
 
 def test_a_system_text_takes_the_place_of_the_template_s():
@@ -387,7 +437,8 @@ def test_a_system_text_takes_the_place_of_the_template_s():
 
 @pytest.mark.parametrize("text", [3, ["a"], {"a": 1}, "a</s>", "<image> a", "\ud800"])
 def test_a_system_text_that_cannot_be_said_is_a_reason(text):
-    assert encoded(record("What?", "a", system=text)).reason == "system text"
+    found = encoded(record("What?", "a", system=text))
+    assert found.reason == "system text" and ("lone surrogate" in found.detail) is (text == "\ud800")
     assert encoded(record("a", "b", system="Be ASSISTANT: brief")).reason.endswith("control word in the text")
 
 
@@ -558,6 +609,18 @@ def test_records(layout, lines, tmp_path, small_chunks):
         assert pickle.loads(pickle.dumps(records))[len(found) - 1] == found[-1]
 
     check()
+
+
+def test_a_key_that_stands_twice_is_a_reason(tmp_path):
+    talk = json.dumps(turns("<image>\nWhat?", "a"))
+    twice = talk.replace('"value": "a"', '"value": "b", "value": "a"')
+    lines = [f'{{"image": "a.png", "image": "b.png", "conversations": {talk}}}', f'{{"image": "a", "conversations": {twice}}}',
+             f'{{"image": "a.png", "more": {{"a": 1, "a": 2}}, "conversations": {talk}}}']  # fmt: skip
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(lines))
+    first, second, third = (read(found) for found in Records(file))
+    assert first.reason == second.reason == "malformed record" and third.images == ("a.png",)
+    assert 'the record has "image" twice' in first.detail and 'turn 1 has "value" twice' in second.detail
 
 
 def test_broken_anywhere(tmp_path, small_chunks):
@@ -835,6 +898,23 @@ def test_a_survey_tells_of_pictures_that_nothing_shows(tmp_path, pictures):
     )
     for _ in range(2):  # found, then read again
         assert survey(dataset, tmp_path / "cache", workers=0, progress=False).unshown == 1
+
+
+def test_a_folder_of_pictures_that_no_record_names_is_told(tmp_path, pictures):
+    for more in ({}, {"image": None}, {"image_id": 12}, {"file_name": "0012"}):
+        blind = dataset_of(tmp_path, pictures, [record("What?", "a", **more), record("a", "")])
+        with pytest.raises(InputError, match=r"none of its 2 records names a picture.*id, conversations") as fault:
+            check_named(survey(blind, workers=0, progress=False), blind)
+        assert all(key in str(fault.value) for key in more) and "leave --images out" in str(fault.value)
+        text = dataset_of(tmp_path, None, [record("What?", "a", **more)])
+        check_named(survey(text, workers=0, progress=False), text)
+    for named in (
+        MIXED,
+        [record("a", "b"), record("a", "b", image="a.png")],
+        [record("a", "b"), record("", image="a")],
+    ):
+        dataset = dataset_of(tmp_path, pictures, named)
+        check_named(survey(dataset, workers=0, progress=False), dataset)
 
 
 def test_pictures_that_nothing_shows_are_told_before_training(tmp_path, pictures, capsys, monkeypatch):

@@ -42,7 +42,7 @@ from .run.report import Charts, Report, check_wandb
 from .run.results import export_release, write_results
 from .run.timing import StepTimes
 from .run.watch import Job, Signals, TwigWatch
-from .run.zero import settle
+from .run.zero import has_open_scheduler, read_zero, settle
 from .settings import ROWS_PER_DEVICE, SKIPPED, STOPPED, Settings, check_accelerate, parse, split_batch, store
 from .subject import Subject, TwigSubject
 from .twig import Prepared
@@ -309,8 +309,9 @@ def _loop(
             TwigWatch(job, signals),
             times,
         )
-    except ValueError as fault:
-        if isinstance(fault, InputError) or one.zero is None:
+    except Exception as fault:
+        ours = isinstance(fault, ValueError) or type(fault).__name__ == "DeepSpeedConfigError"  # which is no ValueError
+        if not ours or isinstance(fault, InputError) or one.zero is None:
             raise
         raise InputError(
             f"{one.zero}: not a DeepSpeed configuration for this run ({' '.join(str(fault).split())})"
@@ -373,6 +374,8 @@ def _announce(one: Run, shares: BatchShares, job: Job, resume: Path | None, subj
         f"AdamW, lr {settings.lr:g}, betas {settings.betas[0]:g} {settings.betas[1]:g}, {settings.schedule}, "
         f"warm-up {100 * settings.warmup:g} %, seed {settings.seed}"
     )
+    if one.zero and has_open_scheduler(read_zero(one.zero)):
+        print(f"note: {one.zero}: its scheduler is not used, the learning rate is --schedule's", file=sys.stderr)
     if settings.on_policy:
         print(f"{settings.on_policy:,} of them with the base's own answers")
     print(f"{subject.words(settings)}; {one.precision} on {one.device.type}, {means}")

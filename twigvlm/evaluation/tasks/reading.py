@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ...errors import InputError
-from ...files import check_regular, json_fault, not_text, write_bytes, write_text
+from ...files import Doubled, check_regular, json_fault, not_text, told_twice, write_bytes, write_text
 
 ID = (str, int)  # ids are numbers in some benchmarks' files and text in others
 SHOWN = 5  # offenders that a message names
@@ -23,7 +23,7 @@ def read_json(path: Path) -> Any:
     """The file's one JSON value; InputError names file and line."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=told_twice)
     except (ValueError, RecursionError) as fault:
         line = f":{fault.lineno}" if isinstance(fault, json.JSONDecodeError) else ""
         raise InputError(f"{path}{line}: not JSON ({json_fault(fault)}); fetch or write the file again") from None
@@ -52,6 +52,8 @@ def checked(record: Any, where: str, **fields: type | tuple[type, ...]) -> dict[
     """`record` itself, if it is an object with `fields` of these types."""
     if not isinstance(record, dict):
         raise InputError(f"{where}: holds a JSON {_kind(record)} where an object is expected")
+    if isinstance(record, Doubled):
+        raise InputError(f"{where}: names the field {record.key!r} twice; keep one")
     for name, kind in fields.items():
         if name not in record:
             raise InputError(f"{where}: the field {name!r} is missing; it has {', '.join(map(repr, record)) or 'none'}")
@@ -168,7 +170,7 @@ def read_text(path: Path) -> str:
 
 def _line(where: str, line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=told_twice)
     except (ValueError, RecursionError) as fault:
         column = f" at column {fault.colno}" if isinstance(fault, json.JSONDecodeError) else ""
         raise InputError(f"{where}: not a line of JSON ({json_fault(fault)}{column}); repair it") from None

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from ...config import IMAGE
 from ...errors import InputError
 from ...files import check_regular, is_file
-from ...prompt.media import ADDRESS, PICTURES, SHOWN, unread
+from ...prompt.media import ADDRESS, PICTURES, SHOWN, fields_of, unread
 from .base import Question, Score, Source, Task
 from .pairing import ids_of, pair
 from .reading import ID, checked, first, read_json, read_records
@@ -74,7 +74,13 @@ class VQA(Task):
     def questions(self, root: Path, split: str) -> list[Question]:
         path = self.files(root, split)["questions"]
         lines = read_records(path, question_id=ID, text=str)
-        return [self._question(line, f"{path}: question {line['question_id']}") for line in lines]
+        found = [self._question(line, f"{path}: question {line['question_id']}") for line in lines]
+        if found and self.image_folder is not None and not any(question.images for question in found):
+            raise InputError(
+                f"{path}: none of its questions names a picture (their fields: {fields_of(lines)}), but --image-folder is "
+                'given; name pictures under "image" or "images", or leave the flag out'
+            )
+        return found
 
     def _question(self, line: Mapping[str, Any], where: str) -> Question:
         if not line["text"].strip():
@@ -133,17 +139,23 @@ def _names(line: Mapping[str, Any], where: str) -> list[str]:
 
 
 def vqa_accuracy(answer: str, given: list[str]) -> float:
-    """0 to 1; see the head of this file. Nothing said is never right, even where normalising leaves nothing of an answer given."""
+    """0 to 1; see the head of this file. Nothing said is never right, even where normalising leaves nothing of an answer given.
+
+    People who said nothing count among those who were asked.
+    """
     if not answer.strip():
         return 0.0
-    answer, given = evalai(answer), [evalai(text) for text in given]
+    answer, given = (
+        evalai(answer),
+        [evalai(text) if text.strip() else None for text in given],
+    )  # nobody agrees with silence
     if len(given) <= ENOUGH:
         return given.count(answer) / len(given)
     return soft_score(answer, list(enumerate(given)))
 
 
 def exact_match(answer: str, given: list[str]) -> bool:
-    return _plain(answer) in map(_plain, given)
+    return bool(answer.strip()) and _plain(answer) in [_plain(text) for text in given if text.strip()]
 
 
 def _plain(text: str) -> str:
@@ -192,17 +204,23 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _texts(value: Any, where: str) -> list[str]:
-    """The answers in a field, none if it is null: a text, a number, or a list of texts or of objects with an `answer`."""
-    if value is None:
+    """The answers in a field: a text, a number, or a list of texts or of objects with an `answer`.
+
+    None if it is null or an empty text; in a list that is one person, who said nothing.
+    """
+    if value is None or (isinstance(value, str) and not value.strip()):
         return []
-    if isinstance(value, list):
-        return [_text(one["answer"] if isinstance(one, dict) and "answer" in one else one, where) for one in value]
-    return [_text(value, where)]
+    if not isinstance(value, list):
+        return [_text(value, where)]
+    found = [_text(one["answer"] if isinstance(one, dict) and "answer" in one else one, where) for one in value]
+    if found and not any(text.strip() for text in found):
+        raise InputError(f"{where}: all of its {len(found)} answers are empty; give one, or no such field")
+    return found
 
 
 def _text(value: Any, where: str) -> str:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number and not (isinstance(value, str) and value.strip()):
+    number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if isinstance(value, bool) or not (number or isinstance(value, str)):
         raise InputError(f"{where}: an answer is {value!r}; a text is needed, or no such field")
     return str(value)
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...prompt.media import ADDRESS, PICTURES, SHOWN, mark, unread
+from ...files import Doubled
+from ...prompt.media import ADDRESS, PICTURES, SHOWN, marks, unread
 from ...prompt.template import HUMAN, IMAGE, MODEL, VICUNA_V1
 
 NO_LABELS, MALFORMED = "labels cannot be aligned", "malformed record"
@@ -47,7 +48,7 @@ def read(record: object) -> Conversation | Skipped:
     turn that is not the human's is dropped with its pictures. One picture stands wherever a turn
     asks for it; several pictures need as many marks, or as many turns with marks. Under the key
     "images" each picture has a mark of its own. A record with neither key has no pictures: within a
-    sentence `<image>` is a word there; where it begins or ends a line a picture was meant.
+    sentence `<image>` is a word there; where it begins or ends a question a picture was meant.
     """
     try:
         return _conversation(record)
@@ -59,6 +60,9 @@ def _conversation(record: object) -> Conversation:
     turns = record.get("conversations") if isinstance(record, dict) else None
     if not isinstance(turns, list) or not turns:
         raise _Unusable(MALFORMED, 'an object with a non-empty list "conversations" is expected')
+    for i, part in enumerate((record, *turns)):
+        if isinstance(part, Doubled):
+            raise _Unusable(MALFORMED, f'{f"turn {i - 1}" if i else "the record"} has "{part.key}" twice; keep one')
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise _Unusable(MALFORMED, f'turn {i}: an object with "from" and a text "value" is expected')
@@ -90,14 +94,21 @@ def _check_media(record: dict, turns: list[dict], marked: bool) -> None:
         if found := unread(part, known):
             raise _Unusable(*found)
     for i, turn in enumerate(turns):
-        asked = mark(turn["value"])
-        if asked and not (marked and asked == IMAGE):
+        if turn["from"] != HUMAN:  # an answer asks for no picture: what it holds is HTML, or RSS
+            continue
+        for asked in marks(turn["value"]):
+            if marked and asked.lower().startswith("<image"):
+                continue
             raise _Unusable(MEDIA_UNNAMED, f'turn {i} holds {asked}; name pictures under "image" or "images"')
 
 
 def _system(record: dict) -> str | None:
     text = record.get("system") or None
-    if text is None or (isinstance(text, str) and _is_text(text) and VICUNA_V1.end not in text and IMAGE not in text):
+    if text is None:
+        return None
+    if isinstance(text, str) and not _is_text(text):
+        raise _Unusable(SYSTEM, 'half a character (a lone surrogate) in "system"')
+    if isinstance(text, str) and VICUNA_V1.end not in text and IMAGE not in text:
         return text
     raise _Unusable(SYSTEM, f'"system" is {str(text)[:SHOWN]!r}; a text without {IMAGE} and {VICUNA_V1.end} is needed')
 

@@ -23,7 +23,7 @@ from ..run.ranks import ALONE, Ranks
 from ..settings import HELD_OUT, HELD_OUT_SHARE, Settings
 from .examples import Collator, Records, TwigDataset
 from .sampler import LengthGroupedSampler
-from .survey import Survey, survey
+from .survey import Survey, check_named, survey
 
 PREFETCH = 4  # micro-batches that a worker prepares ahead
 
@@ -118,6 +118,7 @@ def read_data(
     def look() -> Survey:
         found = survey(dataset, cache, progress=progress)
         judge(dataset, found)
+        check_named(found, dataset)
         return found
 
     found = ranks.on_first(look)

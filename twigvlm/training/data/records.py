@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import InputError
-from ...files import check_regular, exists, is_file, json_fault, not_text
+from ...files import check_regular, exists, is_file, json_fault, not_text, told_twice
 
 CHUNK = 1 << 22  # bytes looked at in one go
 MUCH = 1 << 24  # bytes, more than any record has
@@ -54,7 +54,7 @@ class Records(Sequence):
         start, end = int(self._starts[i]), int(self._ends[i])
         text = self.read(start, end)
         try:
-            return json.loads(text)
+            return json.loads(text, object_pairs_hook=told_twice)
         except (ValueError, RecursionError) as fault:
             raise self.broken(start + _byte_of(fault, text), json_fault(fault)) from fault
 

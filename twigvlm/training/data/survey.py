@@ -24,11 +24,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ...errors import InputError, RunError
+from ...prompt.media import fields_of, names_pictures
 from ...workers import Failure, attempt, checked
 from .conversation import Conversation, Skipped, read
 from .examples import DROPPED, IMAGE_BROKEN, IMAGE_MISSING, TwigDataset
 
-VERSION = 3  # of what `encode` does: raise it when a record's ids, labels or reasons change
+VERSION = 4  # of what `encode` does: raise it when a record's ids, labels or reasons change
 PART = 500  # records a worker takes at a time
 MAX_SKIPPED = 0.01  # share of all records
 
@@ -80,6 +81,20 @@ def survey(
         dataset.drop(drop)
     workers = default_workers() if workers is None else workers
     return _without_missing(_cached(dataset, cache, workers, progress), dataset, workers, progress)
+
+
+def check_named(found: Survey, dataset: TwigDataset) -> None:
+    """Raise InputError if no record names a picture, though a folder of pictures is given: all would be learnt blind."""
+    if dataset.folder is None or not len(found.usable) or found.images.any() or found.unshown:
+        return
+    records = dataset.records
+    skipped = (records[s.index] for s in found.skipped)
+    if not any(isinstance(record, dict) and names_pictures(record) for record in skipped):
+        fields = fields_of(records[i] for i in range(min(len(records), PART)))
+        raise InputError(
+            f"{records.path}: none of its {len(records)} records names a picture (their fields: {fields}), but --images is "
+            'given; name pictures under "image" or "images", or leave --images out'
+        )
 
 
 def counts(skipped: Iterable[Skipped]) -> dict[str, int]:
