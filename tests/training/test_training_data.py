@@ -411,12 +411,20 @@ def test_html_and_rss_that_is_asked_about_is_no_mark(question):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("media", "web"), ("frames", 8), ("photo", "sunset"), ("video", True), ("img", ["v1.5"]), ("file_name", "a.json"),
+    [("media", "web"), ("frames", 8), ("photo", "sunset"), ("video", True), ("media", ["v1.5"]), ("file_name", "a.json"),
      ("image_id", "000012"), ("image_id", 12)],
 )  # fmt: skip
 def test_numbers_and_plain_words_name_no_media(key, value):
     for more in ({}, {"image": "a.png"}):
         assert isinstance(encoded(record("<image>\nWhat?" if more else "What?", "a", **{key: value}, **more)), Example)
+
+
+@pytest.mark.parametrize("key", ["video", "videos", "audio", "Video", "img", "Image", "pictures", "image2"])
+def test_a_field_that_is_for_media_counts_whatever_it_names(key):
+    for value in ("valley/000123", ["000123"], {"id": "000123"}):
+        assert encoded(record("What?", "a", **{key: value})).reason == key
+    turns = [{"from": "human", "value": "What?", key: "000123"}, {"from": "gpt", "value": "a"}]
+    assert encoded({"conversations": turns}).reason == key
 
 
 @pytest.mark.parametrize("key", ["image_id", "imageId", "file_name", "filename", "image_src", "src"])

@@ -13,6 +13,7 @@ _PICTURE = r"(?:image|img|pic|picture|photo|gif)"
 _OTHER = r"(?:video|audio|frame|media)"
 _HOW = r"s?([_-]?(?:path|file|filename|file_name|name|url|uri|src|data|bytes|base64|list)s?)?[_-]?\d*"
 _FIELD = re.compile(f"({_PICTURE}|{_OTHER}){_HOW}", re.IGNORECASE)
+_OUTRIGHT = re.compile(r"(?:image|img|picture|video|audio)s?\d*", re.IGNORECASE)  # whatever the value is called
 _PERHAPS = re.compile(r"image_?id|file_?name|src", re.IGNORECASE)  # a picture only if its value is the name of one
 _FILE = re.compile(r".*\.\d?[a-z][a-z0-9]{1,4}", re.IGNORECASE)
 _PICTURE_FILE = re.compile(r".*\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
@@ -24,8 +25,8 @@ _MARK = re.compile(rf"\A\s*{_NAME}|{_NAME}\s*\Z", re.IGNORECASE)
 def unread(record: Mapping[str, Any], known: Collection[str] = PICTURES) -> tuple[str, str] | None:
     """The first field that names pictures, videos or sounds and is not `known`, and what is wrong with it.
 
-    Where a known field names a picture, image_url and the like say where else it is to be had. Numbers and
-    plain words name nothing: "frames": 8, "media": "web".
+    Where a known field names a picture, image_url and the like say where else it is to be had. Numbers, and plain words
+    in any but the plainest fields, name nothing: "frames": 8, "media": "web".
     """
     named = names_pictures(record, known)
     for key, value in record.items():
@@ -33,7 +34,8 @@ def unread(record: Mapping[str, Any], known: Collection[str] = PICTURES) -> tupl
             continue
         found = _FIELD.fullmatch(key)
         if found:
-            picture, counts = re.fullmatch(_PICTURE, found[1], re.IGNORECASE), _names_file
+            picture = re.fullmatch(_PICTURE, found[1], re.IGNORECASE)
+            counts = str.strip if _OUTRIGHT.fullmatch(key) else _names_file
             beside = picture and found[2] and not key[-1].isdigit()
         else:
             picture, counts, beside = _PERHAPS.fullmatch(key), _names_picture, True
