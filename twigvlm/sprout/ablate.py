@@ -1,15 +1,14 @@
 """The paper's ablations (section 4.3) on the embedded model: `python -m twigvlm.sprout.report --ablate`.
 
-Each variant that needs another twig trains one on the embedded base, as users train theirs,
-for the same number of steps, and is kept in the work folder, so that a stopped run goes on.
-Accuracy is short answers under pruning against the unpruned base; speed is tokens per second of a
-description, prefill included, against plain decoding of the same picture right before it.
+Every twig is trained on the embedded base, as users train theirs, for the same number of steps, and is kept in the
+work folder with each figure that was measured, so that a stopped run goes on. Accuracy is short answers under pruning
+against the unpruned base, with bootstrap intervals over scenes; speed is tokens per second of a description, prefill
+included, against plain decoding of the same picture right before it.
 """
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +24,8 @@ from ..loading.describe import EMBEDDED_BASE
 from ..model.twig import CONFIG, Init, grow, save_twig
 from ..world.questions import Question
 from ..world.scenes import Scene
-from .grown import trained
+from .grown import kept, trained
+from .measure import interval, relative
 from .quiz import Setting, descriptions, percent, quiz, relative_speed, short_answers
 
 BUDGET = 64
@@ -101,11 +101,11 @@ SECTIONS: dict[str, tuple[Variant, ...]] = {
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is measured with: the base and its published twig, training steps of the others, test scenes."""
+    """What is measured with: the base and its main twig, training steps, test scenes."""
 
     work: Path
     base: Path
-    twig: Path | None  # the trained main twig; None trains it like the others
+    twig: Path | None  # stands for the main twig; None trains that like the others
     steps: int
     scenes: int
     device: str | None = None
@@ -113,8 +113,8 @@ class Ablation:
     def grown(self, growth: Growth) -> Path:
         """The folder of this twig, made at the first call."""
         folder = self.work / growth.name
-        if growth == MAIN and (folder / CONFIG).exists():  # the published one
-            return folder
+        if growth == MAIN and self.twig is not None:
+            return self.twig
         if growth.trained:
             flags = ["--K", str(growth.K), "--T", str(growth.T), "--init", growth.init]
             flags += [] if self.base == EMBEDDED_BASE else ["--base", str(self.base.resolve())]
@@ -132,39 +132,41 @@ class Ablation:
 
 def ablate(ablation: Ablation, sections: tuple[str, ...]) -> dict:
     """All rows of these sections, each measured once even if several tables hold it."""
-    if ablation.twig is not None and not (ablation.work / MAIN.name / CONFIG).exists():
-        shutil.copytree(ablation.twig, ablation.work / MAIN.name)
     asked = quiz(ablation.scenes)
     plain = Variant("", "", pruned=False, speculative=False)
     base = measure(ablation, plain, asked)
-    rows, seen = [], {}
     variants = [v for section in sections for v in SECTIONS[section]]
-    for variant in tqdm(variants, desc="ablations"):
-        what = replace(variant, group="", name="", paper=(None, None))
-        if what not in seen:
-            seen[what] = measure(ablation, what, asked)
-        found = seen[what]
-        rows.append(
-            {
-                "ablation": variant.group,
-                "variant": variant.name,
-                "RelAcc": 100 * found["accuracy"] / base["accuracy"] if base["accuracy"] else None,
-                "speed": found["speed"],
-                "descriptions": found["objects"],
-                "acceptance": found["acceptance"],
-                "paper RelAcc": variant.paper[0],
-                "paper speed": variant.paper[1],
-            }
-        )
+    rows = [row(v, measure(ablation, v, asked), base) for v in tqdm(variants, desc="ablations")]
     settings = {k: _short(v) if isinstance(v, Path) else v for k, v in asdict(ablation).items()}
     questions = sum(len(qs) for _, qs in asked)
     return {
         "R": BUDGET,
         "questions": questions,
-        "base": base,
+        "base": {
+            "accuracy": percent([a for answers in base["short"] for a in answers]),
+            "objects": percent(base["objects"]),
+        },
         "settings": settings,
         "rows": rows,
         "comments": remarks(rows),
+    }
+
+
+def row(variant: Variant, found: dict, base: dict) -> dict:
+    """What a variant's figures say beside the unpruned base's, percent."""
+    rel, *ends = relative(found["short"], base["short"])
+    objects = [[right] for right in found["objects"]]
+    return {
+        "ablation": variant.group,
+        "variant": variant.name,
+        "RelAcc": rel,
+        "RelAcc, 95 %": ends,
+        "speed": found["speed"],
+        "descriptions": percent(found["objects"]),
+        "descriptions, 95 %": list(interval(objects, range(len(objects)))),
+        "acceptance": found["acceptance"],
+        "paper RelAcc": variant.paper[0],
+        "paper speed": variant.paper[1],
     }
 
 
@@ -175,18 +177,25 @@ def _short(path: Path) -> str:
 
 
 def measure(ablation: Ablation, variant: Variant, asked: list[tuple[Scene, list[Question]]]) -> dict:
-    """Accuracy of short answers, and of descriptions with their acceptance and relative speed (percent)."""
-    vlm = ablation.open(variant)
-    setting = Setting("twig", BUDGET if variant.pruned else None, 5 if variant.speculative else 0)
-    right = [answer for answers in short_answers(vlm, asked, setting) for answer in answers]
+    """Short answers and descriptions, right or not, acceptance and relative speed (percent); measured once."""
     scenes = [scene for scene, _ in asked[: max(1, len(asked) // 2)]]
-    told = descriptions(vlm, scenes, setting)
-    return {
-        "accuracy": percent(right),
-        "objects": percent(told.objects),
-        "acceptance": told.acceptance,
-        "speed": relative_speed(vlm, scenes[:TIMED], setting),
+
+    def figures() -> dict:
+        vlm = ablation.open(variant)
+        setting = Setting("twig", BUDGET if variant.pruned else None, 5 if variant.speculative else 0)
+        found = {"short": short_answers(vlm, asked, setting), **asdict(descriptions(vlm, scenes, setting))}
+        return found | {"speed": relative_speed(vlm, scenes[:TIMED], setting)}
+
+    parts = [part for part, used in (("pruned", variant.pruned), ("drafts", variant.speculative)) if used]
+    name = "-".join([variant.growth.name, *parts, *([f"F{variant.F}"] if variant.F else [])])
+    what = {k: v for k, v in asdict(variant).items() if k in ("growth", "F", "pruned", "speculative")}
+    told = what | {
+        "scenes": len(asked),
+        "steps": ablation.steps,
+        "base": str(ablation.base),
+        "twig": str(ablation.twig),
     }
+    return kept(ablation.work / "figures" / f"{name}.json", told, figures)
 
 
 def remarks(rows: list[dict]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Twigs that a report trains for itself, as users train theirs."""
+"""Twigs that a report trains for itself, as users train theirs, and figures that are not measured twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import RunError
-from ..files import CHECKOUT
+from ..files import CHECKOUT, write_json
 from ..training.run.checkpoints import RUN
 
 
@@ -33,3 +33,15 @@ def trained(folder: Path, flags: Sequence[str], steps: int, device: str | None =
 def finished(folder: Path) -> bool:
     file = folder / RUN
     return file.is_file() and "finished" in json.loads(file.read_text(encoding="utf-8"))
+
+
+def kept(file: Path, settings: dict, measure) -> dict:
+    """The figures of `file` where they were made under the same settings; else `measure` makes them."""
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["settings"] == settings:
+            return found["figures"]
+    figures = measure()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json({"settings": settings, "figures": figures}, file)
+    return figures

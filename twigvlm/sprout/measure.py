@@ -240,6 +240,16 @@ def interval(right: Sequence[Sequence[bool]], scenes: Sequence[int], level: floa
     return low.item(), high.item()
 
 
+def relative(ours: Sequence[Sequence[bool]], base: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
+    """RelAcc, percent, and its 95 % interval: scenes are drawn together, of both."""
+    pairs = torch.tensor([[sum(a), sum(b)] for a, b in zip(ours, base, strict=True)], dtype=torch.float64)
+    draws = torch.randint(len(pairs), (RESAMPLES, len(pairs)), generator=torch.Generator().manual_seed(0))
+    sums = pairs[draws].sum(1)
+    ratios = 100 * sums[:, 0] / sums[:, 1].clamp(min=1)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975]).double()).tolist()
+    return 100 * pairs[:, 0].sum().item() / max(1.0, pairs[:, 1].sum().item()), low, high
+
+
 @dataclass(frozen=True)
 class Share:
     """Percent right of `asked` turns, with the ends of its interval."""

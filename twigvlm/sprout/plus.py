@@ -14,22 +14,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 import twigvlm
 
 from ..errors import InputError
-from ..files import write_json
 from ..record import table
 from ..training.run.checkpoints import RUN
 from ..world.questions import Question
 from ..world.scenes import Scene
-from .grown import finished, trained
-from .measure import interval
+from .grown import finished, kept, trained
+from .measure import interval, relative
 from .quiz import Setting, descriptions, percent, relative_speed, short_answers
 
-RESAMPLES = 1000
 TIMED = 9  # descriptions whose speed is measured
 STAGE_2 = ("--stage", "2")
 STAGE_2_SHARE = 0.25
@@ -125,28 +122,6 @@ def seconds(study: Study, recipe: Recipe) -> float | None:
 
 
 # ---------------------------------------------------------------------- measuring
-
-
-def relative(ours: Sequence[Sequence[bool]], base: Sequence[Sequence[bool]]) -> tuple[float, float, float]:
-    """RelAcc, percent, and its 95 % interval: scenes are drawn together, of both."""
-    pairs = torch.tensor([[sum(a), sum(b)] for a, b in zip(ours, base, strict=True)], dtype=torch.float64)
-    draws = torch.randint(len(pairs), (RESAMPLES, len(pairs)), generator=torch.Generator().manual_seed(0))
-    sums = pairs[draws].sum(1)
-    ratios = 100 * sums[:, 0] / sums[:, 1].clamp(min=1)
-    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975]).double()).tolist()
-    return 100 * pairs[:, 0].sum().item() / max(1.0, pairs[:, 1].sum().item()), low, high
-
-
-def kept(file: Path, settings: dict, measure) -> dict:
-    """The figures of `file` where they were made under the same settings; else `measure` makes them."""
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found["settings"] == settings:
-            return found["figures"]
-    figures = measure()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json({"settings": settings, "figures": figures}, file)
-    return figures
 
 
 def choose(options: bool, only: Sequence[str] | None = None) -> list[Recipe]:

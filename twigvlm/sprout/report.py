@@ -18,12 +18,12 @@ from .. import flags
 from ..errors import InputError
 from ..files import write_json
 from ..foresight import Wish, check
-from ..loading.describe import EMBEDDED_BASE, EMBEDDED_TWIG
+from ..loading.describe import EMBEDDED_BASE
 from ..program import called, run_program
 from ..record import provenance, table
 from ..world.questions import KINDS
 from . import ablate, plus
-from .measure import interval
+from .measure import interval, relative
 from .quiz import Setting, descriptions, percent, quiz, short_answers
 
 BUDGETS = (192, 128, 64)
@@ -40,10 +40,10 @@ def report(vlm: twigvlm.TwigVLM, scenes: int, budgets: tuple[float, ...], method
     for setting in [Setting(), *(Setting(m, R) for R in budgets for m in methods)]:
         right = short_answers(vlm, asked, setting)
         base = right if base is None else base
-        relative, *between = plus.relative(right, base)
+        rel, *between = relative(right, base)
         figures = {"all": right, **{kind: _of_kind(right, kinds, kind) for kind in KINDS}}
         intervals = {"RelAcc": between}
-        row = {"setting": setting.name, "all": None, "RelAcc": relative}
+        row = {"setting": setting.name, "all": None, "RelAcc": rel}
         described = setting.R is None or setting.pruning in DESCRIBED
         if described:
             told = descriptions(vlm, [scene for scene, _ in asked], setting)
@@ -110,13 +110,12 @@ def check_sections(text: str) -> tuple[str, ...]:
 def print_ablations(args: argparse.Namespace, start: float) -> None:
     """Run the ablations and write ablations.json and .png."""
     check_flags(args)
-    base, twig = args.base or EMBEDDED_BASE, args.twig or (None if args.base else EMBEDDED_TWIG)
-    ablation = ablate.Ablation(args.work, base, twig, args.steps, args.scenes, args.device)
+    ablation = ablate.Ablation(args.work, args.base or EMBEDDED_BASE, args.twig, args.steps, args.scenes, args.device)
     result = provenance() | ablate.ablate(ablation, check_sections(args.ablate))
     result["seconds"] = round(time.monotonic() - start)
     write_json(result, args.out / "ablations.json")
     ablate.plot(result["rows"], args.out / "ablations.png")
-    print(table(result["rows"]))
+    print(plus.shown(result))
     print("\n".join(result["comments"]))
     print(f"R={result['R']}, {result['questions']} questions; {args.out}/ablations.json, .png")
 
@@ -158,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="?",
         const="all",
         metavar="TABLE,…",
-        help="the paper's ablations instead (initialisation, T, K, F, parts, signal); trains the twigs that they need",
+        help="the paper's ablations instead (initialisation, T, K, F, parts, signal); trains every twig that they need",
     )
     parser.add_argument(
         "--plus", nargs="?", const="paper", choices=("paper", "options"),
