@@ -51,7 +51,7 @@ TOLD = (
     "random",
 )  # in the README
 PLACES = ("--out", "--plots", "--report", "--work")  # flags that say where something goes
-LIMIT = 30 * 2**20  # bytes of the base and all twigs together, so that a clone stays small
+LIMIT = 30_000_000  # bytes of the base and all twigs together, so that a clone stays small
 
 FILES = {  # what is published of a folder; a training leaves more
     "base": (
@@ -178,10 +178,13 @@ def publish(run: Path, report: Path) -> None:
         if not source.is_dir():
             raise InputError(f"{source}: no such folder; train first: python -m twigvlm.sprout.train --out {run}")
     found = _figures_of(report, f"--base {run}/base --twig {run}/twig")
-    _check_size(sources)
-    for kind, source in sources.items():
-        for file in FILES[kind]:
-            shutil.copyfile(source / file, TARGETS[kind] / file)
+    with tempfile.TemporaryDirectory() as place:
+        halved(sources["twig"], Path(place))
+        _check_size({"base": sources["base"], "twig": Path(place)})
+    for file in FILES["base"]:
+        shutil.copyfile(sources["base"] / file, EMBEDDED_BASE / file)
+    halved(sources["twig"], EMBEDDED_TWIG)
+    for kind in sources:
         (TARGETS[kind] / "README.md").write_text(card(kind, run, found), encoding="utf-8")
     for file in (report, report.with_suffix(".png")):
         if file.exists() and file.parent.resolve() != RESULTS.resolve():
@@ -190,16 +193,20 @@ def publish(run: Path, report: Path) -> None:
 
 def publish_plus(run: Path, report: Path) -> None:
     """The twig of `run`, a training of TwigVLM++'s stage 2, in half precision. Raises InputError as `publish` does."""
-    facts = read_json(run / CONFIG)
-    if not facts.get(GATES):
+    if not read_json(run / CONFIG).get(GATES):
         raise InputError(f"{run}: its twig has no pruning head; train one with STAGE=2 bash scripts/v1_5/train_twig.sh")
     found = _figures_of(report, f"--twig {run} --methods twig")
-    state = {name: tensor.half() for name, tensor in load_file(run / WEIGHTS).items()}
     with tempfile.TemporaryDirectory() as place:
-        write_twig(Path(place), state, facts)
+        halved(run, Path(place))
         _check_size({"plus": Path(place)})
-        write_twig(EMBEDDED_PLUS, state, facts)
+    halved(run, EMBEDDED_PLUS)
     (EMBEDDED_PLUS / "README.md").write_text(plus_card(run, found), encoding="utf-8")
+
+
+def halved(run: Path, folder: Path) -> None:
+    """The twig of `run` into `folder` in half precision, as the base is published."""
+    state = {name: tensor.half() for name, tensor in load_file(run / WEIGHTS).items()}
+    write_twig(folder, state, read_json(run / CONFIG))
 
 
 def plus_card(run: Path, report: dict) -> str:
