@@ -17,7 +17,7 @@ from twigvlm.world.questions import KINDS
 QUESTIONS, SCENES = 40, 5
 # R (None: unpruned) → short answers and descriptions (every object right) that were right when the weights were published.
 RECORDED = {None: (40, 5), 64: (34, 0)}
-FIRST, LOOKED_AT = (4, 16, 28), 3  # layers that a skipped block of four begins with, and scenes to tell what they do
+FIRST, LOOKED_AT = (4, 16, 28), 2  # layers that a skipped block of four begins with, and scenes to tell what they do
 GROWTH = 2.0  # of the surprise at the right answers, at least
 
 

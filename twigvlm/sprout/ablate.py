@@ -142,6 +142,7 @@ def ablate(ablation: Ablation, sections: tuple[str, ...]) -> dict:
     return {
         "R": BUDGET,
         "questions": questions,
+        "descriptions": len(base["objects"]),
         "base": {
             "accuracy": percent([a for answers in base["short"] for a in answers]),
             "objects": percent(base["objects"]),

@@ -28,6 +28,7 @@ from ..loading.twig import check_letters
 from ..model.twig import CONFIG
 from ..processes import PARENT
 from ..program import run_program
+from . import train
 from .agreement import FILE as ANSWERS
 from .data.loading import fill_in, with_start
 from .data.records import Records, check_there
@@ -45,17 +46,13 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         settings, args = parse(argv, __doc__)
-        if args.dry_run:
-            from .train import main as train
-
-            return train(argv)
-        return start(settings, argv)
+        return train.main(argv) if args.dry_run else start(settings, argv)
 
     return run_program(body)
 
 
 def start(settings: Settings, argv: list[str]) -> int:
-    """Replaces this process by the training where it is one process; else gives its exit code."""
+    """The exit code: of the training within this process where it is one, else of those it has started."""
     foresee(settings)
     env = os.environ
     rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
@@ -66,15 +63,15 @@ def start(settings: Settings, argv: list[str]) -> int:
         return code
     processes, nodes = _processes(settings), int(env.get("NNODES", "1"))
     launched = _launched() is not None
-    command = ["-m", TRAIN, *argv]
     if "HOSTFILE" in env and not launched:
         if settings.device == "cpu":
             env.setdefault("DS_ACCELERATOR", "cpu")
-        command = ["-m", "deepspeed.launcher.runner", *_deepspeed(env["HOSTFILE"]), TRAIN, *argv]
-    elif not launched and (processes > 1 or nodes > 1):
+        sys.stdout.flush()
+        deepspeed = ["-m", "deepspeed.launcher.runner", *_deepspeed(env["HOSTFILE"])]
+        os.execv(sys.executable, [sys.executable, *deepspeed, TRAIN, *argv])
+    if not launched and (processes > 1 or nodes > 1):
         return _torchrun(settings, processes, nodes, argv)
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *command])
+    return train.main(argv)
 
 
 def foresee(settings: Settings) -> None:
@@ -84,14 +81,13 @@ def foresee(settings: Settings) -> None:
     from ..foresight import Wish
     from .plus.subject import foresee_stage
     from .projector import ProjectorSubject
-    from .train import check_export
     from .twig import INITS, Start, reducer_of
 
     Start(settings.K, settings.T, settings.F, settings.init)
     if settings.data is None and settings.base is not None:
         raise InputError("no data: give --data FILE (LLaVA's instruction JSON) and --images FOLDER")
     check_attention(settings.attention)
-    check_export(settings.export_release)
+    train.check_export(settings.export_release)
     device = pick_device(settings.device)
     wish = Wish(settings.base, shape=settings.random)
     letters = wish.base_letters(settings.K, settings.T, settings.F)
