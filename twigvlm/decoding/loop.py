@@ -131,7 +131,7 @@ class Decoder:
         self.rows = self._rows(prompts)
         self.state = state = read(self.trunk, self.twig, self.plan, prompts, self.waits)
         if not self.speculative:
-            state.above = state.hint = None  # it has pruned, and is not needed again
+            state.dismiss_twig()
         self.place = state.length - 1  # B, of the newest token
         self._lap()
         first = True

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..model.cache import CacheGroup
+from ..model.cache import CacheGroup, Tally
 from ..model.stream import Stream, fit, front, join
 from ..model.tap import Tap
 from ..model.trunk import Trunk
@@ -60,6 +60,8 @@ class State:
         self.length = torch.tensor(self.lengths, device=stream.place.device)
         self.draws = list(prompts.draws)
         self.totals = [sum(t == trunk.image_token_id for t in row) for row in prompts.ids]  # visual tokens
+        self._tally = Tally()
+        self._most_used = torch.zeros((), dtype=torch.long, device=self.length.device)  # bytes, so far
         self.segments = self._segments(above)
         self.above = self._group(twig.layers) if twig is not None else None
         self.missed: list[Stream] = []  # left layer K-1, and the twig has not read it
@@ -108,13 +110,18 @@ class State:
 
     @property
     def bytes(self) -> int:
-        """Allocated for keys and values."""
-        return sum(cache.allocated_bytes() for cache in self.caches)
+        """Allocated for keys and values: the most at once so far. Where rows left, the last ones' buffers hold less."""
+        return self._tally.most
 
     @property
     def bytes_used(self) -> int:
-        """Of them filled by committed tokens, those of rows that have left included. Reads the device."""
-        return int(sum(cache.used_bytes() for cache in self.caches))
+        """Filled by committed tokens: the most at once so far. Reads the device."""
+        self._note_used()
+        return int(self._most_used)
+
+    def _note_used(self) -> None:
+        """Due before tokens go: between such moments there are only more of them."""
+        self._most_used = torch.maximum(self._most_used, sum(cache.used_bytes() for cache in self.caches))
 
     def per_image(self) -> list[float | None]:
         """Visual tokens of an image that entered a base layer on average, of every prompt. Reads the device."""
@@ -178,15 +185,21 @@ class State:
 
     def leave(self, order: Sequence[int]) -> torch.Tensor:
         """Row i becomes what row order[i] was, the others leave; `order` as a tensor."""
-        device = self.length.device
-        index = torch.tensor(order, dtype=torch.long, device=device)
-        gone = torch.tensor(sorted(set(range(len(self.lengths))) - set(order)), dtype=torch.long, device=device)
+        self._note_used()
+        index = torch.tensor(order, dtype=torch.long, device=self.length.device)
         for cache in self.caches:
-            cache.leave(order, index, gone)
+            cache.leave(order, index)
         self.length = self.length.index_select(0, index)
         self.lengths = [self.lengths[r] for r in order]
         self.missed = [stream.select(index) for stream in self.missed]
         return index
+
+    def dismiss_twig(self) -> None:
+        """It has pruned, and is not needed again."""
+        if self.above is not None:
+            self._note_used()
+            self.above.forget()
+            self.above = self.hint = None
 
     def settle(self) -> Stream:
         """The prompt alone to the top and into the caches; what left the last layer."""
@@ -199,6 +212,7 @@ class State:
 
     def evict(self) -> None:
         """After prefill: caches from the plan's layer on keep only the visual tokens that reached the last segment."""
+        self._note_used()
         place, visual = self.segments[-1].places
         alive = self._by_place(((visual >= 0) & (place >= 0)).float()[:, None], place)[:, 0] > 0  # B P
         for segment in self.segments:
@@ -376,7 +390,7 @@ class State:
 
     def _group(self, layers) -> CacheGroup:
         slots = [layer.self_attn.layer_idx for layer in layers]
-        return CacheGroup(slots, self.prompt.rows, self.prompt.place.device)
+        return CacheGroup(slots, self.prompt.rows, self.prompt.place.device, self._tally)
 
 
 def read(trunk: Trunk, twig: Twig | None, plan: Plan, prompts: Prompts, later: bool = False) -> State:

@@ -54,8 +54,8 @@ class Stats:
     visual_authors: float | None  # the same as the method's authors count it; None where nothing is pruned
     visual_rows: list[float | None]  # of an image, average per base layer, of each row; None without one
     visual_twig_share: float  # the twig's own visual tokens, T * V / L, on top
-    cache_bytes: int  # allocated for keys and values; grows in steps with what is written
-    cache_bytes_used: int  # of them filled
+    cache_bytes: int  # allocated for keys and values, the most at once; grows in steps with what is written
+    cache_bytes_used: int  # filled, the most at once
 
 
 def measure(

@@ -14,12 +14,26 @@ import torch
 STEP = 64  # tokens by which a buffer grows
 
 
+class Tally:
+    """Bytes of the buffers of several groups: now, and the most at once so far."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def add(self, change: int) -> None:
+        self.now += change
+        self.most = max(self.most, self.now)
+
+
 class CacheGroup:
     """Of the decoder layers `layers` (their cache slots); decoder layers of transformers ask for `update` only."""
 
-    def __init__(self, layers: Sequence[int], rows: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, layers: Sequence[int], rows: int, device: torch.device | str = "cpu", tally: Tally | None = None
+    ):
         self.layers = tuple(layers)
         self.rows = rows
+        self.tally = tally or Tally()  # which groups may share
         self.used = torch.zeros(rows, dtype=torch.long, device=device)  # committed tokens of each row
         self.shift = torch.zeros_like(self.used)  # positions compacted away below this group
         self.known: list[int] | None = [0] * rows  # `used` as far as the host knows it
@@ -28,7 +42,6 @@ class CacheGroup:
         self.keys: torch.Tensor | None = None  # layers B H C d
         self.values: torch.Tensor | None = None
         self._slots = {layer: i for i, layer in enumerate(self.layers)}
-        self._left: list[torch.Tensor] = []  # `used` of rows that have left
         self._begin = self._end = 0
         self._write: torch.Tensor | None = None  # B 1 S 1, where rows of unequal length write
 
@@ -129,18 +142,20 @@ class CacheGroup:
         known = None if other.known is None else [other.known[i] for i in rows.tolist()]
         self.used, self.shift = (t.index_select(0, rows) for t in (other.used, other.shift))
         self.known, self.reach = known, other.reach
+        before = self.allocated_bytes()
         self.keys, self.values = (t.index_select(1, rows) for t in (other.keys, other.values))
+        self.tally.add(self.allocated_bytes() - before)
 
     def forget(self) -> None:
         """Give the memory back; nothing is asked of it any more."""
+        self.tally.add(-self.allocated_bytes())
         self.keys = self.values = None
 
-    def leave(self, order: Sequence[int], index: torch.Tensor, gone: torch.Tensor) -> None:
-        """Row i becomes what row order[i] was; the others leave. `index` and `gone` are both on the device.
+    def leave(self, order: Sequence[int], index: torch.Tensor) -> None:
+        """Row i becomes what row order[i] was; the others leave. `index` is `order` on the device.
 
         Only rows that move into a hole are copied.
         """
-        self._left.append(self.used.index_select(0, gone))
         for new, old in enumerate(order):
             if new != old and self.keys is not None:
                 for buffer in (self.keys, self.values):
@@ -154,21 +169,22 @@ class CacheGroup:
         return 0 if self.keys is None else 2 * self.keys.numel() * self.keys.element_size()
 
     def used_bytes(self) -> torch.Tensor:
-        """Of the committed tokens of all rows, those that have left included: a number on the device."""
-        tokens = self.used.sum() + sum(t.sum() for t in self._left)
+        """Of the committed tokens of the rows that are here: a number on the device."""
+        tokens = self.used.sum()
         if self.keys is None:
             return 0 * tokens
         layers, _, heads, _, width = self.keys.shape
         return tokens * (2 * layers * heads * width * self.keys.element_size())
 
     def _grow(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        room = -(-self._end // STEP) * STEP
+        room, before = -(-self._end // STEP) * STEP, self.allocated_bytes()
         for name, new in (("keys", keys), ("values", values)):
             # Zeros: a shorter row reads up to the longest row's end, masked, and must find finite numbers.
             buffer = new.new_zeros(len(self.layers), self.rows, new.shape[1], room, new.shape[3])
             if (old := getattr(self, name)) is not None:
                 buffer[:, :, :, : old.shape[3]] = old[:, : self.rows]
             setattr(self, name, buffer)
+        self.tally.add(self.allocated_bytes() - before)
 
     def _move(self, path: torch.Tensor, first: torch.Tensor | int) -> None:
         start = (self.used + first)[:, None]
