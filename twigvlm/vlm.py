@@ -130,8 +130,8 @@ class TwigVLM:
         needs (`Output.scores`, `Step.seconds`, `Step.believed`), which synchronises the device twice a round; and draft_confidence,
         max_new_tokens (one number, or one a row), do_sample, temperature, top_k, top_p. `eos_token_id` None means the
         generation config's. `streamer` is one for one row, or a list with one a row. Stopping criteria are asked after
-        every token of a row; one that has a parameter `row` is told which. The prompt and the answer share the
-        context: an answer ends where it is full.
+        every token of a row; one that has a parameter `row` is told which, and finds the ids on the host. The prompt
+        and the answer share the context: an answer ends where it is full.
 
         `chooser` replaces twigvlm.decoding.choose.Chooser, which accepts and samples tokens.
 

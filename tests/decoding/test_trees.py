@@ -556,8 +556,9 @@ def test_one_draw_a_node_follows_the_base():
 # ---------------------------------------------------------------------- without a look at the device
 
 
-def test_a_round_with_a_tree_reads_the_device_once(monkeypatch):
-    """On the meta device there is nothing to read: only `fetch` may try, and only once a round."""
+@pytest.mark.parametrize("processors", [[], [RepetitionPenaltyLogitsProcessor(1.2)]], ids=["greedy", "processed"])
+def test_a_round_with_a_tree_reads_the_device_once(processors, monkeypatch):
+    """On the meta device there is nothing to read: only `fetch` may try, and only once a round; and processors' paths."""
     model = tiny_model(side=56)
     with torch.device("meta"):
         empty = LlavaForConditionalGeneration(model.config)
@@ -578,24 +579,34 @@ def test_a_round_with_a_tree_reads_the_device_once(monkeypatch):
         out[:, tensor.shape[1] - nodes :] = -1  # parents
         return out
 
+    told = []
+
+    def parents(tensor):
+        told.append(tuple(tensor.shape))
+        return np.full(tensor.shape, -1)
+
     monkeypatch.setattr(loop, "fetch", fake)
+    monkeypatch.setattr("twigvlm.decoding.draft.fetch", parents)
     rows, pictures = prompts(vlm, [(3, IMAGE, 4), (2, IMAGE, IMAGE, 5), (4,)])
     plan = Plan(
         ((2, Keep(5, 16, Probe("twig", "text"))), (4, Keep(2, 16, Probe("peek", "last", 4))), (5, Wipe())),
         positions="compact",
     )
+    options = GenerationSettings(max_new_tokens=7)
     decoder = Decoder(
         trunk,
         vlm.twig,
         plan,
-        GenerationSettings(max_new_tokens=7),
+        options,
         eos=[2],
+        chooser=Chooser(options, processors),
         grow=partial(tree.grow, shape=TreeShape(3, 2, 3, 6)),
     )
     with torch.inference_mode():
         rounds = list(decoder.steps(embed(trunk, plan, rows, torch.cat(pictures))))
     assert decoder.rows == [] and len(rounds) == 4  # 2, 2, 2 and 1 tokens
     assert len(reads) == 4 and all(len(shape) == 2 for shape in reads)
+    assert told == ([(3, 6), (3, 6), (3, 6)] if processors else [])  # none where nothing is drafted
 
 
 # ---------------------------------------------------------------------- what cannot be

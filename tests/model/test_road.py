@@ -18,6 +18,7 @@ from conftest import IMAGE, batch, one, prompts, tiny, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlavaForConditionalGeneration, Qwen3Config
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from twigvlm.config import GenerationSettings, TwigConfig
 from twigvlm.decoding import Decoder, embed, loop, score
@@ -801,7 +802,15 @@ def test_rows_that_end_are_not_copied():
 # ---------------------------------------------------------------------- without a look at the device
 
 
-def test_a_round_reads_the_device_once(monkeypatch):
+def never(ids: torch.Tensor, _scores, row: int) -> bool:
+    """A stopping criterion of ours, which looks at the words."""
+    return row < 0 or ids[0, -1].item() < 0
+
+
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("processors", [[], [RepetitionPenaltyLogitsProcessor(1.2)]], ids=["plain", "processed"])
+@pytest.mark.parametrize("draft_length", [0, 3])
+def test_a_round_reads_the_device_once(draft_length, processors, sampling, monkeypatch):
     """On the meta device there is nothing to read: only `fetch` may try, and only once a round and once a draft."""
     model = tiny_model(side=56)
     with torch.device("meta"):
@@ -813,8 +822,8 @@ def test_a_round_reads_the_device_once(monkeypatch):
 
     def fake(tensor):
         """A table of ones: one draft accepted, behind it token 1; the accepted node is the first."""
-        reads.append(tuple(tensor.shape))
         assert tensor.device.type == "meta"
+        reads.append(tuple(tensor.shape))
         out = np.ones(tensor.shape, dtype=bool if tensor.dtype is torch.bool else np.int32)
         if tensor.dim() == 2:
             head = 4 + (len(decoder.state.caches) if len(decoder.rows[0].tokens) == 0 else 0)
@@ -835,12 +844,14 @@ def test_a_round_reads_the_device_once(monkeypatch):
         ),
         positions="compact",
     )
-    options = GenerationSettings(draft_length=3, draft_confidence=0.5, max_new_tokens=7)
-    decoder = Decoder(trunk, vlm.twig, plan, options)
+    options = GenerationSettings(draft_length=draft_length, draft_confidence=0.5, max_new_tokens=7, **sampling)
+    decoder = Decoder(trunk, vlm.twig, plan, options, chooser=Chooser(options, processors), stopping=[never])
     with torch.inference_mode():
         rounds = list(decoder.steps(embed(trunk, plan, rows, torch.cat(pictures))))
-    assert [len(row.tokens) for row in decoder.rows] == [] and len(rounds) == 4  # 2, 2, 2 and 1 tokens
-    assert [len(shape) for shape in reads] == [1, 1, 2, 1, 1, 2, 1, 2, 2]  # of 3, 3, 2 and no drafts
+    assert [len(row.tokens) for row in decoder.rows] == []
+    assert len(rounds) == (4 if draft_length else 7)  # 2, 2, 2 and 1 tokens
+    drafting = [1, 1, 2, 1, 1, 2, 1, 2, 2]  # of 3, 3, 2 and no drafts
+    assert [len(shape) for shape in reads] == (drafting if draft_length else [2] * 7)
 
 
 # ---------------------------------------------------------------------- the length of a draft

@@ -146,9 +146,8 @@ def _warpers(settings: GenerationSettings) -> list:
 
 def _paths(tree: DraftTree) -> list[list[list[torch.Tensor]]]:
     """Tokens from the root's first child down to each node, root (none) first."""
-    parents = tree.parent.tolist()
     out = []
-    for b, row in enumerate(parents):
+    for b, row in enumerate(tree.parents()):
         paths: list[list[torch.Tensor]] = [[]]
         for i, parent in enumerate(row):
             paths.append([*paths[parent + 1], tree.token[b, i : i + 1]])

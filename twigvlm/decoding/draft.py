@@ -9,7 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
+
+
+def fetch(tensor: torch.Tensor) -> np.ndarray:
+    """Read the device: the host waits here, and nowhere else."""
+    return tensor.cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,12 @@ class DraftTree:
     def depth(self) -> torch.Tensor:
         """[B, N]: 1 for children of the root."""
         return self.ancestors()[:, 1:, 1:].sum(2)
+
+    def parents(self) -> list[list[int]]:
+        """`parent` on the host, which knows a chain's without reading the device."""
+        if self.chain:
+            return [list(range(-1, self.width - 1)) for _ in self.token]
+        return fetch(self.parent).tolist()
 
     def ancestors(self) -> torch.Tensor:
         """[B, N+1, N+1] bool, root first: row i marks node i itself and all that it stands behind."""

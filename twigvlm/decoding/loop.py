@@ -22,7 +22,7 @@ from ..model.trunk import Trunk
 from ..model.twig import Twig
 from ..pruning.plan import Plan
 from .choose import NO_SCORES, NO_TOKEN, Chooser, Voice
-from .draft import DraftTree, chain, walk
+from .draft import DraftTree, chain, fetch, walk
 from .pace import PATIENCE, Pace, now
 from .prefill import Prompts, State, read
 
@@ -96,9 +96,9 @@ class Decoder:
     """One generation over a batch of prompts; make a new one for the next.
 
     `stopping` are Hugging Face stopping criteria, asked after every token; one that has a parameter `row` is told
-    which it is. `grow` replaces the chain of
-    drafts: a function of this decoder that gives a Draft; `pace` chooses how long drafts are. While it
-    writes and afterwards `state` holds caches and what was pruned.
+    which it is, and finds the ids on the host. `grow` replaces the chain of drafts: a function of this decoder
+    that gives a Draft; `pace` chooses how long drafts are. While it writes and afterwards `state` holds caches
+    and what was pruned.
     """
 
     def __init__(
@@ -320,13 +320,12 @@ class Decoder:
         return row.tokens[before:]
 
     def _stops(self, row: Row) -> bool:
-        if not self.stopping:
-            return False
-        ids = torch.tensor([row.voice.history], device=self.trunk.device)
-        told = {"row": row.index}
-        return any(
-            bool(torch.as_tensor(rule(ids, None, **told if aware else {})).any()) for rule, aware in self.stopping
-        )
+        here = torch.tensor([row.voice.history]) if self.stopping else None
+        for rule, aware in self.stopping:  # Hugging Face's own expect ids beside the model
+            answer = rule(here, None, row=row.index) if aware else rule(here.to(self.trunk.device), None)
+            if fetch(answer.any()) if torch.is_tensor(answer) else np.any(answer):
+                return True
+        return False
 
     def _go_on(self, draft: Draft, verdict: Verdict) -> None:
         """Finished rows leave; each other row's newest token goes through the trunk, and through the twig what it has not read."""
@@ -358,11 +357,6 @@ def takes_row(rule: Callable) -> bool:
         return "row" in inspect.signature(rule).parameters
     except (TypeError, ValueError):  # some callables have no signature to look at
         return False
-
-
-def fetch(tensor: torch.Tensor) -> np.ndarray:
-    """Read the device: the host waits here, and nowhere else."""
-    return tensor.cpu().numpy()
 
 
 def believe(logits: torch.Tensor, choice: torch.Tensor, path: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ import torch
 
 from ..config import TreeShape
 from ..model.stream import Stream, fit, front, join_raw
-from .draft import DraftTree
-from .loop import Decoder, Draft, fetch
+from .draft import DraftTree, fetch
+from .loop import Decoder, Draft
 from .worth import CHILDREN
 
 NEVER = float("-inf")  # the path of a node that is not there
