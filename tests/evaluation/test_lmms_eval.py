@@ -167,8 +167,8 @@ def test_a_row_is_told_from_another_that_begins_like_it():
 
     short, long = [ord(c) for c in "ab"], [ord(c) for c in "abc?"]
     stop = StopStrings(Letters(), ["c"], [short, long])
-    assert stop(torch.tensor([[*short, ord("c")]]))
-    assert not stop(torch.tensor([[*long, ord("d")]])), "the c is in its prompt"
+    assert stop(torch.tensor([[*short, ord("c")]]), None, 0)
+    assert not stop(torch.tensor([[*long, ord("d")]]), None, 1), "the c is in its prompt"
 
 
 def test_blank_line_of_lmms_eval_can_be_passed_over(adapted, monkeypatch):

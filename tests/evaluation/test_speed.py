@@ -6,6 +6,7 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import IMAGE, one, tiny
@@ -111,6 +112,16 @@ def test_the_coin_accepts_as_often_as_it_is_told(probability):
     draft = chain(torch.tensor([[3]]), torch.ones(1, 1), torch.tensor([1]))
     accepted = sum(int(walk(draft, chooser.judge(logits, draft, []))[0, 0]) == 0 for _ in range(2000))
     assert accepted / 2000 == pytest.approx(probability, abs=0.04)
+
+
+def test_the_coin_reads_a_tree_at_once(monkeypatch):
+    """On the meta device there is nothing to read but by `fetch`."""
+    reads = []
+    monkeypatch.setattr("twigvlm.evaluation.coin.fetch", lambda t: reads.append(t.shape) or np.zeros(t.shape, int))
+    there = {"dtype": torch.long, "device": "meta"}
+    tree = DraftTree(*(torch.empty(2, 4, **there) for _ in range(3)), torch.empty(2, **there), 2)
+    choice = speed.CoinChooser(GenerationSettings(), 0.6).judge(torch.empty(2, 5, 9, device="meta"), tree, [])
+    assert choice.shape == (2, 5) and reads == [(2, 5 + 4 + 4 + 1)]
 
 
 def test_the_coin_is_thrown_for_each_child_of_a_tree():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import torch
 
 from ..decoding.choose import Chooser
-from ..decoding.draft import DraftTree
+from ..decoding.draft import DraftTree, fetch
 
 
 class CoinChooser(Chooser):
@@ -38,10 +39,11 @@ class CoinChooser(Chooser):
 
     def _judge_tree(self, choice: torch.Tensor, tree: DraftTree) -> torch.Tensor:
         """Children stand in their order behind one another; the coin is thrown for each until one is right."""
-        found = choice.tolist()
-        for b, (tokens, parents, count) in enumerate(
-            zip(tree.token.tolist(), tree.parent.tolist(), tree.count.tolist(), strict=True)
-        ):
+        table = fetch(torch.cat([choice, tree.token, tree.parent, tree.count[:, None]], 1))
+        found, *told = (
+            part.tolist() for part in np.split(table, np.cumsum([choice.shape[1], tree.width, tree.width]), 1)
+        )
+        for b, (tokens, parents, (count,)) in enumerate(zip(*told, strict=True)):
             for node in range(-1, count):
                 children = [t for t, parent in zip(tokens[:count], parents, strict=False) if parent == node]
                 right = next((t for t in children if self.coin.random() < self.probability), None)

@@ -61,7 +61,7 @@ def _passing_pair() -> type:
 
 
 class StopStrings:
-    """A stopping criterion of Hugging Face's form: an answer ends when it holds one of `words`.
+    """A stopping criterion: an answer ends when it holds one of `words`.
 
     It sees a whole row, prompt and answer; the prompt may hold such a word and is left out.
     """
@@ -69,10 +69,8 @@ class StopStrings:
     def __init__(self, tokenizer, words: Sequence[str], prompts: Sequence[list[int]]):
         self.tokenizer, self.words, self.prompts = tokenizer, words, prompts
 
-    def __call__(self, input_ids: torch.Tensor, scores=None) -> bool:
-        row = input_ids[0].tolist()
-        start = max(len(prompt) for prompt in self.prompts if row[: len(prompt)] == prompt)
-        text = decode(self.tokenizer, row[start:])
+    def __call__(self, input_ids: torch.Tensor, scores, row: int) -> bool:
+        text = decode(self.tokenizer, input_ids[0, len(self.prompts[row]) :].tolist())
         return any(word in text for word in self.words)
 
 
