@@ -6,6 +6,7 @@ import argparse
 import importlib
 import inspect
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -87,7 +88,14 @@ def some() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-colour", dest="colour", action="store_false")
     parser.add_argument("--pair", nargs=2, type=float)
+    parser.add_argument("--each", action="append")
     return parser
+
+
+def read(text: str, folder: Path) -> argparse.Namespace:
+    """What a file with this text says."""
+    (folder / "f.yaml").write_text(text)
+    return flags.parse(some(), ["--config", str(folder / "f.yaml")])
 
 
 def test_a_file_is_read_before_the_command_line(tmp_path):
@@ -117,6 +125,45 @@ def test_files_that_are_none(text, word, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         flags.parse(some(), ["--config", str(tmp_path / "f.yaml")])
     assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word, on", [
+    ("true", True), ("yes", True), ("on", True), ("True", True), ("false", False), ("no", False), ("off", False),
+])  # fmt: skip
+def test_a_switch_is_read_with_quotes_and_without(word, on, tmp_path):
+    for text in (word, f"'{word}'"):
+        assert read(f"quick: {text}", tmp_path).quick is on
+        assert read(f"loud: {text}", tmp_path).loud is on
+        assert read(f"colour: {text}", tmp_path).colour is on
+        assert read(f"no-colour: {text}", tmp_path).colour is not on
+
+
+@pytest.mark.parametrize("text", ["quick: maybe", "quick: 1", "quick: ''", "quick: [true]", "no_colour: 'yess'"])
+def test_a_switch_that_is_none_is_refused(text, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read(text, tmp_path)
+    said = capsys.readouterr().err
+    assert "f.yaml: " + text.split(":")[0] + " is " in said and "true or false is needed" in said
+
+
+def test_a_flag_that_may_be_given_again_takes_a_list(tmp_path):
+    assert read("each: [a/b, 'c, d']", tmp_path).each == ["a/b", "c, d"]
+    assert read("each: a/b", tmp_path).each == ["a/b"]
+    assert read("each: []", tmp_path).each is None
+    flags.save(flags.parse(some(), ["--each", "a", "--each", "b,c"]), tmp_path)
+    assert flags.parse(some(), ["--config", str(tmp_path / flags.CONFIG)]).each == ["a", "b,c"]
+
+
+@pytest.mark.parametrize("text, first, second", [
+    ("width: 1\nwidth: 2", "'width' (line 1)", "'width' (line 2)"),
+    ("w: 1\nheat: 0\nwidth: 2", "'w' (line 1)", "'width' (line 3)"),
+    ("colour: true\nno-colour: true", "'colour' (line 1)", "'no-colour' (line 2)"),
+])  # fmt: skip
+def test_what_is_said_twice_is_refused(text, first, second, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read(text, tmp_path)
+    said = capsys.readouterr().err
+    assert f"{first} and {second}" in said and "f.yaml" in said
 
 
 def test_flags_that_contradict_each_other():
