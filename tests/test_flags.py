@@ -17,7 +17,9 @@ import twigvlm
 from twigvlm import flags
 from twigvlm.config import GenerationSettings, ModelSettings, option
 from twigvlm.errors import InputError
+from twigvlm.evaluation import compare
 from twigvlm.evaluation.lmms.options import Options
+from twigvlm.sprout import ablate, plus, train
 
 DOORS = {"twigvlm.sprout.benchmarks", "twigvlm.sprout.conversations", "twigvlm.evaluation.lmms_task"}
 NO_COMMANDS = {"twigvlm.__main__"}  # finds them
@@ -116,6 +118,44 @@ def test_what_is_saved_asks_for_the_same(tmp_path):
     again = flags.parse(some(), ["--config", str(tmp_path / flags.CONFIG)])
     assert args.typed == {"width", "names", "pair", "colour", "places"} and again.typed == {"config"}
     assert {**vars(again), "config": None, "typed": args.typed} == vars(args)
+
+
+@pytest.fixture
+def brief(monkeypatch) -> None:
+    """Commands that make folders of results end where their work would begin."""
+
+    def enough(*_args, **_more):
+        raise InputError("enough")
+
+    job = SimpleNamespace(setting=None, data=None)
+    monkeypatch.setattr(compare, "prepared", lambda _: SimpleNamespace(every=[job]))
+    for place, name in (
+        (compare, "announce"), (train.Course, "run"), (twigvlm, "load"), (ablate, "ablate"), (plus, "study"),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, enough)
+
+
+@pytest.mark.parametrize("command, folder, asked", [
+    ("evaluation.compare", "--report", ["--methods", "random,visionzip:keep=1", "-R", "64,32", "--benchmarks", "gqa", "--num-shards", "2", "--shard", "1"]),
+    ("sprout.train", "--out", ["--stages", "words-4,twig", "--steps", "words-4=3", "--hidden", "32", "--no-compile"]),
+    ("sprout.report", "--out", ["--scenes", "2", "--budgets", "64,64.5", "--device", "cpu"]),
+    ("sprout.report", "--out", ["--ablate", "parts,signal", "--steps", "3", "--device", "cpu"]),
+    ("sprout.report", "--out", ["--ablate", "--device", "cpu"]),
+    ("sprout.report", "--out", ["--plus", "--only", "twig", "--only", "stage 2, dynamic", "--device", "cpu"]),
+    ("commands.export", "--out", ["--as", "draft-vlm", "--dtype", "float16", "--max-shard-size", "10MB"]),
+])  # fmt: skip
+@pytest.mark.usefixtures("brief")
+def test_a_folder_of_results_holds_the_settings_that_make_it_again(command, folder, asked, tmp_path, capsys):
+    main, out = importlib.import_module(f"twigvlm.{command}").main, tmp_path / "out"
+    main([folder, str(out), *asked])
+    written = (out / flags.CONFIG).read_text()
+    kept = yaml.safe_load(written)
+    assert kept[folder[2:]] == str(out) and "shard" not in kept
+    (out / flags.CONFIG).rename(tmp_path / "kept.yaml")
+    main(["--config", str(tmp_path / "kept.yaml")])
+    assert (out / flags.CONFIG).read_text() == written, capsys.readouterr().err
+    typed = {word[2:].replace("-", "_") for word in asked if word.startswith("--")} - {"as", "num_shards", "shard"}
+    assert typed <= kept.keys()
 
 
 @pytest.mark.parametrize("text, word", [("- a\n", "mapping"), ("a: [\n", "cannot be read"), (None, "cannot be read")])

@@ -107,6 +107,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
             model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         write_processor(loaded, model, folder)
         (folder / "README.md").write_text(card(args, facts, loaded), encoding="utf-8")
+        flags.save(args, folder)
         for file in folder.iterdir():
             file.chmod(0o666 & ~umask())  # safetensors writes for the owner's eyes only
     return facts | {"out": str(args.out)}
