@@ -16,7 +16,7 @@ import twigvlm
 
 from .. import flags
 from ..errors import InputError
-from ..files import write_json
+from ..files import replacing, write_json
 from ..foresight import Wish, check
 from ..loading.describe import EMBEDDED_BASE
 from ..program import called, run_program
@@ -95,7 +95,8 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set_xticks(sorted({r["R"] for r in rows if r["R"]}))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150)
     plt.close(figure)
 
 
