@@ -27,6 +27,20 @@ LATE = {
 NAMERS = ("evaluation/tasks/", "world/")
 AMBIGUOUS = {"seed"}  # of sampling
 FULL_FOLDERS: dict[str, int] = {}
+MOVES, WRITTEN = ("os.rename", "shutil.copy", "shutil.move", "torch.save"), (".write_text", ".write_bytes")
+# Who writes without `files.py`, and why it may.
+IN_A_NEW_FOLDER = "the folder takes its place as a whole, when all is in it"
+WRITERS = {
+    "commands/export.py:whole_folder": IN_A_NEW_FOLDER,
+    "training/run/checkpoints.py:seal": IN_A_NEW_FOLDER,
+    "training/run/checkpoints.py:remove": "a folder that is going loses its name first",
+    "world/benchmarks/folder.py:text": IN_A_NEW_FOLDER,
+    "world/benchmarks/folder.py:picture": IN_A_NEW_FOLDER,
+    "world/conversations.py:write": IN_A_NEW_FOLDER,
+    "world/drawn.py:_generate": IN_A_NEW_FOLDER,
+    "world/drawn.py:_replace": IN_A_NEW_FOLDER,
+    "evaluation/asking/shards.py:_start": "a child's output, read while it comes",
+}
 
 
 @cache
@@ -269,6 +283,64 @@ def test_a_name_would_be_found():
     for code in ('x = "pope"', 'task.name == "seed"', "isinstance(task, VQA)", 'TASKS["seed"]', 'MAIN = ("gqa", "a")'):
         assert namings(ast.parse(code), names), code
     assert not namings(ast.parse('facts["seed"] = "gqa is one"; isinstance(x, str)'), names)
+
+
+def writes(call: ast.Call) -> bool:
+    """Whether a call writes or moves a file."""
+    name, said = ast.unparse(call.func), [*call.args, *(k.value for k in call.keywords if k.arg == "mode")]
+    last = name.split(".")[-1]
+    if last == "open":
+        modes = [a.value for a in said if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        return "O_CREAT" in ast.unparse(call) or any(len(mode) < 4 and set("wxa+") & set(mode) for mode in modes)
+    if last == "replace":  # a text's takes two arguments, a dataclass's keywords
+        return "." in name and (name == "os.replace" or (len(call.args) == 1 and not call.keywords))
+    return last in ("savefig", "savez", "copyfile", "copy2") or name in MOVES or name.endswith(WRITTEN)
+
+
+def unsafe(node: ast.AST, function: str = "") -> Iterator[tuple[str, ast.Call]]:
+    """(function, call) of what is written and not in a `with replacing(…)`."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.With) and any("replacing(" in ast.unparse(item.context_expr) for item in child.items):
+            continue
+        if isinstance(child, ast.Call) and writes(child):
+            yield function, child
+        inside = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
+        yield from unsafe(child, child.name if inside else function)
+
+
+def test_files_are_written_by_one_writer():
+    """Whole or not at all: whoever reads one while it is written, or after a power cut, finds the old or the new."""
+    found = {
+        f"{relative(path)}:{function}": f"line {call.lineno}: {ast.unparse(call)}"
+        for path, tree in trees().values()
+        for function, call in unsafe(tree)
+        if relative(path) != "files.py"
+    }
+    assert not {place: call for place, call in found.items() if place not in WRITERS}
+    assert WRITERS.keys() <= found.keys(), "strike what does not write any more"
+
+
+def test_another_writer_would_be_found():
+    calls = (
+        'open(a, "w")',
+        'open(a, mode="xb")',
+        'a.open("a")',
+        "os.replace(a, b)",
+        "a.replace(b)",
+        "figure.savefig(a)",
+    )
+    for call in (*calls, "a.write_text(b)", "shutil.copyfile(a, b)", "os.open(a, os.O_RDWR | os.O_CREAT)"):
+        assert list(unsafe(ast.parse(f"def f():\n    {call}"))), call
+        assert not list(unsafe(ast.parse(f"with x as y, replacing(a) as part:\n    {call}"))), call
+    for call in (
+        "open(a)",
+        'open(a, "rb")',
+        'a.replace("b", "c")',
+        "replace(a, b=1)",
+        "write_text(a, b)",
+        "job.open()",
+    ):
+        assert not list(unsafe(ast.parse(call))), call
 
 
 def test_functions_are_short():

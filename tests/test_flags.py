@@ -6,6 +6,7 @@ import argparse
 import importlib
 import inspect
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,9 @@ import twigvlm
 from twigvlm import flags
 from twigvlm.config import GenerationSettings, ModelSettings, option
 from twigvlm.errors import InputError
+from twigvlm.evaluation import compare
 from twigvlm.evaluation.lmms.options import Options
+from twigvlm.sprout import ablate, plus, train
 
 DOORS = {"twigvlm.sprout.benchmarks", "twigvlm.sprout.conversations", "twigvlm.evaluation.lmms_task"}
 NO_COMMANDS = {"twigvlm.__main__"}  # finds them
@@ -87,7 +90,14 @@ def some() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--no-colour", dest="colour", action="store_false")
     parser.add_argument("--pair", nargs=2, type=float)
+    parser.add_argument("--each", action="append")
     return parser
+
+
+def read(text: str, folder: Path) -> argparse.Namespace:
+    """What a file with this text says."""
+    (folder / "f.yaml").write_text(text)
+    return flags.parse(some(), ["--config", str(folder / "f.yaml")])
 
 
 def test_a_file_is_read_before_the_command_line(tmp_path):
@@ -110,6 +120,44 @@ def test_what_is_saved_asks_for_the_same(tmp_path):
     assert {**vars(again), "config": None, "typed": args.typed} == vars(args)
 
 
+@pytest.fixture
+def brief(monkeypatch) -> None:
+    """Commands that make folders of results end where their work would begin."""
+
+    def enough(*_args, **_more):
+        raise InputError("enough")
+
+    job = SimpleNamespace(setting=None, data=None)
+    monkeypatch.setattr(compare, "prepared", lambda _: SimpleNamespace(every=[job]))
+    for place, name in (
+        (compare, "announce"), (train.Course, "run"), (twigvlm, "load"), (ablate, "ablate"), (plus, "study"),
+    ):  # fmt: skip
+        monkeypatch.setattr(place, name, enough)
+
+
+@pytest.mark.parametrize("command, folder, asked", [
+    ("evaluation.compare", "--report", ["--methods", "random,visionzip:keep=1", "-R", "64,32", "--benchmarks", "gqa", "--num-shards", "2", "--shard", "1"]),
+    ("sprout.train", "--out", ["--stages", "words-4,twig", "--steps", "words-4=3", "--hidden", "32", "--no-compile"]),
+    ("sprout.report", "--out", ["--scenes", "2", "--budgets", "64,64.5", "--device", "cpu"]),
+    ("sprout.report", "--out", ["--ablate", "parts,signal", "--steps", "3", "--device", "cpu"]),
+    ("sprout.report", "--out", ["--ablate", "--device", "cpu"]),
+    ("sprout.report", "--out", ["--plus", "--only", "twig", "--only", "stage 2, dynamic", "--device", "cpu"]),
+    ("commands.export", "--out", ["--as", "draft-vlm", "--dtype", "float16", "--max-shard-size", "10MB"]),
+])  # fmt: skip
+@pytest.mark.usefixtures("brief")
+def test_a_folder_of_results_holds_the_settings_that_make_it_again(command, folder, asked, tmp_path, capsys):
+    main, out = importlib.import_module(f"twigvlm.{command}").main, tmp_path / "out"
+    main([folder, str(out), *asked])
+    written = (out / flags.CONFIG).read_text()
+    kept = yaml.safe_load(written)
+    assert kept[folder[2:]] == str(out) and "shard" not in kept
+    (out / flags.CONFIG).rename(tmp_path / "kept.yaml")
+    main(["--config", str(tmp_path / "kept.yaml")])
+    assert (out / flags.CONFIG).read_text() == written, capsys.readouterr().err
+    typed = {word[2:].replace("-", "_") for word in asked if word.startswith("--")} - {"as", "num_shards", "shard"}
+    assert typed <= kept.keys()
+
+
 @pytest.mark.parametrize("text, word", [("- a\n", "mapping"), ("a: [\n", "cannot be read"), (None, "cannot be read")])
 def test_files_that_are_none(text, word, tmp_path, capsys):
     if text is not None:
@@ -117,6 +165,45 @@ def test_files_that_are_none(text, word, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         flags.parse(some(), ["--config", str(tmp_path / "f.yaml")])
     assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word, on", [
+    ("true", True), ("yes", True), ("on", True), ("True", True), ("false", False), ("no", False), ("off", False),
+])  # fmt: skip
+def test_a_switch_is_read_with_quotes_and_without(word, on, tmp_path):
+    for text in (word, f"'{word}'"):
+        assert read(f"quick: {text}", tmp_path).quick is on
+        assert read(f"loud: {text}", tmp_path).loud is on
+        assert read(f"colour: {text}", tmp_path).colour is on
+        assert read(f"no-colour: {text}", tmp_path).colour is not on
+
+
+@pytest.mark.parametrize("text", ["quick: maybe", "quick: 1", "quick: ''", "quick: [true]", "no_colour: 'yess'"])
+def test_a_switch_that_is_none_is_refused(text, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read(text, tmp_path)
+    said = capsys.readouterr().err
+    assert "f.yaml: " + text.split(":")[0] + " is " in said and "true or false is needed" in said
+
+
+def test_a_flag_that_may_be_given_again_takes_a_list(tmp_path):
+    assert read("each: [a/b, 'c, d']", tmp_path).each == ["a/b", "c, d"]
+    assert read("each: a/b", tmp_path).each == ["a/b"]
+    assert read("each: []", tmp_path).each is None
+    flags.save(flags.parse(some(), ["--each", "a", "--each", "b,c"]), tmp_path)
+    assert flags.parse(some(), ["--config", str(tmp_path / flags.CONFIG)]).each == ["a", "b,c"]
+
+
+@pytest.mark.parametrize("text, first, second", [
+    ("width: 1\nwidth: 2", "'width' (line 1)", "'width' (line 2)"),
+    ("w: 1\nheat: 0\nwidth: 2", "'w' (line 1)", "'width' (line 3)"),
+    ("colour: true\nno-colour: true", "'colour' (line 1)", "'no-colour' (line 2)"),
+])  # fmt: skip
+def test_what_is_said_twice_is_refused(text, first, second, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        read(text, tmp_path)
+    said = capsys.readouterr().err
+    assert f"{first} and {second}" in said and "f.yaml" in said
 
 
 def test_flags_that_contradict_each_other():

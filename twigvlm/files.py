@@ -1,4 +1,4 @@
-"""Where files lie, the one way to write one (whole or not at all) and to hold a lock; what is no file to read, or no text.
+"""Where files lie, the one way to write one (whole or not at all), to add lines to one and to hold a lock; what is no file to read, or no text.
 
 filelock is imported with the first lock: reading and scoring need the standard library alone.
 """
@@ -9,12 +9,13 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError
+from .errors import InputError, RunError
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -88,6 +89,12 @@ def write_text(text: str, path: Path) -> None:
 def write_json(facts: Any, path: Path) -> None:
     """Whole or not at all."""
     write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", path)
+
+
+def copy(source: Path, path: Path) -> None:
+    """Whole or not at all."""
+    with replacing(path) as part:
+        shutil.copyfile(source, part)
 
 
 def is_file(path: Path) -> bool:
@@ -209,3 +216,109 @@ def umask() -> int:
     now = os.umask(0)
     os.umask(now)
     return now
+
+
+# ---------------------------------------------------------------------- files that are added to
+
+# A line is written once, whole, and is on the disk when `write` returns. What a power cut leaves behind, a last line
+# without its end, counts as never written.
+
+
+def encode(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line).encode() + b"\n"
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON objects; a last line that was cut short is not there.
+
+    Raises InputError for a damaged line before the last.
+    """
+    try:
+        rows = file.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    except OSError as fault:
+        raise InputError(f"{file}: cannot be read ({fault.strerror})") from fault
+    lines = []
+    for number, row in enumerate(rows, 1):
+        try:
+            line = json.loads(row)
+            if not isinstance(line, dict):
+                raise ValueError("not an object")
+        except ValueError as fault:
+            if number == len(rows):
+                break
+            raise InputError(f"{file}: line {number} is damaged ({fault}); delete it, and it is asked again") from fault
+        lines.append(line)
+    return lines
+
+
+class Appender:
+    """A file of JSON lines, open for one writer: repaired, locked, and, unless said otherwise, durable line by line."""
+
+    def __init__(self, file: Path, durable: bool = True):
+        self.file, self.durable = file, durable
+        new = not file.exists()
+        self._lock = lock(file)
+        try:
+            self._fd = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
+            keep = sum(len(row) + 1 for row in _whole_rows(file))
+            os.ftruncate(self._fd, keep)
+            os.lseek(self._fd, keep, os.SEEK_SET)
+            os.fsync(self._fd)
+            if new:
+                flush(file.parent)
+        except OSError as fault:
+            raise InputError(f"{file}: cannot be written ({fault.strerror}); choose another --out") from fault
+
+    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Append; on the disk when this returns, if durable. Raises RunError when the disk does not take them."""
+        rest = memoryview(b"".join(encode(line) for line in lines))
+        if not rest:
+            return
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+            if self.durable:
+                os.fsync(self._fd)
+        except OSError as fault:
+            raise RunError(
+                f"{self.file}: cannot be written ({fault.strerror}); the same command goes on when there is room"
+            ) from fault
+
+    def close(self) -> None:
+        os.close(self._fd)
+        self._lock.release()
+
+    def __enter__(self) -> Appender:
+        return self
+
+    def __exit__(self, *_fault) -> None:
+        self.close()
+
+
+def lock(file: Path) -> FileLock:
+    """Hold a file that is added to. Raises InputError when somebody else does."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = hold(file.with_name(f".{file.name}.lock"))
+    except OSError as fault:
+        raise InputError(f"{file}: cannot be written ({fault.strerror}); choose another --out") from fault
+    if held is None:
+        raise InputError(f"{file}: another process is writing it; wait for its end, or stop it")
+    return held
+
+
+def _whole_rows(file: Path) -> list[bytes]:
+    """The rows that `read_lines` reads: a last one that was cut short is left out."""
+    rows = file.read_bytes().split(b"\n")[:-1]
+    return rows[: len(read_lines(file))]
+
+
+def add_line(facts: Mapping[str, Any], file: Path) -> None:
+    """One more line of what is told on the way, for one writer; readers pass over one that a kill cut short. Not flushed."""
+    with open(file, "ab+") as opened:
+        if opened.tell():
+            opened.seek(-1, os.SEEK_END)
+        cut = opened.read(1) not in (b"", b"\n")
+        opened.write(b"\n" * cut + encode(facts))

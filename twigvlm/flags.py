@@ -25,6 +25,7 @@ PRUNING = (
     f"{METHODS}; settings stand behind a colon (NAME:KEY=VALUE,SWITCH), + joins one method before the decoder and one within it; "
     "python -m twigvlm.pruning.catalogue tells of each (default %(default)s)"
 )
+SWITCHED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 NOT_KEPT = {"config", "json", "typed"}  # of what a command is asked: nothing that its result depends on
 
 
@@ -125,36 +126,77 @@ def _says(word: str, action: argparse.Action) -> bool:
 
 def _words(parser: argparse.ArgumentParser, file: Path) -> list[str]:
     """What a file of flags would be on the command line."""
+    known = _known(parser)
+    try:
+        found, lines = _read(file)
+        _check_once(lines, known)
+        return [word for name, value in found.items() for word in _word(str(name), value, known)]
+    except InputError as fault:
+        parser.error(f"--config {file}: {fault}")
+
+
+def _read(file: Path) -> tuple[dict[Any, Any], list[tuple[str, int]]]:
+    """What a file of flags holds, and all its keys with their lines."""
     import yaml
 
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        text = file.read_text(encoding="utf-8")
+        found, tree = yaml.safe_load(text) or {}, yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, ValueError, yaml.YAMLError) as fault:
-        parser.error(f"--config {file}: cannot be read ({' '.join(str(fault).split())})")
+        raise InputError(f"cannot be read ({' '.join(str(fault).split())})") from None
     if not isinstance(found, dict):
-        parser.error(f"--config {file}: a mapping of flags to values is expected, found {type(found).__name__}")
-    known = {}
+        raise InputError(f"a mapping of flags to values is expected, found {type(found).__name__}")
+    return found, [(key.value, key.start_mark.line + 1) for key, _ in (tree.value if found else ())]
+
+
+def _known(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """The flags that a file may hold, by all their names."""
+    known: dict[str, argparse.Action] = {}
     for action in parser._actions:
         if action.option_strings and action.help is not argparse.SUPPRESS and action.dest not in ("help", "config"):
             for name in (action.dest, *action.option_strings):
                 known.setdefault(_plain(name), action)
-    words = []
-    for name, value in found.items():
-        if _plain(str(name)) not in known:
-            names = sorted({action.dest for action in known.values()})
-            parser.error(f"--config {file}: unknown key {name!r}; known are {', '.join(names)}")
-        words += _word(known[_plain(str(name))], value)
-    return words
+    return known
 
 
-def _word(action: argparse.Action, value: Any) -> list[str]:
+def _check_once(lines: Sequence[tuple[str, int]], known: Mapping[str, argparse.Action]) -> None:
+    """Raise InputError where two keys (name, line) set the same: YAML itself passes over the first without a word."""
+    seen: dict[str, tuple[str, int]] = {}
+    for name, line in lines:
+        kind = known[_plain(name)].dest if _plain(name) in known else name
+        if kind in seen:
+            first, above = seen[kind]
+            raise InputError(f"{first!r} (line {above}) and {name!r} (line {line}) set the same; leave one of them out")
+        seen[kind] = name, line
+
+
+def _word(name: str, value: Any, known: Mapping[str, argparse.Action]) -> list[str]:
+    """A key of a file and its value as words of the command line. Raises InputError for what cannot be."""
+    action = known.get(_plain(name))
+    if action is None:
+        names = sorted({action.dest for action in known.values()})
+        raise InputError(f"unknown key {name!r}; known are {', '.join(names)}")
     option = max(action.option_strings, key=len)
     if value is None:
         return []
-    if action.nargs == 0:  # a switch; `no_x` among them
-        return [option] if value == action.const else []
+    if isinstance(action.const, bool):
+        on = _switch(name, value)
+        if action.nargs == "?":
+            return [f"{option}={on}"]
+        given = True if _plain(name) in map(_plain, action.option_strings) else action.const  # `no_x: true`, `x: false`
+        return [option] if on == given else []
     items = [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if isinstance(action, argparse._AppendAction):
+        return [f"{option}={item}" for item in items]
     return [f"{option}={','.join(items)}"] if action.nargs in (None, "?") else [option, *items]
+
+
+def _switch(name: str, value: Any) -> bool:
+    """On or off, also as a text of YAML's words for it."""
+    found = SWITCHED.get(value.lower()) if isinstance(value, str) else value
+    if not isinstance(found, bool):
+        raise InputError(f"{name} is {value!r}; true or false is needed (yes, no, on, off mean the same)")
+    return found
 
 
 def _plain(name: str) -> str:

@@ -12,14 +12,13 @@ import contextlib
 import multiprocessing
 import multiprocessing.queues
 import multiprocessing.util  # its own clean-up at exit waits for workers: ours is registered later, and so comes first
-import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -206,22 +205,32 @@ def _enter(hook: Callable[[], object] | None, _number: int) -> None:
     for name in IGNORED:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_unsendable)
     if hook is not None:
         hook()
 
 
-def _unsendable(fault: Exception, _batch: Any) -> None:
-    """A batch that cannot be sent would be waited for in vain: better no worker."""
-    print(f"a batch cannot be handed over: {describe(fault)}", file=sys.stderr, flush=True)
-    os._exit(1)
+class _Queue(multiprocessing.queues.Queue):
+    """A batch that cannot be sent is told of in its place: the usual queue, whose thread pickles, drops it, and it would
+    be waited for in vain.
+    """
+
+    def put(self, item: tuple[int, Any], block: bool = True, timeout: float | None = None) -> None:
+        try:
+            data = ForkingPickler.dumps(item)
+        except Exception as fault:
+            failure = Failure(f"a batch cannot be handed over: {describe(fault)}{_remedy(fault)}")
+            data = ForkingPickler.dumps((item[0], failure))
+        super().put(bytes(data), block, timeout)
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        return ForkingPickler.loads(super().get(block, timeout))
 
 
 # ---------------------------------------------------------------------- the end
 
 
 def _remembering() -> multiprocessing.context.BaseContext:
-    """The usual way to start processes; those that it starts are known to `end_workers`."""
+    """The usual way to start processes and to talk to them; those that it starts are known to `end_workers`."""
     usual = multiprocessing.get_context()
 
     class Remembering(type(usual)):
@@ -229,6 +238,9 @@ def _remembering() -> multiprocessing.context.BaseContext:
             process = usual.Process(*args, **more)
             _STARTED[:] = [*(p for p in _STARTED if p.is_alive()), process]
             return process
+
+        def Queue(self, maxsize: int = 0) -> _Queue:
+            return _Queue(maxsize, ctx=usual)
 
     return Remembering()
 

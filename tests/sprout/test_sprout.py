@@ -297,7 +297,7 @@ def test_reports_go_under_runs_unless_said_otherwise(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "print_report", lambda args, _: asked.append(args.out))
     monkeypatch.setattr(report, "print_ablations", lambda args, _: asked.append(args.out))
     assert report.main([]) == report.main(["--ablate"]) == 0
-    assert asked == [Path("runs/report")] * 2
+    assert asked == [Path("runs/report"), Path("runs/report/ablations")], "each with its own settings beside it"
 
 
 def test_commands_are_shown_without_where_their_results_went():

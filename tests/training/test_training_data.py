@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaTokenizer
 
 from twigvlm.errors import InputError, RunError
+from twigvlm.files import PART
 from twigvlm.prompt import template as prompt
 from twigvlm.prompt.processor import SquareImageProcessor
 from twigvlm.prompt.template import VICUNA_V1, Round, TextEncoder
@@ -1112,7 +1113,7 @@ def test_inspect_with_the_embedded_base(tmp_path, pictures, inspected):
     assert facts["reasons"] == {DROPPED: 1, IMAGE_BROKEN: 1, IMAGE_MISSING: 1, f"{NO_LABELS}: empty message": 1}
     assert facts["images"] == 3 and facts["with_images"] == 2
     assert [f.get("reason") for f in lines_of(out)][:3] == [None, DROPPED, IMAGE_BROKEN]
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(f"{PART}*"))
     code, text, notes = inspected("--data", data)
     assert json.loads(text.splitlines()[-1])["usable"] == 5 and "without --images" in notes
 
@@ -1210,6 +1211,6 @@ def test_names_that_no_file_can_have(tmp_path, pictures, inspected):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk(tmp_path, inspected):
-    (tmp_path / "out.jsonl.part").symlink_to("/dev/full")
+    (tmp_path / f"{PART}{os.getpid()}-out.jsonl").symlink_to("/dev/full")
     code, _, error = inspected("--data", write(tmp_path, MIXED), "--out", tmp_path / "out.jsonl")
     assert code == 1 and "No space left" in error and not (tmp_path / "out.jsonl").exists()

@@ -21,7 +21,7 @@ from typing import Any
 from .. import flags
 from ..config import hub_id, split_name
 from ..errors import InputError, RunError
-from ..files import PART, check_folder, umask
+from ..files import PART, check_folder, copy, umask, write_text
 from ..program import called, run_program
 
 MARK = "twigvlm_export"  # in config.json: a folder of ours, which may be written again
@@ -106,7 +106,8 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed, if it is installed, then says its warnings
             model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         write_processor(loaded, model, folder)
-        (folder / "README.md").write_text(card(args, facts, loaded), encoding="utf-8")
+        write_text(card(args, facts, loaded), folder / "README.md")
+        flags.save(args, folder)
         for file in folder.iterdir():
             file.chmod(0o666 & ~umask())  # safetensors writes for the owner's eyes only
     return facts | {"out": str(args.out)}
@@ -131,7 +132,7 @@ def write_processor(loaded, model, folder: Path) -> None:
     if not loaded.original:
         for name in PROCESSOR_FILES:
             if (loaded.folder / name).is_file():
-                shutil.copyfile(loaded.folder / name, folder / name)
+                copy(loaded.folder / name, folder / name)
         return
     from transformers import LlavaProcessor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -148,7 +149,7 @@ def write_processor(loaded, model, folder: Path) -> None:
         image_token=ours.image_token,
     ).save_pretrained(folder)  # fmt: skip
     file = folder / "tokenizer_config.json"  # which does not keep this: a prefix space after every special token
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"legacy": True}, indent=2) + "\n", encoding="utf-8")
+    write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"legacy": True}, indent=2) + "\n", file)
 
 
 CARD = """

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
 from .. import flags
 from ..config import FORMAT_VERSION, hub_id, split_name
 from ..errors import InputError
-from ..files import write_json, write_text
+from ..files import copy, write_json, write_text
 from ..hub.card import CARD, About, result, twig_text, with_head
 from ..hub.upload import EMBEDDED, check_base, check_name, upload
 from ..loading.find import read_json
@@ -65,9 +64,9 @@ def gather(args: argparse.Namespace, place: Path) -> str:
     check_base(facts["base"], "give --base-model OWNER/NAME")
     files, _ = stored_twig(args.folder)
     for file in files:
-        shutil.copyfile(file, place / file.name)
+        copy(file, place / file.name)
     if index := next(iter(args.folder.glob("*.index.json")), None):
-        shutil.copyfile(index, place / index.name)
+        copy(index, place / index.name)
     write_json(facts, place / CONFIG)
     about = About(
         args.repository.split("/")[-1], facts["base"], _folder_of_base(facts), license=args.license,
@@ -76,7 +75,7 @@ def gather(args: argparse.Namespace, place: Path) -> str:
     old = args.folder / CARD
     text = _read(old) if old.is_file() else twig_text(facts, args.repository)
     if PICTURE in text and (args.folder / PICTURE).is_file():
-        shutil.copyfile(args.folder / PICTURE, place / PICTURE)
+        copy(args.folder / PICTURE, place / PICTURE)
     card = with_head(text.replace("THIS FOLDER", args.repository), about)
     write_text(card, place / CARD)
     return card

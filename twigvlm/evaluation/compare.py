@@ -233,8 +233,11 @@ class Comparison:
         facts = {"model": setting.model_name, "title": f"{setting.model_name}, {asked}", "shape": vars(shape)}
         facts["columns"] = {task.name: heading(task.name, self._results(task.name)) for task in self.args.benchmarks}
         facts |= {"limit": self.args.limit, "cores_taken_by_others": None if taken is None else round(taken, 2)}
-        settings = flags.resolved(Namespace(**vars(self.args) | {"benchmarks": [t.name for t in self.args.benchmarks]}))
-        return provenance() | facts | {"settings": settings, "rows": rows, "refused": [_told(r) for r in self.refused]}
+        return (
+            provenance()
+            | facts
+            | {"settings": flags.resolved(whole(self.args)), "rows": rows, "refused": [_told(r) for r in self.refused]}
+        )
 
     def _results(self, task: str) -> list[Mapping[str, Any]]:
         return [result for row in self.rows.values() for result in row.results.get(task, ())]
@@ -275,6 +278,12 @@ def report(found: dict[str, Any], folder: Path) -> None:
         print(f"report: {file}", flush=True)
 
 
+def whole(args: Namespace) -> Namespace:
+    """The flags that ask for all of the comparison, whichever part of it `args` are of."""
+    part = {"num_shards": None, "shard": None, "answer_only": False}
+    return Namespace(**vars(args) | part | {"benchmarks": [task.name for task in args.benchmarks]})
+
+
 def prepared(args: Namespace) -> Comparison:
     """The comparison, its thresholds found. All that can be looked at without a model is looked at before one is opened."""
     this = Comparison(args)
@@ -298,6 +307,7 @@ def prepared(args: Namespace) -> Comparison:
 def run(args: Namespace, argv: Sequence[str], stop: Stop) -> int:
     before = Clock.now()
     this = prepared(args)
+    flags.save(whole(args), args.report)
     announce(this.every[-1].setting, this.every[0].data, args.data is not None)
     print(f"{len(args.benchmarks)} benchmarks x {len(this.entries)} settings", flush=True)
     placement = place(args.num_shards, args.shard, os.environ, args.device)

@@ -23,6 +23,7 @@ from typing import Any
 
 from .. import flags
 from ..errors import InputError
+from ..files import replacing
 from ..program import called, run_program
 from ..record import table
 from .asking.answers import RESULT
@@ -349,7 +350,8 @@ def _name(record: Mapping[str, Any]) -> str:
 def _save(plt, figure, axes, file: Path) -> Path:
     if axes.get_legend_handles_labels()[0]:
         figure.legend(fontsize=7, loc="outside lower center", ncols=2)  # where it hides nothing
-    figure.savefig(file, dpi=120)
+    with replacing(file) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
     return file
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from torch import nn
 
 from ..config import FORMAT_VERSION, TwigConfig, hub_id, split_name
 from ..errors import InputError
+from ..files import copy as copy_file
 from ..files import replacing, write_text
 from ..hub.card import CARD, About, twig_text, with_head
 from ..hub.upload import check_base, check_name, upload
@@ -111,7 +111,7 @@ class Twig(nn.Module):
         write_twig(folder, stored_state(self, dtype), facts)
         write_text(card, folder / CARD)
         if origin.folder is not None and PICTURE in text and (origin.folder / PICTURE).is_file():
-            shutil.copyfile(origin.folder / PICTURE, folder / PICTURE)
+            copy_file(origin.folder / PICTURE, folder / PICTURE)
         return folder
 
     def push(

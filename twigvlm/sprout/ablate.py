@@ -18,7 +18,7 @@ import twigvlm
 
 from ..config import TwigConfig
 from ..families import trunk_of
-from ..files import CHECKOUT
+from ..files import CHECKOUT, replacing
 from ..loading.base import load_base
 from ..loading.describe import EMBEDDED_BASE
 from ..model.twig import CONFIG, Init, grow, save_twig
@@ -240,5 +240,6 @@ def plot(rows: list[dict], path: Path) -> None:
         low = [v for r in mine for v in (r["RelAcc"], r["paper RelAcc"]) if v is not None]
         panels[0, column].set_ylim(bottom=max(0, min(low) - 10))
     figure.legend(*panels[0, 0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=2)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=130)
     plt.close(figure)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import twigvlm
 
 from ..errors import InputError
+from ..files import replacing
 from ..record import table
 from ..training.run.checkpoints import RUN
 from ..world.questions import Question
@@ -202,5 +203,6 @@ def plot(rows: Sequence[dict], path: Path) -> None:
         axes.set(xlabel="R, average visual tokens per layer", ylabel=f"{what} (%)")
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=130)
     plt.close(figure)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from .. import flags
 from ..errors import InputError
 from ..evaluation.comparing.shown import markdown, short
-from ..files import CHECKOUT, write_text
+from ..files import CHECKOUT, copy, write_text
 from ..hub.card import TAGS, TASK, About, with_head
 from ..loading.describe import EMBEDDED_BASE, EMBEDDED_PLUS, EMBEDDED_TWIG
 from ..loading.find import read_json
@@ -182,13 +181,13 @@ def publish(run: Path, report: Path) -> None:
         halved(sources["twig"], Path(place))
         _check_size({"base": sources["base"], "twig": Path(place)})
     for file in FILES["base"]:
-        shutil.copyfile(sources["base"] / file, EMBEDDED_BASE / file)
+        copy(sources["base"] / file, EMBEDDED_BASE / file)
     halved(sources["twig"], EMBEDDED_TWIG)
     for kind in sources:
-        (TARGETS[kind] / "README.md").write_text(card(kind, run, found), encoding="utf-8")
+        write_text(card(kind, run, found), TARGETS[kind] / "README.md")
     for file in (report, report.with_suffix(".png")):
         if file.exists() and file.parent.resolve() != RESULTS.resolve():
-            shutil.copyfile(file, RESULTS / f"sprout_report{file.suffix}")
+            copy(file, RESULTS / f"sprout_report{file.suffix}")
 
 
 def publish_plus(run: Path, report: Path) -> None:
@@ -200,7 +199,7 @@ def publish_plus(run: Path, report: Path) -> None:
         halved(run, Path(place))
         _check_size({"plus": Path(place)})
     halved(run, EMBEDDED_PLUS)
-    (EMBEDDED_PLUS / "README.md").write_text(plus_card(run, found), encoding="utf-8")
+    write_text(plus_card(run, found), EMBEDDED_PLUS / "README.md")
 
 
 def halved(run: Path, folder: Path) -> None:

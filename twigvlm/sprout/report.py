@@ -16,7 +16,7 @@ import twigvlm
 
 from .. import flags
 from ..errors import InputError
-from ..files import write_json
+from ..files import replacing, write_json
 from ..foresight import Wish, check
 from ..loading.describe import EMBEDDED_BASE
 from ..program import called, run_program
@@ -95,7 +95,8 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.set_xticks(sorted({r["R"] for r in rows if r["R"]}))
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150)
     plt.close(figure)
 
 
@@ -110,6 +111,7 @@ def check_sections(text: str) -> tuple[str, ...]:
 def print_ablations(args: argparse.Namespace, start: float) -> None:
     """Run the ablations and write ablations.json and .png."""
     check_flags(args)
+    flags.save(args, args.out)
     ablation = ablate.Ablation(args.work, args.base or EMBEDDED_BASE, args.twig, args.steps, args.scenes, args.device)
     result = provenance() | ablate.ablate(ablation, check_sections(args.ablate))
     result["seconds"] = round(time.monotonic() - start)
@@ -124,6 +126,7 @@ def print_plus(args: argparse.Namespace, start: float) -> None:
     """Train and measure TwigVLM++'s stages; write plus.json and .png."""
     check_flags(args)
     recipes = plus.choose(args.plus == "options", args.only)
+    flags.save(args, args.out)
     one = plus.Study(args.work, args.steps, args.device)
     result = plus.study(one, quiz(args.scenes), budgets(args.budgets), recipes)
     result = provenance() | {"seconds": round(time.monotonic() - start)} | result
@@ -148,8 +151,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="values of R (default %(default)s)")
     parser.add_argument("--methods", default=",".join(METHODS), help="pruning methods (default %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/report"), metavar="DIR",
-        help="folder for sprout_report.json and .png, or ablations.json and .png (default %(default)s)",
+        "--out", type=Path, metavar="DIR",
+        help="folder for sprout_report.json and .png (default runs/report), ablations.json and .png (runs/report/ablations) "
+        "or plus.json and .png (runs/report/plus)",
     )  # fmt: skip
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument(
@@ -179,6 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = flags.parse(parser, argv)
     args.work = args.work or Path("runs/plus" if args.plus else "runs/ablate")
+    args.out = args.out or Path("runs/report", "plus" if args.plus else "ablations" if args.ablate else "")
     what = print_plus if args.plus else print_ablations if args.ablate else print_report
     return run_program(lambda: what(args, time.monotonic()))
 
@@ -224,6 +229,7 @@ def methods(text: str) -> tuple[str, ...]:
 def print_report(args: argparse.Namespace, start: float) -> None:
     """Measure and write sprout_report.json and .png."""
     check_flags(args)
+    flags.save(args, args.out)
     vlm = twigvlm.load(args.base, args.twig, device=args.device)
     result = report(vlm, args.scenes, budgets(args.budgets), methods(args.methods))
     result = provenance() | {"seconds": None} | result

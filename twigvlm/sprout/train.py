@@ -273,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         try:
+            flags.save(args, args.out)
             with flushed_denormals():
                 course.run(stages)
         except KeyboardInterrupt:

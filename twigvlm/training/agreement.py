@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ..config import TwigConfig
 from ..errors import InputError
 from ..families import trunk_of
+from ..files import replacing
 from ..loading.base import load_base
 from ..loading.device import pick_device, pick_dtype
 from ..model.trunk import Trunk
@@ -125,11 +126,9 @@ def find_answers(
             sizes = chosen.sum(1).tolist()
             words |= dict(zip(batch["indices"], np.split(said, np.cumsum(sizes)[:-1]), strict=True))
     places = np.array(sorted(words))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".part")
-    with open(part, "wb") as opened:
+    with replacing(file) as part:
         np.savez(
-            opened,
+            part,
             asked=data.held_out,
             places=places,
             sizes=np.array([len(words[p]) for p in places]),
@@ -137,7 +136,6 @@ def find_answers(
             signature=np.array(signature(trunk)),
             behind=np.array(tower_pruning or ""),
         )
-    part.replace(file)
     return sum(map(len, words.values()))
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from .. import flags
 from ..errors import InputError, RunError
+from ..files import replacing
 from ..program import called, run_program
 from .data.examples import IMAGE_LABEL, Example, Records, Skipped, TwigDataset
 from .data.survey import MAX_SKIPPED, counts, default_workers, in_parts
@@ -145,18 +146,13 @@ def _output(args: argparse.Namespace) -> Iterator[Callable[[str], object]]:
     file = Path(args.out)
     if file.is_dir() or (file.exists() and file.samefile(args.data)):
         raise InputError(f"--out is {file}: {'a folder' if file.is_dir() else 'the data itself'}; name another file")
-    part = file.with_name(file.name + ".part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "w", encoding="utf-8", errors="backslashreplace") as out:  # half characters stay JSON
-            yield lambda text: out.write(text + "\n")
-        os.replace(part, file)
+        with replacing(file) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as out:
+            yield lambda text: out.write(text + "\n")  # half characters stay JSON
     except OSError as fault:
         raise RunError(
             f"{file}: cannot be written ({fault.strerror or fault}); free the disk or name another"
         ) from fault
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def show(found: Example | Skipped, record: object, tokenizer) -> str:

@@ -1,28 +1,20 @@
-"""Answers on disk: JSON lines that survive a power cut, one file a shard, merged into one.
-
-A line is written once, whole, and is on the disk when `write` returns. What a power cut leaves
-behind, a last line without its end, counts as never written. Knows nothing of models and scores.
-"""
+"""Answers on disk: JSON lines that survive a power cut, one file a shard, merged into one. Knows nothing of models and scores."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import shortuuid
 
 from ...errors import InputError, RunError
-from ...files import alone, check_folder, flush, hold, whole, write_bytes, write_json
+from ...files import Appender, alone, check_folder, encode, lock, read_lines, whole, write_bytes, write_json
 from ..tasks.base import Question
 from .setting import LATE
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 SETTINGS, MERGED, RESULT, UPLOAD, LOGS = "settings.json", "merge.jsonl", "result.json", "upload", "logs"
 PER_QUESTION = "per_question.json"
@@ -50,90 +42,6 @@ def key_of(line: Mapping[str, Any]) -> str:
     """The id of the question that a line answers."""
     metadata = line.get("metadata")
     return str(metadata["id"] if isinstance(metadata, Mapping) and "id" in metadata else line.get("question_id"))
-
-
-def encode(line: Mapping[str, Any]) -> bytes:
-    return json.dumps(line).encode() + b"\n"
-
-
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; a last line that was cut short is not there.
-
-    Raises InputError for a damaged line before the last.
-    """
-    try:
-        rows = file.read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return []
-    except OSError as fault:
-        raise InputError(f"{file}: cannot be read ({fault.strerror})") from fault
-    lines = []
-    for number, row in enumerate(rows, 1):
-        try:
-            line = json.loads(row)
-            if not isinstance(line, dict):
-                raise ValueError("not an object")
-        except ValueError as fault:
-            if number == len(rows):
-                break
-            raise InputError(f"{file}: line {number} is damaged ({fault}); delete it, and it is asked again") from fault
-        lines.append(line)
-    return lines
-
-
-class Appender:
-    """A file of JSON lines, open for one writer: repaired, locked, and, unless said otherwise, durable line by line."""
-
-    def __init__(self, file: Path, durable: bool = True):
-        self.file, self.durable = file, durable
-        new = not file.exists()
-        self._lock = lock(file)
-        try:
-            self._fd = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-            keep = sum(len(row) + 1 for row in _whole_rows(file))
-            os.ftruncate(self._fd, keep)
-            os.lseek(self._fd, keep, os.SEEK_SET)
-            os.fsync(self._fd)
-            if new:
-                flush(file.parent)
-        except OSError as fault:
-            raise InputError(f"{file}: cannot be written ({fault.strerror}); choose another --out") from fault
-
-    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Append; on the disk when this returns, if durable. Raises RunError when the disk does not take them."""
-        rest = memoryview(b"".join(encode(line) for line in lines))
-        if not rest:
-            return
-        try:
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-            if self.durable:
-                os.fsync(self._fd)
-        except OSError as fault:
-            raise RunError(
-                f"{self.file}: cannot be written ({fault.strerror}); run again when there is room"
-            ) from fault
-
-    def close(self) -> None:
-        os.close(self._fd)
-        self._lock.release()
-
-    def __enter__(self) -> Appender:
-        return self
-
-    def __exit__(self, *_fault) -> None:
-        self.close()
-
-
-def lock(file: Path) -> FileLock:
-    """Hold a file of answers. Raises InputError when somebody else does."""
-    try:
-        held = hold(file.with_name(f".{file.name}.lock"))
-    except OSError as fault:
-        raise InputError(f"{file}: cannot be written ({fault.strerror}); choose another --out") from fault
-    if held is None:
-        raise InputError(f"{file}: another process is writing it; wait for its end, or stop it")
-    return held
 
 
 @dataclass(frozen=True)
@@ -240,12 +148,6 @@ def open_shard(folder: Folder, index: int, count: int) -> tuple[Appender, Append
 
 def _prompt(question: Question) -> str:
     return question.line.get("prompt", question.prompt)
-
-
-def _whole_rows(file: Path) -> list[bytes]:
-    """The rows that `read_lines` reads: a last one that was cut short is left out."""
-    rows = file.read_bytes().split(b"\n")[:-1]
-    return rows[: len(read_lines(file))]
 
 
 def _refuse(folder: Path, names: Sequence[str], what: str, remedy: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...files import replacing
 from ...record import table
 from ..tasks import TASKS
 from .rows import MEASURED
@@ -141,8 +142,8 @@ def plot(found: Mapping[str, Any], folder: Path) -> list[Path]:
         axes.set(xlabel=label, ylabel="RelAcc, % of unpruned", title=found["title"])
         if axes.get_legend_handles_labels()[0]:
             figure.legend(fontsize=7, loc="outside lower center", ncols=5)
-        folder.mkdir(parents=True, exist_ok=True)
-        figure.savefig(folder / file, dpi=120)
+        with replacing(folder / file) as part:
+            figure.savefig(part, dpi=120)
         plt.close(figure)
         files.append(folder / file)
     return files

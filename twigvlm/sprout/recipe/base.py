@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from ...files import write_text
 from ...world.draw import IMAGE_SIZE, PATCH
 
 LAYERS = 32
@@ -104,4 +105,4 @@ def save_base(model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, f
     ).save_pretrained(folder)
     # The tokenizer's own file does not keep this: a prefix space after every special token.
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"legacy": True}, indent=2) + "\n")
+    write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | {"legacy": True}, indent=2) + "\n", file)

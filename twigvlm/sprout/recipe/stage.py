@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ...errors import RunError
-from ...files import replacing, write_text
+from ...files import add_line, replacing, write_text
 from ...model.twig import WEIGHTS
 from ...processes import Stop
 from ...training.run import checkpoints
@@ -178,8 +178,7 @@ class _Metrics(Watch):
         mean = {k: float(sum(f[k] for f in self.figures)) / len(self.figures) for k in self.figures[0]}
         line = {"step": loop.done, **{k: round(v, 5) for k, v in mean.items()}}
         line |= {"grad_norm": round(told.norm, 4), "lr": told.rate, "waited_s": round(self.waited, 2)}
-        with open(self.path, "a") as log:
-            log.write(json.dumps(line | {"time": round(time.time())}) + "\n")
+        add_line(line | {"time": round(time.time())}, self.path)
         self.bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
         self.figures, self.waited = [], 0.0
 

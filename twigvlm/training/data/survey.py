@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...errors import InputError, RunError
+from ...files import encode, replacing, write_bytes
 from ...prompt.media import fields_of, names_pictures
 from ...workers import Failure, attempt, checked
 from .conversation import Conversation, Skipped, read
@@ -228,14 +229,10 @@ def _load(file: Path, n: int) -> Survey | None:
 
 def _save(found: Survey, file: Path) -> None:
     skipped = np.array(json.dumps([(s.reason, s.detail, s.index, s.id) for s in found.skipped]))
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as out:
-            np.savez(out, **vars(found) | {"skipped": skipped})
-        os.replace(part, file)
+        with replacing(file) as part:
+            np.savez(part, **vars(found) | {"skipped": skipped})
     except OSError as fault:
-        part.unlink(missing_ok=True)
         raise RunError(
             f"{file}: cannot be written ({fault.strerror}); free the disk or choose another folder"
         ) from fault
@@ -301,13 +298,8 @@ class SkipLog:
 
     def write(self) -> None:
         """The file, whole or not at all: id, index, reason, detail of each."""
-        part = self.file.with_name(self.file.name + ".part")
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "w", encoding="utf-8") as out:
-                for i in sorted(self._found):
-                    out.write(json.dumps(_line(self._found[i])) + "\n")
-            os.replace(part, self.file)
+            write_bytes(b"".join(encode(_line(self._found[i])) for i in sorted(self._found)), self.file)
         except OSError as fault:
             raise RunError(f"{self.file}: cannot be written ({fault.strerror}); free the disk") from fault
 

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ...errors import InputError, RunError
-from ...files import alone, flush, hold, write_text
+from ...errors import InputError
+from ...files import Appender, alone, write_text
 from ..data.examples import Example
 from ..data.loading import TrainingData
 from ..settings import Settings
@@ -101,45 +100,13 @@ def _compare(file: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -
         )
 
 
-class Writer:
-    """A file of answers, open for one process: repaired, locked, each line on the disk when `write` returns."""
+class Writer(Appender):
+    """A file of answers, open for one process, with `head` as its first line."""
 
     def __init__(self, file: Path, head: Mapping[str, Any]):
-        self.file = file
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(file.with_name(f".{file.name}.lock"))
-            if self._lock is None:
-                raise InputError(f"{file}: another process is writing it; wait for its end, or stop it")
-            self._fd = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644)
-            whole = file.read_bytes().rpartition(b"\n")
-            keep = len(whole[0]) + len(whole[1])
-            os.ftruncate(self._fd, keep)
-            os.lseek(self._fd, keep, os.SEEK_SET)
-            flush(file.parent)
-        except OSError as fault:
-            raise InputError(f"{file}: cannot be written ({fault.strerror}); choose another --out") from fault
-        if not keep:
+        super().__init__(file)
+        if not file.stat().st_size:
             self.write([head])
-
-    def write(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Raises RunError when the disk does not take them."""
-        rest = memoryview(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
-        try:
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
-            os.fsync(self._fd)
-        except OSError as fault:
-            raise RunError(
-                f"{self.file}: cannot be written ({fault.strerror}); the same command goes on when there is room"
-            ) from fault
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, *_fault) -> None:
-        os.close(self._fd)
-        self._lock.release()
 
 
 def gather(out: Path, wanted: Mapping[str, Any], places: Sequence[int]) -> int:

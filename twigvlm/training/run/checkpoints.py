@@ -73,8 +73,7 @@ def seal(part: Path, place: Path, told: dict) -> None:
     for file in sorted(p for p in part.rglob("*") if p.is_file()):
         flush(file)
         files[str(file.relative_to(part))] = _checksum(file)
-    (part / SEAL).write_text(json.dumps({**told, "files": files}, indent=1) + "\n", encoding="utf-8")
-    flush(part / SEAL)
+    write_json({**told, "files": files}, part / SEAL)
     for folder in (part, *(p for p in part.rglob("*") if p.is_dir())):
         flush(folder)
     remove(place)  # a damaged one of the same step

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...config import hub_id
 from ...errors import InputError
+from ...files import add_line, replacing
 from ...hub.card import HOMES, About, agreement, with_head
 
 LOG, CURVE, CARD = "log.jsonl", "curve.png", "README.md"
@@ -76,10 +77,6 @@ class Report:
         """`against`: whose words agreement is measured with ("base", "labels" or "batch")."""
         self.out, self.against, self.charts = out, against, charts
         self.marks: deque[tuple[int, float]] = deque(maxlen=RECENT)
-        log = out / LOG
-        if log.exists() and not log.read_bytes().endswith(b"\n"):  # a kill cut its last line short
-            with open(log, "a") as file:
-                file.write("\n")
 
     def start(self, step: int) -> None:
         self.marks.append((step, time.monotonic()))
@@ -88,8 +85,7 @@ class Report:
         self.marks.append((step, time.monotonic()))
         told = {"step": step, "steps": steps, "agreement_with": self.against, "time": round(time.time(), 1)}
         told |= {k: round(v, DIGITS[k]) if k in DIGITS else v for k, v in logs.items()}
-        with open(self.out / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps(told) + "\n")
+        add_line(told, self.out / LOG)
         if self.charts is not None:
             self.charts.step(step, logs)
         print(self.line(step, steps, logs), file=sys.stderr, flush=True)
@@ -147,9 +143,8 @@ def plot(told: list[dict], path: Path, title: str) -> None:
         ax.grid(alpha=0.3)
     axes[0].set_title(title)
     axes[-1].set_xlabel("step")
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=120, format="png")
-    part.replace(path)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=120)
     plt.close(figure)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-from ...files import write_json, write_text
+from ...files import copy, write_json, write_text
 from ...loading.find import read_json
 from ...model.twig import CONFIG, WEIGHTS
 from ...record import provenance
@@ -64,11 +62,8 @@ def _say(out: Path, what: str, timing: dict, left_out: dict[str, int]) -> None:
 
 def export_release(folder: Path, file: Path) -> None:
     """A twig folder's weights as the authors publish them: one file, layers counted from 0, and no K."""
-    part = file.with_name(file.name + ".part")
     with checkpoints.writing(file.name, file.parent, "free space, or choose another --export-release"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / WEIGHTS, part)
-        os.replace(part, file)
+        copy(folder / WEIGHTS, file)
     print(
         f"{file}: the twig in the authors' format; it stores no K: load it with K = {read_json(folder / CONFIG)['K']}"
     )
