@@ -121,6 +121,15 @@ def test_both_pages_literally(clone):
     assert " passed" in python("pytest", "-p", "no:cacheprovider", "-m", "not slow", "-k", every, *files)
 
 
+def test_every_entry_of_the_log_says_when_and_with_which_code():
+    entries = (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert not [
+        entry.split("\n")[0]
+        for entry in entries
+        if not re.match(r".+\n\*20\d\d-\d\d-\d\d, commits? [0-9a-f]{7}", entry)
+    ]
+
+
 def test_pages_name_what_exists():
     """Every file and folder that a page links to or puts in a code word is there."""
     for page in (*(ROOT / "docs").glob("*.md"), ROOT / "README.md"):
