@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import IMAGE, ROOT, batch, prompts, tiny
@@ -19,13 +24,20 @@ from twigvlm.evaluation.tasks import TASKS
 from twigvlm.pruning import METHODS, plan_for
 
 
-def test_adding_a_method(monkeypatch, tmp_path):
-    """The page's code, as a reader would paste it: a method under the budget, in a batch, with drafts and without."""
-    page = (ROOT / "docs" / "adding-a-method.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
-    (tmp_path / "centre_of_the_page.py").write_text(code, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(METHODS, "centre", importlib.import_module("centre_of_the_page").Centre)
+def pasted(page: str, name: str, monkeypatch) -> ModuleType:
+    """A page's first block of code as the module `name` of the package, for as long as a test lasts."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.S)[0]
+    module = ModuleType(name)
+    module.__package__ = name.rpartition(".")[0]
+    monkeypatch.setitem(sys.modules, name, module)
+    exec(compile(code, page, "exec"), vars(module))
+    return module
+
+
+def test_adding_a_method(monkeypatch):
+    """The page's code: a method under the budget, in a batch, with drafts and without."""
+    module = pasted("adding-a-method.md", "twigvlm.pruning.methods.centre", monkeypatch)
+    monkeypatch.setitem(METHODS, "centre", module.Centre)
     vlm = tiny(side=56)
     options = {
         **batch(*prompts(vlm, [(3, IMAGE, 4), (5,), (IMAGE, IMAGE, 2)])),
@@ -44,13 +56,10 @@ def test_adding_a_method(monkeypatch, tmp_path):
 def test_adding_a_benchmark(monkeypatch, tmp_path, capsys):
     """The page's five steps, as a reader would take them: written, laid out, registered, asked, scored."""
     page = (ROOT / "docs" / "adding-a-benchmark.md").read_text(encoding="utf-8")
-    code, data = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    _, data = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     ask, score = (shlex.split(block) for block in re.findall(r"```bash\n(.*?)```", page, flags=re.S))
     assert ask[:3] == ["python", "-m", "twigvlm.evaluation.run"] and score[2] == "twigvlm.evaluation.score"
-    (tmp_path / "colours.py").write_text(code, encoding="utf-8")
-    described = importlib.util.spec_from_file_location("twigvlm.evaluation.tasks.colours", tmp_path / "colours.py")
-    module = importlib.util.module_from_spec(described)
-    described.loader.exec_module(module)
+    module = pasted("adding-a-benchmark.md", "twigvlm.evaluation.tasks.colours", monkeypatch)
     monkeypatch.chdir(tmp_path)
     exec(compile(data, "the page", "exec"), {})
     monkeypatch.setitem(TASKS, "colours", module.Colours())
@@ -66,6 +75,59 @@ def test_adding_a_benchmark(monkeypatch, tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert (facts["right"], facts["count"], facts["doubts"]) == (right, 4, {"missing": 1})
     assert result["parts"]["right"] == right
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the code and its tests, into which both pages' files are written and registered as the pages say."""
+    written = ("twigvlm", "tests", "docs")
+    for name in written:
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "README.md", tmp_path)
+    for path in ROOT.iterdir():
+        if not path.name.startswith(".") and path.name not in (*written, "README.md", "runs", "build", "dist"):
+            (tmp_path / path.name).symlink_to(path)
+    for page, file, word in (
+        ("adding-a-method.md", "pruning/methods/centre.py", "Centre"),
+        ("adding-a-benchmark.md", "evaluation/tasks/colours.py", "Colours"),
+    ):
+        code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), flags=re.S)[0]
+        place = tmp_path / "twigvlm" / file
+        place.write_text(code, encoding="utf-8")
+        catalogue = place.parent / "__init__.py"
+        text = catalogue.read_text(encoding="utf-8")
+        text = text.replace("\nfrom .", f"\nfrom .{place.stem} import {word}\nfrom .", 1)
+        text = text.replace("        Twig,\n", "        Twig,\n        Centre,\n")
+        catalogue.write_text(text.replace('    "gqa": GQA(),\n', '    "gqa": GQA(),\n    "colours": Colours(),\n'))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_both_pages_literally(clone):
+    """The demo answers with the new method, the runner knows the new benchmark, and the tests that go over all hold."""
+
+    def python(*words: str) -> str:
+        env = os.environ | {"PYTHONPATH": str(clone), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run([sys.executable, "-m", *words], cwd=clone, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    question = ["--question", "What is at the left?", "--device", "cpu"]
+    assert json.loads(python("twigvlm", "demo", "--pruning", "centre", "-R", "64", "--json", *question))["text"]
+    assert "colours" in python("twigvlm.evaluation.run", "--help")
+    python("twigvlm.sprout.publish", "--methods-only")
+    files = ["tests/test_architecture.py", "tests/pruning/test_catalogue.py", "tests/evaluation/test_scorers.py"]
+    every = "centre or colours or architecture or catalogue or of_the_paper"
+    assert " passed" in python("pytest", "-p", "no:cacheprovider", "-m", "not slow", "-k", every, *files)
+
+
+def test_every_entry_of_the_log_says_when_and_with_which_code():
+    entries = (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert not [
+        entry.split("\n")[0]
+        for entry in entries
+        if not re.match(r".+\n\*20\d\d-\d\d-\d\d, commits? [0-9a-f]{7}", entry)
+    ]
 
 
 def test_pages_name_what_exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import zipfile
@@ -13,9 +14,10 @@ import pytest
 from tests.conftest import ROOT
 from tests.evaluation.conftest import folder_of
 from twigvlm import flags
+from twigvlm.config import GenerationSettings
 from twigvlm.evaluation import run, suite
 from twigvlm.evaluation.asking.job import Job
-from twigvlm.evaluation.asking.setting import Setting
+from twigvlm.evaluation.asking.setting import OF_THE_MODEL, Setting
 from twigvlm.evaluation.tasks import TASKS, find
 
 PAGE = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8").split("\n## Evaluation\n")[1].split("\n## ")[0]
@@ -58,6 +60,14 @@ def test_the_files_of_a_run_hold_what_the_page_says(runner, tmp_path):
         "result.json",
         "upload.json",
     }
+
+
+def test_whatever_else_changes_answers_is_named():
+    """By its own name, in a line below the table of settings.json."""
+    part = PAGE.split("### settings.json\n")[1].split("\n### ")[0].split("\nAny other option")[1].split("\n\n")[0]
+    usual = {f.name for f in dataclasses.fields(GenerationSettings)} - {"do_sample", "traced", "retained_tokens"}
+    other = (usual | {*OF_THE_MODEL}) - fields("settings.json") - {"seed"}
+    assert set(re.findall(r"`(\w+)`", part)) == other
 
 
 @pytest.mark.parametrize("asked", [["-R", "2"], ["--baseline"], ["-R", "3", "--no-speculation"], ["--no-pruning"]])

@@ -728,9 +728,10 @@ def test_line_separators_inside_text_do_not_end_a_line(tmp_path):
 
 def test_every_benchmark_of_the_paper_is_there():
     names = {"gqa", "mme", "mmbench", "mmbench_cn", "sqa", "textvqa", "vqav2", "pope", "mmvet", "mmmu", "seed"}
-    assert set(TASKS) == names
+    assert set(TASKS) >= names
     assert find("scienceqa") is TASKS["sqa"]
-    for name, task in TASKS.items():
+    for name in names:
+        task = TASKS[name]
         assert task.name == name and task.title and task.metric and task.splits and task.source
         assert set(task.published) == {"llava-1.5-7b", "llava-1.5-13b"}
         for split in task.splits:

@@ -1,7 +1,7 @@
 """A local task for lmms-eval from a POPE folder as LLaVA lays it out: `python -m twigvlm.evaluation.lmms.task OUT [--pope DIR]`.
 
-Without --pope it is the embedded world's POPE, so that the plug-in (lmms.py) can be tried without the hub.
-Questions, suffix and metrics are those of lmms-eval's own pope task; only the pictures and labels come from the
+Without --pope it is the embedded world's, so that the plug-in (plugin.py) can be tried without the hub.
+Questions, suffix and metrics are those of lmms-eval's own task; only the pictures and labels come from the
 folder. Needs `datasets` and an installed lmms-eval (docs/lmms-eval.md), both imported when used.
 """
 
@@ -11,35 +11,33 @@ import argparse
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ... import flags
 from ...errors import InputError, RunError
 from ...program import called, run_program
-from ..tasks.pope import ENDING, POPE, PREFIX, SETTINGS
-from ..tasks.reading import ID, read_records, write_whole
+from ..tasks import TASKS
+from ..tasks.reading import write_whole
 
 DATA = "data"  # below the task's folder, beside its YAML file
-NAME = "sprout_pope"
-SHIPPED = Path("tasks/pope/pope.yaml")  # below lmms-eval's package
+BENCHMARK = next(task for task in TASKS.values() if task.lmms_task)
+NAME = f"sprout_{BENCHMARK.name}"
 HINT = "docs/lmms-eval.md says how to install lmms-eval and what it needs"
 
 
-def write_task(out: Path, pope: Path | None = None, name: str = NAME) -> Path:
+def write_task(out: Path, folder: Path | None = None, name: str = NAME) -> Path:
     """Write `out`/<name>.yaml and its data; what is there under these names is replaced. Returns the YAML file.
 
-    `pope` holds coco/coco_pope_<setting>.json and val2014/; None is the embedded world's, written on first use.
+    `folder` holds the benchmark's files in LLaVA's layout; None is the embedded world's, written on first use.
     InputError for missing or damaged files and for what is not installed, RunError when the disk refuses.
     """
     datasets = _datasets()
     shipped = _shipped()
-    if pope is None:
+    if folder is None:
         from ...world.drawn import DEFAULT, ensure
 
-        pope = ensure(DEFAULT, POPE.name) / POPE.folder
-    rows = list(_rows(pope))
+        folder = ensure(DEFAULT, BENCHMARK.name) / BENCHMARK.folder
+    rows = list(BENCHMARK.lmms_rows(folder))
     text = datasets.Value("string")
     features = datasets.Features({"question_id": text, "question": text, "answer": text, "category": text, "image": datasets.Image()})  # fmt: skip
     try:
@@ -53,21 +51,6 @@ def write_task(out: Path, pope: Path | None = None, name: str = NAME) -> Path:
     return out / f"{name}.yaml"
 
 
-def _rows(pope: Path) -> Iterator[dict[str, Any]]:
-    """One row a question of every setting; ids are unique over the settings."""
-    found = [setting for setting in SETTINGS if (pope / "coco" / f"{PREFIX}{setting}{ENDING}").exists()]
-    if not found:
-        raise InputError(f"{pope / 'coco'}: holds no {PREFIX}<setting>{ENDING}; give a folder laid out as LLaVA's pope")
-    for setting in found:
-        file = pope / "coco" / f"{PREFIX}{setting}{ENDING}"
-        for line in read_records(file, question_id=ID, image=str, text=str, label=str):
-            picture = pope / "val2014" / line["image"]
-            if not picture.is_file():
-                raise InputError(f"{picture}: no such picture, but question {line['question_id']} of {file} shows it")
-            row = {"question_id": f"{setting}-{line['question_id']}", "question": line["text"], "answer": line["label"]}
-            yield {**row, "category": setting, "image": str(picture.resolve())}
-
-
 def _datasets():
     try:
         import datasets
@@ -78,11 +61,11 @@ def _datasets():
 
 
 def _shipped() -> Path:
-    """lmms-eval's own pope task, found without importing anything of it."""
+    """lmms-eval's own task, found without importing anything of it."""
     package = importlib.util.find_spec("lmms_eval")
     if package is None or not package.submodule_search_locations:
         raise InputError(f"lmms-eval is not installed; {HINT}")
-    file = Path(package.submodule_search_locations[0]) / SHIPPED
+    file = Path(package.submodule_search_locations[0]) / "tasks" / BENCHMARK.lmms_task
     if not file.is_file():
         raise InputError(f"{file}: lmms-eval ships no such task any more; version 0.7.3 does")
     return file
@@ -90,15 +73,19 @@ def _shipped() -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog=called("twigvlm.evaluation.lmms.task"), description="Write a local task for lmms-eval from POPE files."
+        prog=called("twigvlm.evaluation.lmms.task"),
+        description="Write a local task for lmms-eval from a benchmark's files.",
     )
     parser.add_argument("out", type=Path, help="folder for the task; give it to lmms-eval as --include_path")
-    parser.add_argument("--pope", type=Path, help="folder with coco/ and val2014/ (default: the embedded world's)")
+    parser.add_argument(
+        f"--{BENCHMARK.name}", dest="folder", type=Path,
+        help="folder with labels and pictures as LLaVA lays them out (default: the embedded world's)",
+    )  # fmt: skip
     parser.add_argument("--name", default=NAME, help="of the task (%(default)s)")
     arguments = flags.parse(parser, argv)
 
     def body() -> None:
-        file = write_task(arguments.out, arguments.pope, arguments.name)
+        file = write_task(arguments.out, arguments.folder, arguments.name)
         print(f"{file}: --include_path {arguments.out} --tasks {arguments.name}")
 
     return run_program(body)

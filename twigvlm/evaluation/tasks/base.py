@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -96,6 +96,7 @@ class Task(ABC):
     upload_suffix: ClassVar[str] = ".json"  # how the name of the file that `upload` writes ends; "" for a folder
     published: ClassVar[Mapping[str, float]] = {}  # "llava-1.5-7b", "llava-1.5-13b" → the number in the tables
     source: ClassVar[str] = ""  # of the published numbers
+    lmms_task: ClassVar[str] = ""  # lmms-eval's own of it, below its tasks, where `lmms_rows` can feed that
     remedy: ClassVar[str] = (
         "put the files there that playground/README.md links"  # where questions and truth do not fit
     )
@@ -134,6 +135,10 @@ class Task(ABC):
     def upload(self, asked: Source, truth: Source | None, said: Source, out: Path) -> Path | None:
         """Write what the benchmark's server, judge or tools take; None where they take the answers as they are."""
         return None
+
+    def lmms_rows(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """The rows of `lmms_task` from the benchmark's own folder; pictures are paths."""
+        raise NotImplementedError
 
     def upload_questions(self, asked: Source) -> Source:
         """The questions that the server's file answers, where they are others than were asked."""

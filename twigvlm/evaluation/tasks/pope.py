@@ -7,7 +7,7 @@ so a missing answer shifts every later label; such answers are counted here. The
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +35,7 @@ class POPE(LlavaTask):
     source = LLAVA_PAPER
     folder = "pope"
     in_suite, column = True, 8
+    lmms_task = "pope/pope.yaml"
     layout: ClassVar = {"test": {"questions": "llava_pope_test.jsonl", "annotations": "coco", "images": "val2014"}}
 
     def read_questions(self, path: Path) -> Source:
@@ -66,6 +67,23 @@ class POPE(LlavaTask):
         parts = {**measured, kind: measured, "settings": list(measured), "parsed": parsed, "average_f1": mean}
         note = "; ".join(filter(None, (_unasked(measured), _undefined(measured))))
         return Score(100 * mean, parts, doubts.counts(), note, _metric(measured))
+
+    def lmms_rows(self, folder: Path) -> Iterator[dict[str, Any]]:
+        """One a question of every setting; ids are unique over the settings."""
+        labels = folder / "coco"
+        found = [setting for setting in SETTINGS if (labels / f"{PREFIX}{setting}{ENDING}").exists()]
+        if not found:
+            raise InputError(f"{labels}: holds no {PREFIX}<setting>{ENDING}; give a folder laid out as LLaVA's pope")
+        for setting in found:
+            file = labels / f"{PREFIX}{setting}{ENDING}"
+            for line in read_records(file, question_id=ID, image=str, text=str, label=str):
+                picture = folder / "val2014" / line["image"]
+                if not picture.is_file():
+                    raise InputError(
+                        f"{picture}: no such picture, but question {line['question_id']} of {file} shows it"
+                    )
+                row = {"question_id": f"{setting}-{line['question_id']}", "question": line["text"]}
+                yield {**row, "answer": line["label"], "category": setting, "image": str(picture.resolve())}
 
 
 def yes_or_no(text: str) -> str:
