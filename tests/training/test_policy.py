@@ -511,7 +511,7 @@ def test_what_cannot_start_is_refused(world, run, first, tmp_path):
         (("--init", str(first), "--budget", "9"), "R is 9; legal is"),
         (("--init", str(first), "--lora-rank", "2"), "only the pruning head learns"),
         (("--init", str(first), "--temperature", "2"), "temperature is 2.0; it is for --stage 1"),
-        (("--init", str(first), "--T", "3"), "T is 2, but T = 3 was asked for"),
+        (("--init", str(first), "--T", "3"), "T = 3 was asked for, but the twig was grown with T = 2"),
         (("--init", str(first), "--attention-layer", "9"), "attention_layer is 9"),
     ):
         code, said = run("refused", "--stage", "2", "--K", "2", *(() if "--T" in flags else ("--T", "2")), *flags)

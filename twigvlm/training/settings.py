@@ -75,7 +75,9 @@ class ModelPart:
     K: int = option(DEFAULT_K, "base layers below the twig")
     T: int = option(DEFAULT_T, "layers of the twig")
     F: int = option(0, "layer before which the image is wiped when decoding (default: three quarters of L)")
-    init: str = option("base", "what the twig starts from: base (layers K..K+T-1), last, random, or a twig's folder")
+    init: str = option(
+        "base", "what the twig starts from: base (layers K..K+T-1), last, random, or a twig's folder or file"
+    )
     tower_pruning: str | None = option(
         None,
         "the twig learns behind a method before the decoder, NAME:keep=N (visionzip:keep=288), for --pruning NAME:keep=N+twig",

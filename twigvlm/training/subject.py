@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 
 from ..errors import RunError
-from ..loading.find import read_json
 from ..loading.twig import stored_twig
 from ..model.twig import CONFIG, TUNED, describe, write_twig
 from .lora import add_adapters, has_adapters, merged
@@ -129,8 +128,8 @@ def start_of(settings: Settings) -> Start:
     fresh = settings.head_init if settings.stage == 1 or (settings.stage and settings.head_init == "identity") else ""
     if not settings.stage or settings.init in INITS:
         return replace(start, pruning_head=fresh)
-    head = stored_twig(Path(settings.init))[1] or fresh
-    return replace(start, F=start.F or read_json(Path(settings.init) / CONFIG).get("F", 0), pruning_head=head)
+    stored = stored_twig(settings.init)
+    return replace(start, F=start.F or stored.facts.get("F", 0), pruning_head=stored.pruning_head or fresh)
 
 
 @contextmanager

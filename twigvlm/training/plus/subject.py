@@ -124,7 +124,7 @@ class PolicySubject(TwigSubject):
         teacher_layer(self.objective.layer, twig.config.K, base.L)
         self.objective.budgets(twig, base)  # an impossible R is refused here
         names = [name for name in twig.state_dict() if not name.startswith(f"{NAME}.")]
-        stored = {k: tensor for file in stored_twig(Path(settings.init))[0] for k, tensor in load_file(file).items()}
+        stored = {k: tensor for file in stored_twig(settings.init).files for k, tensor in load_file(file).items()}
         self._rest = {name: stored[name] for name in names}
         twig.requires_grad_(False).to(base.dtype)
         twig.pruning_head.float().requires_grad_(True)
@@ -155,7 +155,7 @@ class PolicySubject(TwigSubject):
 
 def check_stage_2(settings: Settings) -> None:
     """Raises InputError unless it starts from a twig that has a pruning head, or is given one that does as the twig does."""
-    said = f"init is {settings.init!r}; stage 2 starts from a twig with a pruning head: train one with --stage 1 and give its folder"
+    said = f"init is {settings.init!r}; stage 2 starts from a twig with a pruning head: train one with --stage 1 and give its folder or file"
     if settings.init in INITS or not Path(settings.init).exists():
         raise InputError(said)
     if not (start := start_of(settings).pruning_head):

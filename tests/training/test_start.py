@@ -1,0 +1,98 @@
+"""What a training starts from: our folder, a released file that says T alone, a pruning head of its own or a fresh one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from training.conftest import twig_of
+from training.test_training import CPU, FP32
+from twigvlm.errors import InputError
+from twigvlm.loading.twig import stored_twig
+from twigvlm.model.twig import CONFIG, WEIGHTS, describe, stored_state, write_twig
+from twigvlm.training.launch import foresee
+from twigvlm.training.run.results import export_release
+from twigvlm.training.settings import Settings
+from twigvlm.training.twig import Start, prepare_twig
+
+pytest.importorskip("accelerate")
+LETTERS = ("--K", "2", "--T", "2")
+FLAGS = (*LETTERS, "--held-out", "0", "--max-steps", "1")
+
+
+@pytest.fixture
+def a_twig(world, tmp_path):
+    """The folder of a twig, untrained, whose pruning head began as said."""
+
+    def make(head: str = "", **facts) -> Path:
+        torch.manual_seed(3)
+        start = Start(2, 2, 5, pruning_head=head)
+        found = prepare_twig(world / "base", start, CPU, FP32)
+        folder = tmp_path / f"twig-{head or 'plain'}{len(facts) or ''}"
+        write_twig(folder, stored_state(found.twig), describe(found.twig, "tiny", found.signature) | facts)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def settings(world):
+    """Of a training of the launcher."""
+
+    def make(**more) -> Settings:
+        data = {"data": str(world / "data.json"), "images": str(world / "images"), "device": "cpu"}
+        return Settings(base=str(world / "base"), K=2, T=more.pop("T", 2), **data, **more)
+
+    return make
+
+
+# ---------------------------------------------------------------------- as released
+
+
+@pytest.mark.parametrize("bare", [True, False])
+@pytest.mark.parametrize("stage,head", [(0, ""), (1, ""), (1, "released"), (2, "released")])
+def test_a_released_file_is_a_start(a_twig, settings, run, tmp_path, stage, head, bare):
+    """The bare file, or a folder that holds nothing else."""
+    folder = a_twig(head)
+    export_release(folder, tmp_path / "released" / WEIGHTS)
+    init = tmp_path / "released" / WEIGHTS if bare else tmp_path / "released"
+    foresee(settings(stage=stage, init=str(init)))
+    more = ("--stage", str(stage), "--init", str(init), *(("--groups", "2") if stage == 2 else ()))
+    code, said = run("out", *FLAGS, *more, "--lr", "1e-9", "--warmup", "0")
+    assert code == 0, said
+    before, after = twig_of(folder), twig_of(tmp_path / "out")
+    assert all((after[name] - tensor).abs().max() < 1e-6 for name, tensor in before.items())
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["F"] == 4, "the usual one: the file says none"
+
+
+def test_a_released_file_without_head_is_no_start_of_stage_2(a_twig, settings, run, tmp_path):
+    export_release(a_twig(), tmp_path / "rel.safetensors")
+    init = str(tmp_path / "rel.safetensors")
+    with pytest.raises(InputError, match="--head-init identity"):
+        foresee(settings(stage=2, init=init))
+    code, said = run("out", *FLAGS, "--stage", "2", "--groups", "2", "--init", init, "--head-init", "identity")
+    assert code == 0 and stored_twig(tmp_path / "out").pruning_head == "identity", said
+
+
+def test_letters_that_the_weights_contradict(a_twig, settings, run, tmp_path):
+    export_release(a_twig("released"), tmp_path / "rel.safetensors")
+    init, match = str(tmp_path / "rel.safetensors"), "T = 3 was asked for, but the twig was grown with T = 2"
+    with pytest.raises(InputError, match=match):
+        foresee(settings(T=3, init=init))
+    code, said = run("out", "--K", "2", "--T", "3", "--init", init)
+    assert code == 2 and match in said and "Traceback" not in said, said
+    with pytest.raises(InputError, match="or a twig's folder or file is needed"):
+        Start(2, 2, init=str(tmp_path / "nowhere.safetensors"))
+
+
+def test_a_signature_counts_where_there_is_one(world, a_twig, tmp_path):
+    folder = a_twig(base_signature=[9.0] * 16)
+    with pytest.raises(InputError, match="this twig grew on other weights"):
+        prepare_twig(world / "base", Start(2, 2, init=str(folder)), CPU, FP32)
+    (tmp_path / "bare").mkdir()
+    shutil.copy(folder / WEIGHTS, tmp_path / "bare")
+    prepare_twig(world / "base", Start(2, 2, init=str(tmp_path / "bare")), CPU, FP32)
