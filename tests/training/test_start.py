@@ -15,6 +15,7 @@ from twigvlm.errors import InputError
 from twigvlm.loading.twig import stored_twig
 from twigvlm.model.twig import CONFIG, WEIGHTS, describe, stored_state, write_twig
 from twigvlm.training.launch import foresee
+from twigvlm.training.plus.subject import stage_identity
 from twigvlm.training.run.results import export_release
 from twigvlm.training.settings import Settings
 from twigvlm.training.twig import Start, prepare_twig
@@ -96,3 +97,41 @@ def test_a_signature_counts_where_there_is_one(world, a_twig, tmp_path):
     (tmp_path / "bare").mkdir()
     shutil.copy(folder / WEIGHTS, tmp_path / "bare")
     prepare_twig(world / "base", Start(2, 2, init=str(tmp_path / "bare")), CPU, FP32)
+
+
+# ---------------------------------------------------------------------- a pruning head
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("has,asked", [("released", "identity"), ("identity", "released")])
+def test_another_head_than_the_twigs_is_refused(a_twig, settings, run, stage, has, asked):
+    """Before data are drawn, and by the training itself; the twig's own head needs no flag."""
+    init = str(a_twig(has))
+    match = f"head_init is '{asked}', but {init} has a twig whose pruning head is '{has}'; leave --head-init out"
+    with pytest.raises(InputError, match=match):
+        foresee(settings(stage=stage, init=init, head_init=asked))
+    code, said = run("out", *FLAGS, "--stage", str(stage), "--init", init, "--head-init", asked)
+    assert code == 2 and match in said and "Traceback" not in said, said
+    for fitting in (None, has):
+        foresee(settings(stage=stage, init=init, head_init=fitting))
+
+
+def test_the_head_that_learns_makes_the_run(a_twig, settings):
+    """Not the one that would have been fresh; in stage 2 only a fresh one is told."""
+
+    def told(**more) -> str | None:
+        return stage_identity(settings(**more)).get("head_init")
+
+    assert told(stage=1) == "released" and told(stage=1, head_init="identity") == "identity"
+    assert told(stage=1, init=str(a_twig("identity"))) == "identity"
+    assert told(stage=1, init=str(a_twig())) == "released"
+    assert told(stage=2, init=str(a_twig("released"))) is None
+    assert told(stage=2, init=str(a_twig("released")), head_init="released") is None
+    assert told(stage=2, init=str(a_twig()), head_init="identity") == "identity"
+
+
+def test_stored_settings_may_say_the_usual_head(settings):
+    """Those of earlier runs do, whatever their stage."""
+    assert settings(head_init="released").stage == 0
+    with pytest.raises(InputError, match="head_init is 'identity'; it is for --stage 1 or 2"):
+        settings(head_init="identity")

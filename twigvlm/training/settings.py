@@ -98,9 +98,10 @@ class PlusPart:
         0, "0: the twig learns the next token; 1: with a pruning head, and from the base as well; 2: the pruning head, by rewards",
         choices=(0, 1, 2),
     )  # fmt: skip
-    head_init: str = option(
-        "released",
-        "how a fresh pruning head begins: with random gates, or as the twig's own attention (in stage 2 the latter alone)",
+    head_init: str | None = option(
+        None,
+        "how a fresh pruning head begins: released, with random gates (default), or as the twig's own attention (in stage 2 "
+        "the latter alone)",
         choices=STARTS,
     )
     prediction_weight: float = option(0.1, "stage 1: of the loss that draws the drafts to the base's words")
@@ -330,14 +331,14 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
         lost = self.export_release and self.stage and self.head_init == "identity"
         check(not lost, "head_init", "the authors' format knows released heads only: leave --export-release out")
         for name, legal in (
-            ("head_init", STARTS),
+            ("head_init", (None, *STARTS)),
             ("prediction_loss", PREDICTIONS),
             ("teacher", TEACHERS),
             ("baseline", BASELINES),
             ("reward", REWARDS),
             ("reward_turns", REWARD_TURNS),
         ):
-            check(getattr(self, name) in legal, name, f"one of {', '.join(legal)} is needed")
+            check(getattr(self, name) in legal, name, f"one of {', '.join(filter(None, legal))} is needed")
         check(self.attention_turns in ("first", "all"), "attention_turns", "first or all is needed")
 
     @property
@@ -346,7 +347,8 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
         return self.base is None and self.random is None
 
     def _preset(self) -> dict:
-        usual = {"max_steps": 0, "attention_weight": float(self.stage == 1)}
+        # A head's start is not filled in, but stored settings of any stage may say the usual one.
+        usual = {"max_steps": 0, "attention_weight": float(self.stage == 1), "head_init": STARTS[0]}
         if self.stage == 2:
             usual |= STAGE_2
         if self.embedded:

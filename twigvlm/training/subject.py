@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import RunError
+from ..errors import InputError, RunError
 from ..loading.twig import stored_twig
+from ..model.pruning_head import STARTS
 from ..model.twig import CONFIG, TUNED, describe, write_twig
 from .lora import add_adapters, has_adapters, merged
 from .objectives import Ntp, Objective
@@ -122,13 +123,22 @@ class TwigSubject:
 def start_of(settings: Settings) -> Start:
     """Which twig begins. In TwigVLM++'s stages a stored one keeps its pruning head and its F; a fresh head is as asked.
 
-    Stage 2 has use for a fresh head only where it chooses as the twig does: random gates would draw random sets.
+    Stage 2 has use for a fresh head only where it chooses as the twig does: random gates would draw random sets. Raises
+    InputError where another head is asked for than the stored one.
     """
     start = Start(settings.K, settings.T, settings.F, settings.init)
-    fresh = settings.head_init if settings.stage == 1 or (settings.stage and settings.head_init == "identity") else ""
+    asked = settings.head_init
+    fresh = (
+        (asked or STARTS[0]) if settings.stage == 1 else "identity" if settings.stage and asked == "identity" else ""
+    )
     if not settings.stage or settings.init in INITS:
         return replace(start, pruning_head=fresh)
     stored = stored_twig(settings.init)
+    if asked and stored.pruning_head not in ("", asked):
+        raise InputError(
+            f"head_init is {asked!r}, but {settings.init} has a twig whose pruning head is {stored.pruning_head!r}; leave "
+            "--head-init out"
+        )
     return replace(start, F=start.F or stored.facts.get("F", 0), pruning_head=stored.pruning_head or fresh)
 
 

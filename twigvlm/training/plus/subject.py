@@ -44,12 +44,20 @@ def policy_of(settings: Settings) -> Policy:
 
 
 def stage_identity(settings: Settings) -> dict[str, Any]:
-    """The stage and the settings that belong to it; those of LATER only where they are in use, as runs before them have none."""
+    """The stage and the settings that belong to it; those of LATER only where they are in use, as runs before them have none.
+
+    How the head began is that of the head which learns, asked for or not; of stage 2 a fresh one's alone.
+    """
     usual = {one.name: one.default for one in fields(PlusPart)}
-    names = [name for name, stages in BELONGS.items() if settings.stage in stages and name != "sets_at_once"]
-    later = (*LATER, *(("head_init",) if settings.stage == 2 else ()))
-    names = [name for name in names if name not in later or getattr(settings, name) != usual[name]]
-    return {"stage": settings.stage, **{name: getattr(settings, name) for name in names}}
+    names = [
+        name
+        for name, stages in BELONGS.items()
+        if settings.stage in stages and name not in ("sets_at_once", "head_init")
+    ]
+    names = [name for name in names if name not in LATER or getattr(settings, name) != usual[name]]
+    told = settings.stage == 1 or settings.head_init == "identity"
+    head = {"head_init": start_of(settings).pruning_head} if told else {}
+    return {"stage": settings.stage, **head, **{name: getattr(settings, name) for name in names}}
 
 
 class DistilSubject(TwigSubject):
@@ -171,6 +179,7 @@ def foresee_stage(settings: Settings, letters: TwigConfig, V: int) -> None:
     """Raises InputError for what cannot be, from descriptions alone: `letters` of the base, V visual tokens an image."""
     if settings.stage:
         teacher_layer(settings.attention_layer, letters.K, letters.L)
+        start_of(settings)
     if settings.stage == 2:
         check_stage_2(settings)
         Budgets.of(replace(letters, F=start_of(settings).F or letters.F), entering(settings) or V, settings.budget)
