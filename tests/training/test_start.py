@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from training.test_training import CPU, FP32
 from twigvlm.errors import InputError
 from twigvlm.loading.twig import stored_twig
 from twigvlm.model.twig import CONFIG, WEIGHTS, describe, stored_state, write_twig
+from twigvlm.training.data.loading import with_start
 from twigvlm.training.launch import foresee
 from twigvlm.training.plus.subject import stage_identity
 from twigvlm.training.run.results import export_release
 from twigvlm.training.settings import Settings
+from twigvlm.training.subject import behind
 from twigvlm.training.twig import Start, prepare_twig
 
 pytest.importorskip("accelerate")
@@ -135,3 +138,34 @@ def test_stored_settings_may_say_the_usual_head(settings):
     assert settings(head_init="released").stage == 0
     with pytest.raises(InputError, match="head_init is 'identity'; it is for --stage 1 or 2"):
         settings(head_init="identity")
+
+
+# ---------------------------------------------------------------------- a method before the decoder
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stage_goes_on_behind_what_its_start_learnt_behind(a_twig, settings, run, tmp_path, stage):
+    """Taken over and announced; another method is refused before data are drawn, and by the training itself."""
+    init = str(a_twig("released", tower_pruning="visionzip:keep=3"))
+    for fitting in (None, "visionzip:keep=3"):
+        foresee(settings(stage=stage, init=init, tower_pruning=fitting))
+    words = (*FLAGS, "--stage", str(stage), "--init", init, *(("--groups", "2") if stage == 2 else ()))
+    code, said = run("out", *words)
+    assert code == 0 and "behind visionzip:keep=3 as that twig" in said, said
+    assert json.loads((tmp_path / "out" / CONFIG).read_text())["tower_pruning"] == "visionzip:keep=3"
+    assert json.loads((tmp_path / "out/run.json").read_text())["identity"]["tower_pruning"] == "visionzip:keep=3"
+    match = f"tower_pruning is 'visionzip:keep=2', but {init} has a twig that learnt behind visionzip:keep=3"
+    with pytest.raises(InputError, match=match):
+        foresee(settings(stage=stage, init=init, tower_pruning="visionzip:keep=2"))
+    code, said = run("other", *words, "--tower-pruning", "visionzip:keep=2")
+    assert code == 2 and match in said and "Traceback" not in said, said
+
+
+def test_a_plan_and_a_plain_twig_know_the_method_of_the_start(a_twig, run, world):
+    """A plan is made behind it; stage 0 learns anew what it is asked, and a stage may begin behind a method."""
+    tuned = Settings(stage=1, init=str(a_twig("released", tower_pruning="visionzip:keep=3")))
+    code, said = run("out", *LETTERS, "--stage", "1", "--init", tuned.init, "--dry-run")
+    assert code == 0 and "visionzip:keep=3 leaves 3 tokens" in said, said
+    assert with_start(Settings(init=tuned.init)).tower_pruning is None
+    plain = replace(tuned, init=str(a_twig("released")), tower_pruning="visionzip:keep=3")
+    assert with_start(plain).tower_pruning == "visionzip:keep=3" and "as that twig" not in behind(plain)

@@ -20,7 +20,7 @@ from .run.device import Run
 from .run.report import TWIG_CARD
 from .run.timing import StepTimes
 from .settings import Settings
-from .twig import INITS, Prepared, Start, TwigLesson, checkpoint_gradients, entering, prepare_twig
+from .twig import INITS, Prepared, Start, TwigLesson, checkpoint_gradients, entering, learnt_behind, prepare_twig
 
 
 class Subject(Protocol):
@@ -105,8 +105,7 @@ class TwigSubject:
 
     def words(self, settings: Settings) -> str:
         learning = "adapters" if settings.lora_rank else f"{settings.T} layers, norm and head"
-        behind = f", behind {settings.tower_pruning}" if settings.tower_pruning else ""
-        return f"{learning} learn on layer {settings.K}, from {settings.init}{behind}"
+        return f"{learning} learn on layer {settings.K}, from {settings.init}{behind(settings)}"
 
     def rows(self, facts: dict, settings: dict) -> dict[str, str]:
         rows = {"Twig": f"K = {facts['K']}, T = {facts['T']}, F = {facts['F']}; started from `{settings['init']}`"}
@@ -118,6 +117,14 @@ class TwigSubject:
 
     def title(self, facts: dict) -> str:
         return f"Twig of {facts['base']}, K = {facts['K']}, T = {facts['T']}"
+
+
+def behind(settings: Settings) -> str:
+    """For `words`: the method before the decoder, and whether it came with the twig that begins."""
+    if settings.tower_pruning is None:
+        return ""
+    taken = settings.stage and learnt_behind(settings.init)
+    return f", behind {settings.tower_pruning}" + (" as that twig" if taken else "")
 
 
 def start_of(settings: Settings) -> Start:

@@ -26,7 +26,7 @@ from ..loading.random import random_base, random_config
 from ..loading.twig import fill_twig, read_twig_letters, stored_twig
 from ..model.stream import Stream
 from ..model.trunk import Trunk
-from ..model.twig import Twig, grow, signature
+from ..model.twig import TUNED, Twig, grow, signature
 from ..pruning import Reducer, Shape, TowerMethod, find_method
 from .data.examples import IGNORE
 from .objectives import Objective
@@ -133,6 +133,11 @@ def _copy_twig(start: Start, known_by: list[float], twig: Twig) -> None:
     if not torch.allclose(stored, torch.tensor(known_by), rtol=0.02, atol=1e-4):
         raise InputError(f"{start.init}: this twig grew on other weights ({facts.get('base')!r}) than this base's")
     fill_twig(twig, stored_twig(start.init).files, torch.device("cpu"))
+
+
+def learnt_behind(init: str) -> str | None:
+    """The method before the decoder that the twig to start from learnt behind; None for none, or no twig there."""
+    return None if init in INITS or not Path(init).exists() else stored_twig(init).facts.get(TUNED)
 
 
 def tower_method(spec: str) -> TowerMethod:

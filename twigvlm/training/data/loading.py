@@ -21,6 +21,7 @@ from ...workers import batches, loader
 from ...world.conversations import CONVERSATIONS, DRAWN, IMAGES, ensure_drawn
 from ..run.ranks import ALONE, Ranks
 from ..settings import HELD_OUT, HELD_OUT_SHARE, Settings
+from ..twig import learnt_behind
 from .examples import Collator, Records, TwigDataset
 from .sampler import LengthGroupedSampler
 from .survey import Survey, check_named, survey
@@ -161,11 +162,23 @@ def fill_in(settings: Settings) -> Settings:
 
 
 def with_start(settings: Settings) -> Settings:
-    """Stage 2 starts from the twig that stage 1 leaves at its usual place, where nobody gives one and it is there."""
+    """Stage 2 starts from the twig that stage 1 leaves at its usual place, where nobody gives one and it is there.
+
+    In both stages a twig that learnt behind a method before the decoder goes on behind it: its head would choose among
+    tokens that the twig never sees. Raises InputError where another method is asked for.
+    """
     usual = Path("runs") / _twig_run(settings, 1)
     if settings.stage == 2 and settings.init == "base" and (usual / WEIGHTS).exists():
-        return replace(settings, init=str(usual))
-    return settings
+        settings = replace(settings, init=str(usual))
+    learnt = learnt_behind(settings.init) if settings.stage else None
+    if learnt is None:
+        return settings
+    if settings.tower_pruning not in (None, learnt):
+        raise InputError(
+            f"tower_pruning is {settings.tower_pruning!r}, but {settings.init} has a twig that learnt behind {learnt}; leave "
+            "--tower-pruning out"
+        )
+    return replace(settings, tower_pruning=learnt)
 
 
 def _twig_run(settings: Settings, stage: int) -> str:

@@ -21,7 +21,7 @@ from ...pruning import Reducer
 from ..run.device import Run
 from ..run.timing import StepTimes
 from ..settings import BELONGS, LATER, PlusPart, Settings
-from ..subject import TwigSubject, start_of
+from ..subject import TwigSubject, behind, start_of
 from ..twig import INITS, Prepared, TwigLesson, entering
 from .budgets import Budgets
 from .distil import Distil, teacher_layer
@@ -148,7 +148,7 @@ class PolicySubject(TwigSubject):
     def words(self, settings: Settings) -> str:
         budget = "the paper's budgets" if settings.budget is None else f"R = {settings.budget:g}"
         return (
-            f"stage 2: the pruning head of {settings.init} learns from {settings.groups} sets a sample at {budget}, "
+            f"stage 2: the pruning head of {settings.init}{behind(settings)} learns from {settings.groups} sets a sample at {budget}, "
             f"rewarded by {settings.reward}, over the {settings.baseline} baseline"
         )
 
