@@ -358,6 +358,29 @@ def test_several_images_and_turns_are_all_seen(prepared):
     assert not score[0, 0, 2 * V :].any() and score[0, 1, 2 * V :].any() and math.isfinite(loss.item())
 
 
+def test_a_pruned_teacher_is_silent_behind_an_image_that_the_head_has_not_seen(prepared):
+    """The kept set is of the images before the first answer, and so is what it teaches."""
+    from training.test_policy import two_turns
+
+    batch, turn = two_turns(prepared.base)
+    heard = []
+
+    class Spied(Distil):
+        def _kept(self, *args):
+            heard.append(super()._kept(*args))
+            return heard[-1]
+
+        def _teach(self, *args):
+            heard.append(super()._teach(*args)[0])
+            return heard[-1], None
+
+    states = TwigLesson(prepared.base, prepared.twig, None).read(batch)
+    _, figures = Spied(teacher="pruned", turns="all")(states, batch["labels"], prepared.twig, prepared.base)
+    (kept, most), spoken = heard
+    assert int(kept[:, :turn].sum()) == most <= prepared.base.V and not kept[:, turn:].any()
+    assert len(spoken) == 4 and figures["answers"] == 8
+
+
 # ---------------------------------------------------------------------- runs
 
 FLAGS = ("--stage", "1", "--K", "2", "--T", "2", "--held-out", "4", "--agreement", "labels", "--max-steps", "6")
