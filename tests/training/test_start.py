@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.conftest import twig_of
+from training.conftest import quietly, twig_of
 from training.test_training import CPU, FP32
 from twigvlm.errors import InputError
 from twigvlm.loading.twig import stored_twig
 from twigvlm.model.twig import CONFIG, WEIGHTS, describe, stored_state, write_twig
 from twigvlm.training.data.loading import with_start
 from twigvlm.training.launch import foresee
-from twigvlm.training.plus.subject import stage_identity
+from twigvlm.training.plus.subject import PolicyLesson, stage_identity
+from twigvlm.training.run import report
 from twigvlm.training.run.results import export_release
 from twigvlm.training.settings import Settings
 from twigvlm.training.subject import behind
@@ -169,3 +170,30 @@ def test_a_plan_and_a_plain_twig_know_the_method_of_the_start(a_twig, run, world
     assert with_start(Settings(init=tuned.init)).tower_pruning is None
     plain = replace(tuned, init=str(a_twig("released")), tower_pruning="visionzip:keep=3")
     assert with_start(plain).tower_pruning == "visionzip:keep=3" and "as that twig" not in behind(plain)
+
+
+# ---------------------------------------------------------------------- samples
+
+
+@pytest.mark.parametrize("aside", [False, True])
+def test_stage_2_leaves_samples_without_an_image_out(world, a_twig, run, tmp_path, capfd, aside):
+    """Of what is learnt and of what is held out; they are counted, and a file of such alone is refused."""
+    init = str(a_twig("released"))
+    words = ("--stage", "2", "--init", init, "--groups", "2", *LETTERS, "--agreement", "labels", "--epochs", "1")
+    more = ("--held-out", "9", "--held-out-data", str(world / "data.json")) if aside else ("--held-out", "2")
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = PolicyLesson.__call__
+        patch.setattr(PolicyLesson, "__call__", lambda self, batch: seen.append(batch) or real(self, batch))
+        code, said = run("out", *words, *more, "--max-steps", "0")
+    assert code == 0 and "note: 6 samples without an image are left out" in said, said
+    assert all(index % 4 for batch in seen for index in batch["indices"])
+    facts = json.loads((tmp_path / "out/run.json").read_text())
+    assert facts["identity"]["data"]["samples"] == (18 if aside else 16)
+    assert all(line["reward"] < 0 for line in report.history(tmp_path / "out"))
+    assert (tmp_path / "out/skipped.jsonl").read_text() == "", "nothing is wrong with them"
+    records = json.loads((world / "data.json").read_text())
+    (tmp_path / "text.json").write_text(json.dumps([record for record in records if "image" not in record]))
+    where = ("--base", str(world / "base"), "--data", str(tmp_path / "text.json"), "--out", str(tmp_path / "none"))
+    assert quietly([*where, *words, "--device", "cpu", "--held-out", "0"]) == 2
+    assert "none of its 6 samples has an image to choose from" in capfd.readouterr().err

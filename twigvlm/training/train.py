@@ -210,6 +210,10 @@ def _read_data(one: Run, prepared: Prepared, skips: list[SkipLog]) -> TrainingDa
         if found.unshown:
             remedy = "write <image> into their text, or check them with python -m twigvlm.training.inspect"
             print(f"note: {found.unshown:,} samples name pictures that no <image> shows; {remedy}", file=sys.stderr)
+        if settings.stage == 2 and (text := len(found.usable) - len(found.shown)):
+            print(
+                f"note: {text:,} samples without an image are left out: nothing is to be chosen there", file=sys.stderr
+            )
 
     return read_data(settings, prepared.loaded, one.ranks, judge, one.out, one.ranks.first)
 

@@ -123,11 +123,15 @@ def read_data(
         return found
 
     found = ranks.on_first(look)
-    usable = found.usable
-    if not len(usable):
+    usable = _of_use(settings, found)
+    if not len(found.usable):
         raise InputError(f"{settings.data}: none of its {len(found)} samples can be used; see the list of skipped ones")
+    if not len(usable):
+        raise InputError(
+            f"{settings.data}: none of its {len(found)} samples has an image to choose from, as stage 2 needs"
+        )
     if aside is not dataset:
-        places = ranks.on_first(lambda: survey(aside, cache, progress=False)).usable
+        places = _of_use(settings, ranks.on_first(lambda: survey(aside, cache, progress=False)))
         places = places[: settings.held_out or HELD_OUT]
     else:
         places = choose_held_out(usable, settings.held_out, settings.seed)
@@ -137,6 +141,11 @@ def read_data(
     pad = processor.tokenizer.pad_token_id
     collate = Collator(trunk.image_token_id, trunk.V, 0 if pad is None else pad)
     return TrainingData(dataset, found, usable, aside, places, collate)
+
+
+def _of_use(settings: Settings, found: Survey) -> np.ndarray:
+    """Places of the usable samples; in stage 2 of those with an image, since the others ask nothing of what learns."""
+    return found.shown if settings.stage == 2 else found.usable
 
 
 def fill_in(settings: Settings) -> Settings:
