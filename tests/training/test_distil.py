@@ -151,6 +151,14 @@ def test_acceptance_is_what_speculative_sampling_accepts():
     near(hybrid(draft, base, 5.0), (weight * kl + (1 - weight) * (1 - wanted)).mean(), 1e-5)
 
 
+def test_a_draft_that_is_hardly_ever_accepted_still_learns():
+    draft, base = torch.tensor([[120.0, -120.0, 0.0]], requires_grad=True), torch.tensor([[-120.0, 120.0, 0.0]])
+    loss = unlikely(draft, base, 1.0)
+    assert loss.item() == pytest.approx(120.0)
+    loss.backward()
+    assert torch.isfinite(draft.grad).all() and draft.grad.abs().max() > 0.1
+
+
 def test_the_weight_of_the_hybrid_has_no_gradient():
     draft, base = torch.randn(1, 5, requires_grad=True), torch.randn(1, 5)
     (found,) = torch.autograd.grad(hybrid(draft, base, 1.0), draft)
