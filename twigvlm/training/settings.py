@@ -313,7 +313,7 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
             fits = self.stage in stages or getattr(self, name) in (usual, self._preset().get(name))
             check(fits, name, f"it is for --stage {' or '.join(map(str, stages))}: leave it out")
         for name in ("prediction_weight", "attention_weight"):
-            check((getattr(self, name) or 0) >= 0, name, "0 or more is needed")
+            check(0 <= (getattr(self, name) or 0) < math.inf, name, "0 or more is needed")
         check(
             math.isfinite(self.advantage_floor) and self.advantage_floor >= 0, "advantage_floor", "0 or more is needed"
         )
