@@ -23,7 +23,7 @@ from ..families import trunk_of
 from ..loading.base import Loaded, load_base
 from ..loading.describe import EMBEDDED_BASE
 from ..loading.random import random_base, random_config
-from ..loading.twig import fill_twig, read_twig_letters, stored_twig
+from ..loading.twig import fill_twig, read_description, read_twig_letters, stored_twig
 from ..model.stream import Stream
 from ..model.trunk import Trunk
 from ..model.twig import TUNED, Twig, grow, signature
@@ -137,7 +137,10 @@ def _copy_twig(start: Start, known_by: list[float], twig: Twig) -> None:
 
 def learnt_behind(init: str) -> str | None:
     """The method before the decoder that the twig to start from learnt behind; None for none, or no twig there."""
-    return None if init in INITS or not Path(init).exists() else stored_twig(init).facts.get(TUNED)
+    place = Path(init)
+    if init in INITS or not place.exists():
+        return None
+    return read_description(place if place.is_dir() else place.parent).get(TUNED)
 
 
 def tower_method(spec: str) -> TowerMethod:
