@@ -62,6 +62,11 @@ class Wish(ModelSettings):
         """L with the letters of a twig that is to be grown. Raises InputError where the base has too few layers."""
         return TwigConfig(self._config().text_config.num_hidden_layers, K, T, F)
 
+    def check_start(self, twig: str, K: int, T: int) -> None:
+        """Raises InputError unless this twig's files could be those of a twig of these letters on the base."""
+        text = self._config().text_config
+        read_twig_letters(twig, text.num_hidden_layers, text.hidden_size, K, T)
+
     def sizes(self) -> Sizes:
         """What the cost of a plan follows from, on the device and in the numbers that this model would have."""
         device = pick_device(self.device)

@@ -306,6 +306,23 @@ def test_foresight_knows_of_the_head(base, tmp_path):
         check(replace(wish, twig=str(plain)), {"retained_tokens": 2.0, "pruning": "twig:score=head"})
 
 
+@pytest.mark.parametrize(
+    "spec,without",
+    [
+        ("twig:score=head", "twig:score=attention"),
+        ("visionzip:keep=3+twig:score=head", "visionzip:keep=3+twig:score=attention"),
+        ("twig-discount: score = head", "twig-discount: score=attention"),
+    ],
+)
+def test_what_to_ask_in_place_of_a_head_is_a_method(spec, without):
+    """All of the method but the head, and legal at the same budget."""
+    plain = TwigConfig(6, 2, 2)
+    with pytest.raises(InputError) as refused:
+        plan_for(spec, 1.8, 4, plain)
+    assert f"take its attention ({without})" in str(refused.value)
+    assert plan_for(without, 1.8, 4, plain)
+
+
 def test_columns_of_a_text_prompt_are_none():
     vlm = tiny(pruning_head="released")
     out = vlm.generate(**one(vlm, 7), retained_tokens=2, max_new_tokens=3)

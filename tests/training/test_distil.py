@@ -151,6 +151,14 @@ def test_acceptance_is_what_speculative_sampling_accepts():
     near(hybrid(draft, base, 5.0), (weight * kl + (1 - weight) * (1 - wanted)).mean(), 1e-5)
 
 
+def test_a_draft_that_is_hardly_ever_accepted_still_learns():
+    draft, base = torch.tensor([[120.0, -120.0, 0.0]], requires_grad=True), torch.tensor([[-120.0, 120.0, 0.0]])
+    loss = unlikely(draft, base, 1.0)
+    assert loss.item() == pytest.approx(120.0)
+    loss.backward()
+    assert torch.isfinite(draft.grad).all() and draft.grad.abs().max() > 0.1
+
+
 def test_the_weight_of_the_hybrid_has_no_gradient():
     draft, base = torch.randn(1, 5, requires_grad=True), torch.randn(1, 5)
     (found,) = torch.autograd.grad(hybrid(draft, base, 1.0), draft)
@@ -358,6 +366,29 @@ def test_several_images_and_turns_are_all_seen(prepared):
     assert not score[0, 0, 2 * V :].any() and score[0, 1, 2 * V :].any() and math.isfinite(loss.item())
 
 
+def test_a_pruned_teacher_is_silent_behind_an_image_that_the_head_has_not_seen(prepared):
+    """The kept set is of the images before the first answer, and so is what it teaches."""
+    from training.test_policy import two_turns
+
+    batch, turn = two_turns(prepared.base)
+    heard = []
+
+    class Spied(Distil):
+        def _kept(self, *args):
+            heard.append(super()._kept(*args))
+            return heard[-1]
+
+        def _teach(self, *args):
+            heard.append(super()._teach(*args)[0])
+            return heard[-1], None
+
+    states = TwigLesson(prepared.base, prepared.twig, None).read(batch)
+    _, figures = Spied(teacher="pruned", turns="all")(states, batch["labels"], prepared.twig, prepared.base)
+    (kept, most), spoken = heard
+    assert int(kept[:, :turn].sum()) == most <= prepared.base.V and not kept[:, turn:].any()
+    assert len(spoken) == 4 and figures["answers"] == 8
+
+
 # ---------------------------------------------------------------------- runs
 
 FLAGS = ("--stage", "1", "--K", "2", "--T", "2", "--held-out", "4", "--agreement", "labels", "--max-steps", "6")
@@ -428,6 +459,9 @@ def test_what_belongs_to_another_stage_is_refused(world, run, tmp_path):
         (("--stage", "1", "--attention-layer", "1"), "attention_layer is 1; a layer above the twig is needed, 2 to 5"),
         (("--stage", "1", "--temperature", "0"), "temperature is 0.0"),
         (("--stage", "1", "--attention-weight", "-1"), "attention_weight is -1.0"),
+        (("--stage", "1", "--attention-weight", "inf"), "attention_weight is inf; 0 or more"),
+        (("--stage", "2", "--attention-weight", "nan"), "attention_weight is nan; 0 or more"),
+        (("--stage", "1", "--prediction-weight", "inf"), "prediction_weight is inf; 0 or more"),
         (("--stage", "1", "--learn", "projector"), "a projector has no stages"),
         (("--stage", "1", "--head-init", "identity", "--export-release", "x.safetensors"), "released heads only"),
         (("--stage", "2"), "stage 2 starts from a twig with a pruning head"),

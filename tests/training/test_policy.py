@@ -427,6 +427,52 @@ def test_several_images_share_a_budget(prepared):
     assert seen[0].sum(2).tolist() == [[2 * r, r]] * 3 and not Plan().random
 
 
+def two_turns(base) -> tuple[dict, int]:
+    """A sample with an image in either of two turns, and where the second turn begins; each answer has four words."""
+    V = base.V
+    turn = 3 + V + 4 + 4
+    ids = torch.randint(3, 60, (1, 2 * turn))
+    labels = torch.full_like(ids, IGNORE)
+    for at in (0, turn):
+        ids[0, at + 3 : at + 3 + V] = base.image_token_id
+        labels[0, at + turn - 4 : at + turn] = ids[0, at + turn - 4 : at + turn]
+    return {"input_ids": ids, "labels": labels, "lengths": [2 * turn], "pixel_values": torch.randn(2, 3, 28, 28)}, turn
+
+
+def test_an_image_behind_the_asked_row_has_no_part(prepared):
+    """Neither budget nor rewards: a measurement is that of the sample cut before it. Asked behind both, both count."""
+    torch.manual_seed(0)
+    base, seen = prepared.base, []
+    batch, turn = two_turns(base)
+    r = Budgets.of(prepared.twig.config, base.V, 2.0).r[0]
+
+    class Spy(Policy):
+        def _reward(self, part, labels, kept, *rest):
+            found = super()._reward(part, labels, kept, *rest)
+            seen.append((kept[:, 0, :turn].sum(1).tolist(), kept[:, 0, turn:].sum(1).tolist(), int(found.answers)))
+            return found
+
+    for turns in ("all", "first"):
+        PolicyLesson(base, prepared.twig, Spy(groups=3, budget=2.0, turns=turns))({**batch, "progress": 0.1})[
+            0
+        ].backward()
+        assert seen.pop() == ([r] * 3, [0] * 3, 4)
+    lesson = PolicyLesson(base, prepared.twig, Spy(groups=3, budget=2.0, turns="random", attention=1.0))
+    for _ in range(20):
+        lesson({**batch, "progress": 0.1})
+    for first, second, answers in seen:
+        kept = [a + b for a, b in zip(first, second, strict=True)]
+        assert answers == 4 and kept == ([2 * r] * 3 if any(second) else [r] * 3)
+    assert {any(second) for _, second, _ in seen} == {True, False}
+    cut = {name: batch[name][:, :turn] for name in ("input_ids", "labels")}
+    cut |= {"lengths": [turn], "pixel_values": batch["pixel_values"][:1]}
+    for reward in ("answer", "fidelity"):
+        with torch.no_grad():
+            one, other = (loss_of(prepared, b, budget=2.0, reward=reward)[1] for b in (batch, cut))
+        assert one["means"]["reward"].item() == pytest.approx(other["means"]["reward"].item(), abs=1e-5)
+        assert one["answers"] == other["answers"]
+
+
 # ---------------------------------------------------------------------- runs
 
 
@@ -511,7 +557,7 @@ def test_what_cannot_start_is_refused(world, run, first, tmp_path):
         (("--init", str(first), "--budget", "9"), "R is 9; legal is"),
         (("--init", str(first), "--lora-rank", "2"), "only the pruning head learns"),
         (("--init", str(first), "--temperature", "2"), "temperature is 2.0; it is for --stage 1"),
-        (("--init", str(first), "--T", "3"), "T is 2, but T = 3 was asked for"),
+        (("--init", str(first), "--T", "3"), "T = 3 was asked for, but the twig was grown with T = 2"),
         (("--init", str(first), "--attention-layer", "9"), "attention_layer is 9"),
     ):
         code, said = run("refused", "--stage", "2", "--K", "2", *(() if "--T" in flags else ("--T", "2")), *flags)

@@ -31,7 +31,9 @@ from training.conftest import (
     torchrun,
     twig_of,
 )
+from twigvlm.model.twig import describe, stored_state, write_twig
 from twigvlm.training.run import checkpoints, report
+from twigvlm.training.twig import Start, prepare_twig
 
 pytest.importorskip("accelerate")
 deepspeed = pytest.importorskip("deepspeed")
@@ -174,13 +176,18 @@ def test_sigkill_of_a_rank_and_of_all(flags, reference, tmp_path, zero, victim):
 SPOILT = """
 import os, sys, torch
 from twigvlm.training import train, twig
-real, count = twig.TwigLesson.__call__, [0]
-def lesson(self, batch):
-    loss, figures = real(self, batch)
-    count[0] += 1
-    bad = count[0] == 8 and os.environ["RANK"] == "1"
-    return (loss * float("nan") if bad else loss), figures
-twig.TwigLesson.__call__ = lesson
+from twigvlm.training.plus import subject
+count = [0]
+def spoil(kind):
+    real = kind.__call__
+    def lesson(self, batch):
+        loss, figures = real(self, batch)
+        count[0] += 1
+        bad = count[0] == 8 and os.environ["RANK"] == "1"
+        return (loss * float("nan") if bad else loss), figures
+    kind.__call__ = lesson
+spoil(twig.TwigLesson)
+spoil(subject.PolicyLesson)
 sys.exit(train.main())
 """
 
@@ -201,6 +208,26 @@ def test_a_loss_that_is_no_number_stops_all(flags, reference, tmp_path, zero):
     wait_for(process, out, 6)
     die(process, "all")
     again(torchrun(TRAIN, *words), out, reference(zero)[0])
+
+
+@nightly
+@pytest.mark.parametrize("zero", ["2", "3"])
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_so_it_does_in_later_stages(world, flags, tmp_path, stage, zero):
+    """The state before is whole, be it that of a twig with its head or of the head alone."""
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    found = prepare_twig(world / "base", Start(2, 3, pruning_head="released"), torch.device("cpu"), torch.float32)
+    write_twig(tmp_path / "init", stored_state(found.twig), describe(found.twig, "tiny", found.signature))
+    more = ("--groups", "2", "--max-steps", "12") if stage == "2" else ()
+    words, out = (
+        flags("out", "--zero", zero, "--stage", stage, "--init", str(tmp_path / "init"), *more),
+        tmp_path / "out",
+    )
+    command = python("torch.distributed.run", "--nproc-per-node", "2", "--master-port", port())
+    code, said = finish(start([*command, str(tmp_path / "spoilt.py"), *words]))
+    assert code != 0 and "not finite at step 4" in said and "--lr" in said, said
+    assert checkpoints.last_whole(out)[0].name == "checkpoint-3"
+    assert all(torch.isfinite(t).all() for t in twig_of(out / "checkpoint-3").values())
 
 
 @pytest.mark.parametrize("zero", ["none", pytest.param("2", marks=nightly)])

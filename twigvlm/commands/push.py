@@ -62,7 +62,7 @@ def gather(args: argparse.Namespace, place: Path) -> str:
         facts["base"], said = split_name(args.base_model)
         facts |= {"base_revision": said} if said else {}
     check_base(facts["base"], "give --base-model OWNER/NAME")
-    files, _ = stored_twig(args.folder)
+    files = stored_twig(args.folder).files
     for file in files:
         copy(file, place / file.name)
     if index := next(iter(args.folder.glob("*.index.json")), None):

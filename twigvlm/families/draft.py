@@ -55,7 +55,7 @@ def load_draft(
     facts = read_twig_letters(twig, L, config.text_config.hidden_size, K, T)
     K = facts.get("K", DEFAULT_K if K is None else K)
     if dtype is None:
-        dtype = stored_dtype(fetch_weights(base, folder, "base model"), *stored_twig(resolve(twig, "twig"))[0])
+        dtype = stored_dtype(fetch_weights(base, folder, "base model"), *stored_twig(resolve(twig, "twig")).files)
     loaded = load_base(base, torch.device("cpu"), dtype, "sdpa", lambda _: range(max(K, 1)))
     trunk = trunk_of(loaded.model)
     grown = load_twig(twig, trunk, K, T, None, loaded, L)

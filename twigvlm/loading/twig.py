@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -86,12 +87,22 @@ def fill_twig(twig: Twig, files: Sequence[Path], device: torch.device) -> None:
     filling.fill(files, device, files[0], cut_rows=(HEAD,))
 
 
-def stored_twig(folder: Path) -> tuple[list[Path], str]:
-    """Of a twig on this disk: the files with its weights, and how its pruning head began ("" if there is none)."""
-    folder, file = _twig_files(folder)
+class StoredTwig(NamedTuple):
+    """Of a twig on this disk: the files with its weights, how its pruning head began ("" if there is none), and what its
+    description says (nothing where there is none).
+    """
+
+    files: list[Path]
+    pruning_head: str
+    facts: dict
+
+
+def stored_twig(twig: str | Path) -> StoredTwig:
+    """Our folder, or the release's file or files."""
+    folder, file = _twig_files(Path(twig))
     files = _weights(file)
     facts = read_description(folder)
-    return files, _start_of(folder / CONFIG, facts, files)
+    return StoredTwig(files, _start_of(folder / CONFIG, facts, files), facts)
 
 
 def read_description(folder: Path) -> dict:

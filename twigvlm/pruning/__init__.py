@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ..errors import InputError
 from .budget import average_tokens, kept_tokens, legal_range
 from .methods import METHODS
@@ -27,8 +29,9 @@ def plan_for(method: str, R: float | None, V: int, twig, query: str = "last", ba
     found = find_method(method, query)
     plan = Plan() if R is None else found.plan(R, Shape(twig.L, V, twig.K, twig.F, base))
     if plan.needs_head and not twig.pruning_head:
+        without = re.sub(r"score\s*=\s*head", "score=attention", method)
         raise InputError(
-            f"pruning {method!r} asks a pruning head, and this twig has none; take its attention ({method.partition(':')[0]}), "
-            "or train a head: STAGE=1 bash scripts/v1_5/train_twig.sh"
+            f"pruning {method!r} asks a pruning head, and this twig has none; take its attention ({without}), or "
+            "train a head: STAGE=1 bash scripts/v1_5/train_twig.sh"
         )
     return plan

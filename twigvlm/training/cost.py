@@ -18,6 +18,7 @@ from ..config import TwigConfig, split_name
 from ..errors import InputError
 from ..loading.describe import read_config
 from ..loading.random import random_config
+from ..model.pruning_head import STARTS
 from ..program import print_json
 from ..world.conversations import SAMPLES as DRAWN_SAMPLES
 from .data.examples import Records
@@ -148,7 +149,9 @@ def count(settings: Settings) -> Counts:
 
 
 def letters_of(settings: Settings, L: int) -> TwigConfig:
-    return TwigConfig(L, settings.K, settings.T, settings.F, settings.head_init if settings.stage else "")
+    return TwigConfig(
+        L, settings.K, settings.T, settings.F, (settings.head_init or STARTS[0]) if settings.stage else ""
+    )
 
 
 def staged(counts: Counts, settings: Settings) -> Base:

@@ -23,9 +23,6 @@ from typing import TYPE_CHECKING
 from ..errors import InputError
 from ..files import check_folder
 from ..loading.device import check_attention, pick_device
-from ..loading.find import read_json
-from ..loading.twig import check_letters
-from ..model.twig import CONFIG
 from ..processes import PARENT
 from ..program import run_program
 from . import train
@@ -96,8 +93,7 @@ def foresee(settings: Settings) -> None:
     if settings.learn == "projector":
         ProjectorSubject(settings).reducer_of(letters.L, wish.V)
     if settings.init not in INITS:
-        stored = read_json(Path(settings.init) / CONFIG)
-        check_letters(Path(settings.init) / CONFIG, {"K": settings.K, "T": settings.T}, stored)
+        wish.check_start(settings.init, settings.K, settings.T)
     _check_places(settings)
     if int(os.environ.get("NNODES", "1")) == 1 and "HOSTFILE" not in os.environ:
         _check_shares(settings, device, _launched() or _processes(settings))

@@ -75,7 +75,9 @@ class ModelPart:
     K: int = option(DEFAULT_K, "base layers below the twig")
     T: int = option(DEFAULT_T, "layers of the twig")
     F: int = option(0, "layer before which the image is wiped when decoding (default: three quarters of L)")
-    init: str = option("base", "what the twig starts from: base (layers K..K+T-1), last, random, or a twig's folder")
+    init: str = option(
+        "base", "what the twig starts from: base (layers K..K+T-1), last, random, or a twig's folder or file"
+    )
     tower_pruning: str | None = option(
         None,
         "the twig learns behind a method before the decoder, NAME:keep=N (visionzip:keep=288), for --pruning NAME:keep=N+twig",
@@ -96,9 +98,10 @@ class PlusPart:
         0, "0: the twig learns the next token; 1: with a pruning head, and from the base as well; 2: the pruning head, by rewards",
         choices=(0, 1, 2),
     )  # fmt: skip
-    head_init: str = option(
-        "released",
-        "how a fresh pruning head begins: with random gates, or as the twig's own attention (in stage 2 the latter alone)",
+    head_init: str | None = option(
+        None,
+        "how a fresh pruning head begins: released, with random gates (default), or as the twig's own attention (in stage 2 "
+        "the latter alone)",
         choices=STARTS,
     )
     prediction_weight: float = option(0.1, "stage 1: of the loss that draws the drafts to the base's words")
@@ -310,7 +313,7 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
             fits = self.stage in stages or getattr(self, name) in (usual, self._preset().get(name))
             check(fits, name, f"it is for --stage {' or '.join(map(str, stages))}: leave it out")
         for name in ("prediction_weight", "attention_weight"):
-            check((getattr(self, name) or 0) >= 0, name, "0 or more is needed")
+            check(0 <= (getattr(self, name) or 0) < math.inf, name, "0 or more is needed")
         check(
             math.isfinite(self.advantage_floor) and self.advantage_floor >= 0, "advantage_floor", "0 or more is needed"
         )
@@ -328,14 +331,14 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
         lost = self.export_release and self.stage and self.head_init == "identity"
         check(not lost, "head_init", "the authors' format knows released heads only: leave --export-release out")
         for name, legal in (
-            ("head_init", STARTS),
+            ("head_init", (None, *STARTS)),
             ("prediction_loss", PREDICTIONS),
             ("teacher", TEACHERS),
             ("baseline", BASELINES),
             ("reward", REWARDS),
             ("reward_turns", REWARD_TURNS),
         ):
-            check(getattr(self, name) in legal, name, f"one of {', '.join(legal)} is needed")
+            check(getattr(self, name) in legal, name, f"one of {', '.join(filter(None, legal))} is needed")
         check(self.attention_turns in ("first", "all"), "attention_turns", "first or all is needed")
 
     @property
@@ -344,7 +347,8 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
         return self.base is None and self.random is None
 
     def _preset(self) -> dict:
-        usual = {"max_steps": 0, "attention_weight": float(self.stage == 1)}
+        # A head's start is not filled in, but stored settings of any stage may say the usual one.
+        usual = {"max_steps": 0, "attention_weight": float(self.stage == 1), "head_init": STARTS[0]}
         if self.stage == 2:
             usual |= STAGE_2
         if self.embedded:

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ..errors import RunError
-from ..loading.find import read_json
+from ..errors import InputError, RunError
 from ..loading.twig import stored_twig
+from ..model.pruning_head import STARTS
 from ..model.twig import CONFIG, TUNED, describe, write_twig
 from .lora import add_adapters, has_adapters, merged
 from .objectives import Ntp, Objective
@@ -20,7 +20,7 @@ from .run.device import Run
 from .run.report import TWIG_CARD
 from .run.timing import StepTimes
 from .settings import Settings
-from .twig import INITS, Prepared, Start, TwigLesson, checkpoint_gradients, entering, prepare_twig
+from .twig import INITS, Prepared, Start, TwigLesson, checkpoint_gradients, entering, learnt_behind, prepare_twig
 
 
 class Subject(Protocol):
@@ -105,8 +105,7 @@ class TwigSubject:
 
     def words(self, settings: Settings) -> str:
         learning = "adapters" if settings.lora_rank else f"{settings.T} layers, norm and head"
-        behind = f", behind {settings.tower_pruning}" if settings.tower_pruning else ""
-        return f"{learning} learn on layer {settings.K}, from {settings.init}{behind}"
+        return f"{learning} learn on layer {settings.K}, from {settings.init}{behind(settings)}"
 
     def rows(self, facts: dict, settings: dict) -> dict[str, str]:
         rows = {"Twig": f"K = {facts['K']}, T = {facts['T']}, F = {facts['F']}; started from `{settings['init']}`"}
@@ -120,17 +119,34 @@ class TwigSubject:
         return f"Twig of {facts['base']}, K = {facts['K']}, T = {facts['T']}"
 
 
+def behind(settings: Settings) -> str:
+    """For `words`: the method before the decoder, and whether it came with the twig that begins."""
+    if settings.tower_pruning is None:
+        return ""
+    taken = settings.stage and learnt_behind(settings.init)
+    return f", behind {settings.tower_pruning}" + (" as that twig" if taken else "")
+
+
 def start_of(settings: Settings) -> Start:
     """Which twig begins. In TwigVLM++'s stages a stored one keeps its pruning head and its F; a fresh head is as asked.
 
-    Stage 2 has use for a fresh head only where it chooses as the twig does: random gates would draw random sets.
+    Stage 2 has use for a fresh head only where it chooses as the twig does: random gates would draw random sets. Raises
+    InputError where another head is asked for than the stored one.
     """
     start = Start(settings.K, settings.T, settings.F, settings.init)
-    fresh = settings.head_init if settings.stage == 1 or (settings.stage and settings.head_init == "identity") else ""
+    asked = settings.head_init
+    fresh = (
+        (asked or STARTS[0]) if settings.stage == 1 else "identity" if settings.stage and asked == "identity" else ""
+    )
     if not settings.stage or settings.init in INITS:
         return replace(start, pruning_head=fresh)
-    head = stored_twig(Path(settings.init))[1] or fresh
-    return replace(start, F=start.F or read_json(Path(settings.init) / CONFIG).get("F", 0), pruning_head=head)
+    stored = stored_twig(settings.init)
+    if asked and stored.pruning_head not in ("", asked):
+        raise InputError(
+            f"head_init is {asked!r}, but {settings.init} has a twig whose pruning head is {stored.pruning_head!r}; leave "
+            "--head-init out"
+        )
+    return replace(start, F=start.F or stored.facts.get("F", 0), pruning_head=stored.pruning_head or fresh)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from ..workers import end_workers, workers_told
 from .agreement import FILE as ANSWERS
 from .agreement import hold_out, load_answers
 from .data.examples import TwigDataset
-from .data.loading import TrainingData, TrainingFeed, fill_in, read_data
+from .data.loading import TrainingData, TrainingFeed, fill_in, read_data, with_start
 from .data.survey import SkipLog, Survey
 from .lora import has_adapters
 from .on_policy.spoken import on_policy_identity, with_answers
@@ -109,7 +109,7 @@ def _main(argv: list[str] | None) -> int:
 
             if settings.learn != "twig":
                 raise InputError(f"--dry-run plans the training of a twig, not of a {settings.learn}; leave it out")
-            return print_plan(settings, args.devices, args.samples)
+            return print_plan(with_start(settings), args.devices, args.samples)
         with workers_told(), others_told():
             return run(settings)
     except Elsewhere as fault:
@@ -210,6 +210,10 @@ def _read_data(one: Run, prepared: Prepared, skips: list[SkipLog]) -> TrainingDa
         if found.unshown:
             remedy = "write <image> into their text, or check them with python -m twigvlm.training.inspect"
             print(f"note: {found.unshown:,} samples name pictures that no <image> shows; {remedy}", file=sys.stderr)
+        if settings.stage == 2 and (text := len(found.usable) - len(found.shown)):
+            print(
+                f"note: {text:,} samples without an image are left out: nothing is to be chosen there", file=sys.stderr
+            )
 
     return read_data(settings, prepared.loaded, one.ranks, judge, one.out, one.ranks.first)
 

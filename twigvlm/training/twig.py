@@ -22,12 +22,11 @@ from ..errors import InputError
 from ..families import trunk_of
 from ..loading.base import Loaded, load_base
 from ..loading.describe import EMBEDDED_BASE
-from ..loading.find import read_json
 from ..loading.random import random_base, random_config
-from ..loading.twig import fill_twig, stored_twig
+from ..loading.twig import fill_twig, read_description, read_twig_letters, stored_twig
 from ..model.stream import Stream
 from ..model.trunk import Trunk
-from ..model.twig import CONFIG, Twig, grow, signature
+from ..model.twig import TUNED, Twig, grow, signature
 from ..pruning import Reducer, Shape, TowerMethod, find_method
 from .data.examples import IGNORE
 from .objectives import Objective
@@ -67,7 +66,7 @@ class Start:
 
     def __post_init__(self) -> None:
         if self.init not in INITS and not Path(self.init).exists():
-            raise InputError(f"init is {self.init!r}; {', '.join(INITS)} or the folder of a twig is needed")
+            raise InputError(f"init is {self.init!r}; {', '.join(INITS)} or a twig's folder or file is needed")
 
 
 def prepare_twig(
@@ -128,20 +127,20 @@ def shorten(trunk: Trunk, K: int) -> None:
 
 
 def _copy_twig(start: Start, known_by: list[float], twig: Twig) -> None:
-    """Start from a stored twig of the same K, T and base."""
-    folder = Path(start.init)
-    facts = read_json(folder / CONFIG)
-    for letter, asked in (("K", start.K), ("T", start.T)):
-        if facts.get(letter) != asked:
-            raise InputError(
-                f"{folder / CONFIG}: {letter} is {facts.get(letter)}, but {letter} = {asked} was asked for; "
-                f"give {letter}={facts.get(letter)} or another start"
-            )
-    files, _ = stored_twig(folder)  # judges the description as well
+    """Start from a stored twig of the same K, T and base; a bare file, as the authors release it, says T alone."""
+    facts = read_twig_letters(start.init, twig.config.L, twig.lm_head.in_features, start.K, start.T)
     stored = torch.tensor(facts.get("base_signature") or known_by)
     if not torch.allclose(stored, torch.tensor(known_by), rtol=0.02, atol=1e-4):
-        raise InputError(f"{folder / CONFIG}: this twig grew on other weights ({facts.get('base')!r}) than this base's")
-    fill_twig(twig, files, torch.device("cpu"))
+        raise InputError(f"{start.init}: this twig grew on other weights ({facts.get('base')!r}) than this base's")
+    fill_twig(twig, stored_twig(start.init).files, torch.device("cpu"))
+
+
+def learnt_behind(init: str) -> str | None:
+    """The method before the decoder that the twig to start from learnt behind; None for none, or no twig there."""
+    place = Path(init)
+    if init in INITS or not place.exists():
+        return None
+    return read_description(place if place.is_dir() else place.parent).get(TUNED)
 
 
 def tower_method(spec: str) -> TowerMethod:

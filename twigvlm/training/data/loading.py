@@ -21,6 +21,7 @@ from ...workers import batches, loader
 from ...world.conversations import CONVERSATIONS, DRAWN, IMAGES, ensure_drawn
 from ..run.ranks import ALONE, Ranks
 from ..settings import HELD_OUT, HELD_OUT_SHARE, Settings
+from ..twig import learnt_behind
 from .examples import Collator, Records, TwigDataset
 from .sampler import LengthGroupedSampler
 from .survey import Survey, check_named, survey
@@ -122,11 +123,15 @@ def read_data(
         return found
 
     found = ranks.on_first(look)
-    usable = found.usable
-    if not len(usable):
+    usable = _of_use(settings, found)
+    if not len(found.usable):
         raise InputError(f"{settings.data}: none of its {len(found)} samples can be used; see the list of skipped ones")
+    if not len(usable):
+        raise InputError(
+            f"{settings.data}: none of its {len(found)} samples has an image to choose from, as stage 2 needs"
+        )
     if aside is not dataset:
-        places = ranks.on_first(lambda: survey(aside, cache, progress=False)).usable
+        places = _of_use(settings, ranks.on_first(lambda: survey(aside, cache, progress=False)))
         places = places[: settings.held_out or HELD_OUT]
     else:
         places = choose_held_out(usable, settings.held_out, settings.seed)
@@ -136,6 +141,11 @@ def read_data(
     pad = processor.tokenizer.pad_token_id
     collate = Collator(trunk.image_token_id, trunk.V, 0 if pad is None else pad)
     return TrainingData(dataset, found, usable, aside, places, collate)
+
+
+def _of_use(settings: Settings, found: Survey) -> np.ndarray:
+    """Places of the usable samples; in stage 2 of those with an image, since the others ask nothing of what learns."""
+    return found.shown if settings.stage == 2 else found.usable
 
 
 def fill_in(settings: Settings) -> Settings:
@@ -161,11 +171,23 @@ def fill_in(settings: Settings) -> Settings:
 
 
 def with_start(settings: Settings) -> Settings:
-    """Stage 2 starts from the twig that stage 1 leaves at its usual place, where nobody gives one and it is there."""
+    """Stage 2 starts from the twig that stage 1 leaves at its usual place, where nobody gives one and it is there.
+
+    In both stages a twig that learnt behind a method before the decoder goes on behind it: its head would choose among
+    tokens that the twig never sees. Raises InputError where another method is asked for.
+    """
     usual = Path("runs") / _twig_run(settings, 1)
     if settings.stage == 2 and settings.init == "base" and (usual / WEIGHTS).exists():
-        return replace(settings, init=str(usual))
-    return settings
+        settings = replace(settings, init=str(usual))
+    learnt = learnt_behind(settings.init) if settings.stage else None
+    if learnt is None:
+        return settings
+    if settings.tower_pruning not in (None, learnt):
+        raise InputError(
+            f"tower_pruning is {settings.tower_pruning!r}, but {settings.init} has a twig that learnt behind {learnt}; leave "
+            "--tower-pruning out"
+        )
+    return replace(settings, tower_pruning=learnt)
 
 
 def _twig_run(settings: Settings, stage: int) -> str:

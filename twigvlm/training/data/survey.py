@@ -57,6 +57,11 @@ class Survey:
         """Places in the file of the records to train on, ascending."""
         return np.flatnonzero(self.lengths)
 
+    @property
+    def shown(self) -> np.ndarray:
+        """Of them those with a picture."""
+        return np.flatnonzero((self.lengths > 0) & (self.images > 0))
+
     def fingerprint(self) -> str:
         """Equal for equal plans: to refuse a resumed run whose data has changed."""
         hashed = hashlib.blake2b(digest_size=16)

@@ -23,7 +23,7 @@ from ..data.examples import IGNORE
 from .budgets import Budgets
 from .losses import LOSSES, Prediction, attention_loss
 from .pruned import pruned_top
-from .rows import Turns, asked_rows, visual_columns
+from .rows import Turns, asked_rows, unseen, visual_columns
 
 TEACHER_LAYER = 19  # of 32, counted from 0: the authors' script
 Teacher = Literal["whole", "pruned"]
@@ -62,15 +62,16 @@ class Distil:
         self, states: Stream, labels: torch.Tensor, twig: Twig, base: Trunk
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `objectives.Objective`; "means" of its figures are the three terms before they are weighed."""
-        rows, columns = asked_rows(labels, states.visual, self.turns), visual_columns(states)
+        rows, columns = asked_rows(labels, states.visual, self.turns), visual_columns(states.visual)
         tap = Tap(twig.layers[-1].self_attn, rows, whole=True)
         hidden = base.run(twig.layers, states, None, [tap]).hidden
         score = twig.pruning_head.of_tap(tap, columns)
         chosen = labels[:, 1:] != IGNORE
         targets = labels[:, 1:][chosen]
         logits = twig.logits(hidden[:, :-1][chosen])
-        # Behind F no image is left that could say a next word.
-        said = chosen & (states.visual[:, :-1] < 0) if self.teacher == "pruned" else chosen
+        said = chosen
+        if self.teacher == "pruned":  # behind F no image is left that could say a next word
+            said = chosen & ((states.visual < 0) & ~unseen(rows[:, 0], states.visual))[:, :-1]
         with torch.no_grad():
             spoken, looked = self._teach(states, said, rows, columns, score.detach(), twig, base)
         ntp = F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
@@ -102,18 +103,18 @@ class Distil:
         if whole:
             return base.logits(top.hidden[:, :-1][chosen]), looked
         if self.prediction:
-            top = pruned_top(base, states, *self._kept(states, columns, score, twig, base), twig.config)
+            top = pruned_top(base, states, *self._kept(states, rows, columns, score, twig, base), twig.config)
             return base.logits(_at_places(top, states, chosen)), looked
         return None, looked
 
     def _kept(
-        self, states: Stream, columns: torch.Tensor, score: torch.Tensor, twig: Twig, base: Trunk
+        self, states: Stream, rows: torch.Tensor, columns: torch.Tensor, score: torch.Tensor, twig: Twig, base: Trunk
     ) -> tuple[torch.Tensor, int]:
-        """[B, S] bool: the head's best r tokens an image at the first asked row, for a random r; and the most of a row."""
+        """[B, S] bool: the head's best r tokens of an image seen at the first asked row, for a random r; and the most of a row."""
         r = Budgets.of(twig.config, self.visual or base.V, None).r
         count = int(torch.randint(r[0], r[-1] + 1, ()))
-        real = columns >= 0
-        images = states.visual.max(1).values + 1
+        real = (columns >= 0) & (columns <= rows[:, :1])
+        images = states.visual.masked_fill(unseen(rows[:, 0], states.visual), -1).max(1).values + 1
         best = highest(score[:, 0], real, images * count)
         kept = torch.zeros(states.rows, states.width + 1, dtype=torch.bool, device=columns.device)
         kept = kept.scatter(1, torch.where(best, columns, states.width), True)[:, :-1]

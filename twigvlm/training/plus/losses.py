@@ -44,9 +44,11 @@ def hybrid(draft: torch.Tensor, base: torch.Tensor, temperature: float) -> torch
 
 
 def unlikely(draft: torch.Tensor, base: torch.Tensor, temperature: float) -> torch.Tensor:
-    """-log of the chance of acceptance; the temperature is not asked."""
-    alpha = accepted(draft, base)
-    return -alpha.clamp(min=torch.finfo(alpha.dtype).tiny).log().sum() / max(1, len(alpha))
+    """-log of the chance of acceptance, of logarithms, since the chance itself may be too small for fp32; the temperature is
+    not asked.
+    """
+    log_p, log_q = (z.float().log_softmax(-1) for z in (base, draft))
+    return -torch.minimum(log_p, log_q).logsumexp(-1).sum() / max(1, len(log_p))
 
 
 LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {

@@ -23,7 +23,7 @@ from .budgets import Budgets
 from .distil import teacher_layer
 from .losses import attention_divergence
 from .pruned import Beginning
-from .rows import asked_rows, drawn_row, visual_columns
+from .rows import asked_rows, drawn_row, unseen, visual_columns
 from .sets import Baseline, advantage, draw, policy_loss
 
 Reward = Literal["answer", "fidelity"]
@@ -44,8 +44,8 @@ class Policy:
     """`groups` sets a sample, `at_once` of them in memory together; `attention` weighs the released code's extra term (w²
     times it), 0 leaves it out. `reward` "answer": mean log-likelihood of the learnt words behind the first image;
     "fidelity": minus the mean divergence from what the unpruned base says there, which no reference is needed for.
-    The head is asked before the first answer behind an image. `turns` "first" rewards that answer alone, "all" every one (as
-    released); "random" asks before one that is drawn, and rewards it alone. `floor`: see `advantage`; `temperature` divides the
+    The head is asked before the first answer behind an image. `turns` "first" rewards that answer alone, "all" every one up
+    to the next image, which a set chosen before it says nothing about; "random" asks before one that is drawn, and rewards it alone. `floor`: see `advantage`; `temperature` divides the
     logarithm of the score that sets are drawn from: below 1 they are closer to the best set, which is what pruning keeps.
     `by_token` and `antithetic`: see `sets`.
     """
@@ -81,14 +81,15 @@ class Policy:
         asked = drawn_row(asked)
         here = (asked[:, 0] >= 0).nonzero()[:, 0]
         part, words, asked = states.select(here), labels.index_select(0, here), asked.index_select(0, here)
-        columns = visual_columns(part) if len(here) else asked
+        seen = part.visual.masked_fill(unseen(asked[:, 0], part.visual), -1)
+        columns = visual_columns(seen) if len(here) else asked
         score = self._score(part, asked, columns, twig, base) if len(here) else _idle(states, twig)
         budgets, device = self.budgets(twig, base), labels.device
         if not len(here):
             none = torch.zeros((), device=device)
             figures = {"answers": none.long(), "right": none.long(), "means": {"reward": none, "spread": none}}
             return score, figures
-        images = (part.visual.max(1).values + 1).tolist()
+        images = (seen.max(1).values + 1).tolist()
         numbers = random.Random(int(torch.randint(2**62, ())))
         each = budgets.draw(progress, numbers, len(images)) if learns else [budgets.r[0]] * len(images)
         most = torch.tensor(budgets.most(images, each), device=device)
@@ -131,6 +132,7 @@ class Policy:
     ) -> Scored:  # fmt: skip
         """Of kept sets [G, B, S]. The text before the first image is read once for all of them."""
         image = part.visual >= 0
+        asked = asked_rows(labels, part.visual) if asked is None else asked
         begin = Beginning(base, twig.config, part, torch.where(image, part.place, part.width).min(1).values)
         targets = _targets(labels, part, self.turns, asked)
         whole = None
@@ -143,20 +145,21 @@ class Policy:
         return Scored(reward, right, (targets != IGNORE).sum(1))
 
 
-def _targets(labels: torch.Tensor, part: Stream, turns: RewardTurns, asked: torch.Tensor | None = None) -> torch.Tensor:
+def _targets(labels: torch.Tensor, part: Stream, turns: RewardTurns, asked: torch.Tensor) -> torch.Tensor:
     """[B, S]: at each text token behind the first image the word to be said next, IGNORE where none is rewarded.
 
-    `asked` [B, 1]: the rows before the answers that count, for "random".
+    `asked` [B, 1]: the rows where the head is asked; what stands behind an image that it does not see there is not rewarded.
     """
     following = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORE)], 1)
     behind = (part.visual >= 0).long().cumsum(1) > 0
+    behind = behind & ~unseen(asked[:, 0], part.visual)
     following = following.masked_fill(~behind | (part.visual >= 0), IGNORE)
     if turns == "all":
         return following
     learnt = following != IGNORE
     begins = learnt & ~torch.cat([torch.zeros_like(learnt[:, :1]), learnt[:, :-1]], 1)
     number = begins.long().cumsum(1)
-    if turns == "first" or asked is None:
+    if turns == "first":
         return following.masked_fill(number != 1, IGNORE)
     wanted = (
         number.gather(1, asked) + (~learnt.gather(1, asked)).long()

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ...model.stream import Stream, fit, front
+from ...model.stream import fit, front
 from ..data.examples import IGNORE
 
 Turns = Literal["first", "all"]
@@ -34,7 +34,16 @@ def drawn_row(rows: torch.Tensor) -> torch.Tensor:
     return rows.gather(1, torch.minimum(nth, (count - 1).clamp(min=0)))
 
 
-def visual_columns(states: Stream) -> torch.Tensor:
-    """[B, V'] (-1 pads): where each row's visual tokens stand."""
-    image = states.visual >= 0
+def unseen(asked: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """[B, S] bool: all from the first image on that stands behind the asked row [B] (-1: before all).
+
+    With it an answer asks the head anew, so a set that was chosen before has no part in what is said from there on.
+    """
+    later = torch.arange(visual.shape[1], device=visual.device) > asked[:, None]
+    return ((visual >= 0) & later).long().cumsum(1) > 0
+
+
+def visual_columns(visual: torch.Tensor) -> torch.Tensor:
+    """[B, V'] (-1 pads): where each row's visual tokens stand, of visual [B, S] (-1: text)."""
+    image = visual >= 0
     return front(image, int(image.sum(1).max()))

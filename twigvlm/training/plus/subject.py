@@ -21,7 +21,7 @@ from ...pruning import Reducer
 from ..run.device import Run
 from ..run.timing import StepTimes
 from ..settings import BELONGS, LATER, PlusPart, Settings
-from ..subject import TwigSubject, start_of
+from ..subject import TwigSubject, behind, start_of
 from ..twig import INITS, Prepared, TwigLesson, entering
 from .budgets import Budgets
 from .distil import Distil, teacher_layer
@@ -44,12 +44,20 @@ def policy_of(settings: Settings) -> Policy:
 
 
 def stage_identity(settings: Settings) -> dict[str, Any]:
-    """The stage and the settings that belong to it; those of LATER only where they are in use, as runs before them have none."""
+    """The stage and the settings that belong to it; those of LATER only where they are in use, as runs before them have none.
+
+    How the head began is that of the head which learns, asked for or not; of stage 2 a fresh one's alone.
+    """
     usual = {one.name: one.default for one in fields(PlusPart)}
-    names = [name for name, stages in BELONGS.items() if settings.stage in stages and name != "sets_at_once"]
-    later = (*LATER, *(("head_init",) if settings.stage == 2 else ()))
-    names = [name for name in names if name not in later or getattr(settings, name) != usual[name]]
-    return {"stage": settings.stage, **{name: getattr(settings, name) for name in names}}
+    names = [
+        name
+        for name, stages in BELONGS.items()
+        if settings.stage in stages and name not in ("sets_at_once", "head_init")
+    ]
+    names = [name for name in names if name not in LATER or getattr(settings, name) != usual[name]]
+    told = settings.stage == 1 or settings.head_init == "identity"
+    head = {"head_init": start_of(settings).pruning_head} if told else {}
+    return {"stage": settings.stage, **head, **{name: getattr(settings, name) for name in names}}
 
 
 class DistilSubject(TwigSubject):
@@ -124,7 +132,7 @@ class PolicySubject(TwigSubject):
         teacher_layer(self.objective.layer, twig.config.K, base.L)
         self.objective.budgets(twig, base)  # an impossible R is refused here
         names = [name for name in twig.state_dict() if not name.startswith(f"{NAME}.")]
-        stored = {k: tensor for file in stored_twig(Path(settings.init))[0] for k, tensor in load_file(file).items()}
+        stored = {k: tensor for file in stored_twig(settings.init).files for k, tensor in load_file(file).items()}
         self._rest = {name: stored[name] for name in names}
         twig.requires_grad_(False).to(base.dtype)
         twig.pruning_head.float().requires_grad_(True)
@@ -140,7 +148,7 @@ class PolicySubject(TwigSubject):
     def words(self, settings: Settings) -> str:
         budget = "the paper's budgets" if settings.budget is None else f"R = {settings.budget:g}"
         return (
-            f"stage 2: the pruning head of {settings.init} learns from {settings.groups} sets a sample at {budget}, "
+            f"stage 2: the pruning head of {settings.init}{behind(settings)} learns from {settings.groups} sets a sample at {budget}, "
             f"rewarded by {settings.reward}, over the {settings.baseline} baseline"
         )
 
@@ -155,7 +163,7 @@ class PolicySubject(TwigSubject):
 
 def check_stage_2(settings: Settings) -> None:
     """Raises InputError unless it starts from a twig that has a pruning head, or is given one that does as the twig does."""
-    said = f"init is {settings.init!r}; stage 2 starts from a twig with a pruning head: train one with --stage 1 and give its folder"
+    said = f"init is {settings.init!r}; stage 2 starts from a twig with a pruning head: train one with --stage 1 and give its folder or file"
     if settings.init in INITS or not Path(settings.init).exists():
         raise InputError(said)
     if not (start := start_of(settings).pruning_head):
@@ -171,6 +179,7 @@ def foresee_stage(settings: Settings, letters: TwigConfig, V: int) -> None:
     """Raises InputError for what cannot be, from descriptions alone: `letters` of the base, V visual tokens an image."""
     if settings.stage:
         teacher_layer(settings.attention_layer, letters.K, letters.L)
+        start_of(settings)
     if settings.stage == 2:
         check_stage_2(settings)
         Budgets.of(replace(letters, F=start_of(settings).F or letters.F), entering(settings) or V, settings.budget)
