@@ -433,6 +433,22 @@ def test_the_figures_of_a_tree():
     assert vlm.generate(**one(vlm, 3, IMAGE, 4), draft_length=0).stats.hit_rates == []
 
 
+@settings(max_examples=25)
+@given(cases(), st.booleans())
+def test_a_verification_yields_its_own_token_and_what_it_accepts(case, branches):
+    """Whether or not an end token is among what it yields: that is not written, and plain decoding is no slower for it."""
+    drafts = {"tree": (3, 2, 4, 8)} if branches else case.speculation
+    arguments = {**batch(*case.prompts()), "max_new_tokens": case.new}
+    arguments["eos_token_id"] = [] if case.ending is None else ending(case)
+    assert case.vlm.generate(**arguments, draft_length=0).stats.tokens_per_step == 1
+    out = case.vlm.generate(**arguments, **drafts)
+    rounds = [step for row in out.steps for step in row]
+    yielded = sum(step.accepted + 1 for step in rounds)
+    assert out.stats.tokens_per_step == pytest.approx(yielded / len(rounds)) and out.stats.tokens_per_step >= 1
+    # the end token, and the base's own behind one that was drafted
+    assert 0 <= yielded - out.stats.new_tokens <= (0 if case.ending is None else 2 * len(out.steps))
+
+
 def _goes_on(step, depth: int) -> bool:
     path = [-1, *_path(step)]
     return len(path) > depth and path[depth] in step.parents
