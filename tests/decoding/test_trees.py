@@ -634,12 +634,20 @@ def test_a_round_with_a_tree_reads_the_device_once(monkeypatch):
         ("2,2,9,8", ["D is 9"]),
         ("1,2,3,3", ["W is 2", "E=1", "W=1"]),
         ("20,20,20,400", ["N is 400", "256"]),
+        *((given, [repr(given), "four whole numbers E,W,D,N"]) for given in (5, 5.0, True, {3, 2, 4, 8})),
     ],
 )
 def test_bad_shapes_are_refused(given, words):
     with pytest.raises(InputError) as error:
         GenerationSettings(tree=given)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_no_more_nodes_are_advised_than_there_can_be():
+    with pytest.raises(InputError, match=r"E is 900, .* choose E <= 250$"):
+        GenerationSettings(tree="900,1,1,250")
+    with pytest.raises(InputError, match=r"choose E <= 250 or N >= 256$"):
+        GenerationSettings(tree="256,1,1,250")
 
 
 def test_a_tree_and_a_chain_are_one_too_many():
