@@ -28,7 +28,8 @@ from .quiz import Setting, descriptions, percent, quiz, short_answers
 
 BUDGETS = (192, 128, 64)
 METHODS = ("twig", "twig-discount", "layer-attention", "random")
-DESCRIBED = ("twig", "twig-discount")  # methods that are asked for descriptions as well, as the unpruned base is
+# methods that are asked for descriptions as well, as the unpruned base is
+DESCRIBED = ("twig", "twig-discount", "twig-adaptive")
 HIDDEN = ("pruning", "R", "questions", "descriptions", "intervals")  # of a row, in tables
 
 
