@@ -241,6 +241,7 @@ SPECS: dict[str, str] = {
     "cdpruner": "cdpruner:stand_in",
     "mustdrop": "mustdrop:threshold=0.05",
     "occamtoken": "occamtoken:first=0.95,second=1.2",
+    "twig-adaptive": "twig-adaptive:mass=0.6",
     "visionzip*": "visionzip*:projector=base",
 }
 

@@ -89,6 +89,7 @@ class TreeShape(NamedTuple):
 def tree_shape(given: str | Sequence[int]) -> TreeShape:
     """ "E,W,D,N" (or with semicolons) or four numbers. Raises InputError for what is no tree that can be drafted."""
     words = given.replace(";", ",").split(",") if isinstance(given, str) else given
+    words = words if isinstance(words, Sequence) else []
     numbers = [int(w) if isinstance(w, str) and w.strip().isdecimal() and len(w) <= DIGITS else w for w in words]
     if len(numbers) != 4 or not all(_whole(n) and n >= 1 for n in numbers):
         told = repr(given)
@@ -105,10 +106,8 @@ def tree_shape(given: str | Sequence[int]) -> TreeShape:
     E, W, D, N = shape
     check(N <= MOST_NODES, f"N is {N}; at most {MOST_NODES} nodes are verified at once")
     for letter, value in (("E", E), ("W", W), ("D", D)):
-        check(
-            value <= N,
-            f"{letter} is {value}, but N={N} nodes cannot be so many; choose {letter} <= {N} or N >= {value}",
-        )
+        larger = f" or N >= {value}" if value <= MOST_NODES else ""
+        check(value <= N, f"{letter} is {value}, but N={N} nodes cannot be so many; choose {letter} <= {N}{larger}")
     check(E > 1 or W == 1, f"W is {W}, but with E=1 a level has one node; choose W=1 (a chain) or E >= 2")
     most = shape.most
     check(most >= N, f"N is {N}, but E={E}, W={W}, D={D} give {most} nodes to choose from; choose N <= {most}")

@@ -57,6 +57,14 @@ def table(rows: Sequence[Mapping], digits: int = 1, form: str = MARKDOWN, words:
     return tabulate(cells, head, form, disable_numparse=True, colalign=sides)
 
 
+def tokens_per_step(accepted: int, steps: int) -> float | None:
+    """Tau: tokens that a verification yields, the accepted drafts and one of the base's own; None without verifications.
+
+    Not what is written of them: an end token is not, nor what stands behind it, and its verification was one like the others.
+    """
+    return (steps + accepted) / steps if steps else None
+
+
 def _argv() -> list[str]:
     if sys.argv[0].startswith(f"{PROGRAM} "):
         return [*sys.argv[0].split(), *sys.argv[1:]]

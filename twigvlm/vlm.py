@@ -336,7 +336,7 @@ class TwigVLM:
             return plan_for(pruning, None, self.config.V, TwigConfig(L=10**6), query)  # checks the names
         config = self.twig.config if self.twig else self._fallback or TwigConfig(self.config.L, DEFAULT_K, DEFAULT_T)
         plan = plan_for(pruning, retained, self.config.V, config, query, self.base_name)
-        calibrated.check(find_method(pruning, query), retained, self.trunk, self.base_name)
+        calibrated.check(find_method(pruning, query), retained, self.trunk, self.base_name, self.twig)
         if self.twig is None and plan.needs_twig:
             lacks = "needs a twig, and none is loaded; give one, another method, or retained_tokens=None"
             raise InputError(f"pruning {pruning!r} {lacks}")

@@ -433,6 +433,22 @@ def test_the_figures_of_a_tree():
     assert vlm.generate(**one(vlm, 3, IMAGE, 4), draft_length=0).stats.hit_rates == []
 
 
+@settings(max_examples=25)
+@given(cases(), st.booleans())
+def test_a_verification_yields_its_own_token_and_what_it_accepts(case, branches):
+    """Whether or not an end token is among what it yields: that is not written, and plain decoding is no slower for it."""
+    drafts = {"tree": (3, 2, 4, 8)} if branches else case.speculation
+    arguments = {**batch(*case.prompts()), "max_new_tokens": case.new}
+    arguments["eos_token_id"] = [] if case.ending is None else ending(case)
+    assert case.vlm.generate(**arguments, draft_length=0).stats.tokens_per_step == 1
+    out = case.vlm.generate(**arguments, **drafts)
+    rounds = [step for row in out.steps for step in row]
+    yielded = sum(step.accepted + 1 for step in rounds)
+    assert out.stats.tokens_per_step == pytest.approx(yielded / len(rounds)) and out.stats.tokens_per_step >= 1
+    # the end token, and the base's own behind one that was drafted
+    assert 0 <= yielded - out.stats.new_tokens <= (0 if case.ending is None else 2 * len(out.steps))
+
+
 def _goes_on(step, depth: int) -> bool:
     path = [-1, *_path(step)]
     return len(path) > depth and path[depth] in step.parents
@@ -629,12 +645,20 @@ def test_a_round_with_a_tree_reads_the_device_once(processors, monkeypatch):
         ("2,2,9,8", ["D is 9"]),
         ("1,2,3,3", ["W is 2", "E=1", "W=1"]),
         ("20,20,20,400", ["N is 400", "256"]),
+        *((given, [repr(given), "four whole numbers E,W,D,N"]) for given in (5, 5.0, True, {3, 2, 4, 8})),
     ],
 )
 def test_bad_shapes_are_refused(given, words):
     with pytest.raises(InputError) as error:
         GenerationSettings(tree=given)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_no_more_nodes_are_advised_than_there_can_be():
+    with pytest.raises(InputError, match=r"E is 900, .* choose E <= 250$"):
+        GenerationSettings(tree="900,1,1,250")
+    with pytest.raises(InputError, match=r"choose E <= 250 or N >= 256$"):
+        GenerationSettings(tree="256,1,1,250")
 
 
 def test_a_tree_and_a_chain_are_one_too_many():

@@ -19,10 +19,10 @@ from twigvlm.evaluation.asking.ask import Ready
 from twigvlm.evaluation.asking.calibration import ensure, entering, fit, solve, wanting
 from twigvlm.evaluation.asking.costs import spread
 from twigvlm.evaluation.asking.setting import Setting
-from twigvlm.model.twig import signature
+from twigvlm.model.twig import score_signature, signature
 from twigvlm.pruning import Shape, calibrated, find_method, plan_for
 
-ADAPTIVE = ["mustdrop", "occamtoken", "sparsevlm:version=1.0"]
+ADAPTIVE = ["mustdrop", "occamtoken", "sparsevlm:version=1.0", "twig-adaptive"]
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +179,40 @@ def test_a_calibration_of_other_weights_of_that_name():
     ):
         vlm.generate(**ask)
     vlm.generate(**ask | {"pruning": "occamtoken:first=1,second=1"})
+
+
+def test_a_calibration_with_another_twig_of_that_base():
+    """A twig scores in its own way, and with a pruning head in another: thresholds are not another's."""
+    plain, other, head = tiny(side=84), tiny(side=84, noise=0.3), tiny(side=84, pruning_head="identity")
+    for vlm in (other, head):
+        torch.testing.assert_close(signature(vlm.trunk), signature(plain.trunk))
+    shape = {letter: getattr(plain.config, letter) for letter in "LVKF"}
+    ask = {"retained_tokens": 12, "max_new_tokens": 1}
+    for made, strangers in ((plain, (other, head)), (head, (plain,))):
+        mine = score_signature(made.twig)
+        keep(find_method("twig-adaptive"), 12, plain.base_name, twig_signature=mine, **shape)
+        keep(find_method("occamtoken"), 12, plain.base_name, **shape)
+        made.generate(**one(made, 5, IMAGE, 7), pruning="twig-adaptive", **ask)
+        for vlm in strangers:
+            with pytest.raises(
+                InputError, match=r"twig-adaptive-R12\.json was made with another twig .*calibrate anew"
+            ):
+                vlm.generate(**one(vlm, 5, IMAGE, 7), pruning="twig-adaptive", **ask)
+            vlm.generate(**one(vlm, 5, IMAGE, 7), pruning="twig-adaptive:mass=0.5", **ask)
+            vlm.generate(**one(vlm, 5, IMAGE, 7), pruning="occamtoken", **ask)
+
+
+@pytest.mark.parametrize("letters", [{"K": 1}, {"F": 5}])
+def test_a_calibration_with_a_twig_elsewhere(letters):
+    """Where the image is cut and wiped says how many tokens R is; other methods ask neither."""
+    known = {"K": 2, "F": 4}
+    for spec in ("twig-adaptive", "mustdrop"):
+        keep(find_method(spec), 9, **known)
+    shape = Shape(6, 16, **known | letters, base="tiny")
+    ((letter, value),) = letters.items()
+    with pytest.raises(InputError, match=f"was made for {letter} = {known[letter]}, and here it is {value}"):
+        calibrated.settled(find_method("twig-adaptive"), 9.0, shape)
+    assert calibrated.settled(find_method("mustdrop"), 9.0, shape).threshold == 1.0
 
 
 def test_a_calibration_of_another_shape():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..pruning import find_method
+from ..record import tokens_per_step
 from .drafting import hit_rates
 from .loop import Decoder, Step
 
@@ -42,7 +43,7 @@ class Stats:
     accepted: int
     acceptance: float | None  # accepted / drafted; None without drafts
     draft_shape: str  # none, chain or tree E,W,D,N, and why where it is not the one asked for
-    tokens_per_step: float  # tau: what a verification writes, its own token included
+    tokens_per_step: float  # tau: what a verification yields, its own token included; 1 without drafts
     hit_rates: list[
         float
     ]  # by depth: how often a drafted token (or one of several) was right where those before it were
@@ -90,7 +91,7 @@ def measure(
         accepted=accepted,
         acceptance=accepted / drafted if drafted else None,
         draft_shape=drafts,
-        tokens_per_step=new / len(steps),
+        tokens_per_step=tokens_per_step(accepted, len(steps)),
         hit_rates=hit_rates(steps),
         visual_tokens=visual,
         visual_kept=sum(map(len, kept)) if kept is not None else visual,

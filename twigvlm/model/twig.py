@@ -229,14 +229,29 @@ def write_twig(folder: Path, state: dict[str, torch.Tensor], facts: dict) -> Non
 
 def signature(trunk: Trunk) -> list[float]:
     """A few weights of the base, by which a twig knows it again under any name, layout or dtype, rounded or not."""
-    projection = trunk.layers[0].self_attn.q_proj
-    return projection.sample if isinstance(projection, PackedLinear) else sample(projection.weight)
+    return _sample(trunk.layers[0].self_attn.q_proj)
+
+
+def score_signature(twig: Twig) -> list[float]:
+    """A few weights of what scores visual tokens: the last layer's query projection, and the pruning head's gates."""
+    head = twig.pruning_head
+    linears = [twig.layers[-1].self_attn.q_proj, *((head.q_gate, head.k_gate) if head is not None else ())]
+    return [number for linear in linears for number in _sample(linear)]
+
+
+def _sample(linear: nn.Module) -> list[float]:
+    return linear.sample if isinstance(linear, PackedLinear) else sample(linear.weight)
 
 
 def recognised(known: Sequence[float], trunk: Trunk) -> bool:
-    """Whether a signature is this base's, whatever dtype either was in. What is no list of numbers is nobody's."""
+    """Whether a signature is this base's."""
+    return alike(known, signature(trunk))
+
+
+def alike(known: Sequence[float], found: Sequence[float]) -> bool:
+    """Whether two signatures are of the same weights, whatever dtype either was in. What is no list of numbers is nobody's."""
     try:
-        theirs, own = (torch.tensor(numbers, dtype=torch.float64) for numbers in (known, signature(trunk)))
+        theirs, own = (torch.tensor(numbers, dtype=torch.float64) for numbers in (known, found))
     except (TypeError, ValueError, RuntimeError, OverflowError):
         return False
     return theirs.shape == own.shape and torch.allclose(theirs, own, rtol=0.02, atol=1e-4)

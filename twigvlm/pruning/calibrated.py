@@ -16,7 +16,7 @@ from typing import Any
 from ..errors import InputError
 from ..files import home
 from ..model.trunk import Trunk
-from ..model.twig import recognised
+from ..model.twig import Twig, alike, score_signature, signature
 from .plan import Method, Shape
 
 FOLDER = home() / "calibrations"
@@ -41,8 +41,8 @@ def settled(method: Method, R: float, shape: Shape) -> Method:
             f"-R {float(R):g}{base} finds them (--calibrate N does so before a run), or give {names}"
         )
     file, facts = found
-    for letter in ("L", "V"):
-        if facts[letter] != getattr(shape, letter):
+    for letter in "LVKF" if method.needs == "twig" else "LV":
+        if facts.get(letter, getattr(shape, letter)) != getattr(shape, letter):
             raise InputError(
                 f"{file} was made for {letter} = {facts[letter]}, and here it is {getattr(shape, letter)}; "
                 f"give {method.name} its thresholds by hand"
@@ -60,15 +60,23 @@ def stored(method: Method, R: float, base: str) -> tuple[Path, dict[str, Any]] |
     return (file, facts) if facts is not None and facts.get("base", base) == base else None
 
 
-def check(method: Method, R: float, trunk: Trunk, base: str) -> None:
-    """Raises InputError where the thresholds that the method would take were fitted on other weights than the trunk's."""
+def check(method: Method, R: float, trunk: Trunk, base: str, twig: Twig | None = None) -> None:
+    """Raises InputError where the thresholds that the method would take were fitted on other weights than the trunk's.
+
+    Or, where the method asks the twig, with another twig than this one: each scores in its own way.
+    """
     found = stored(method, float(R), base) if missing(method) else None
-    known = found[1].get("base_signature") if found is not None else None
-    if known is not None and not recognised(known, trunk):
-        raise InputError(
-            f"{found[0]} was made on other weights than these of {base}; delete it and calibrate anew "
-            f"(python -m twigvlm.evaluation.calibrate --pruning {words(method)} -R {float(R):g})"
-        )
+    if found is None:
+        return
+    own = {"base_signature": (signature(trunk), f"on other weights than these of {base}")}
+    if method.needs == "twig" and twig is not None:
+        own["twig_signature"] = score_signature(twig), "with another twig than this one, whose scores are others"
+    for name, (mine, what) in own.items():
+        if name in found[1] and not alike(found[1][name], mine):
+            raise InputError(
+                f"{found[0]} was made {what}; delete it and calibrate anew "
+                f"(python -m twigvlm.evaluation.calibrate --pruning {words(method)} -R {float(R):g})"
+            )
 
 
 def file_of(method: Method, R: float, base: str) -> Path:
@@ -92,7 +100,8 @@ def usual(method: Method) -> Mapping[str, Any]:
 def _read(file: Path, _changed: int) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
-        values = [facts["L"], facts["V"], *facts["thresholds"].values(), *facts.get("base_signature", [])]
+        values = [facts["L"], facts["V"], *facts["thresholds"].values()]
+        values += [*facts.get("base_signature", []), *facts.get("twig_signature", [])]
         if not all(isinstance(v, (int, float)) for v in values):
             raise ValueError("numbers are expected")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:

@@ -28,6 +28,14 @@ from .grown import finished, kept, trained
 from .measure import interval, relative
 from .quiz import Setting, descriptions, percent, relative_speed, short_answers
 
+DRAFTS = ("acceptance", "tau", "speed")
+PANELS = {
+    "RelAcc": "RelAcc (%)",
+    "descriptions": "right descriptions (%)",
+    "acceptance": "drafts accepted (%)",
+    "tau": "tau, tokens a verification",
+    "speed": "speed (% of plain decoding)",
+}
 TIMED = 9  # descriptions whose speed is measured
 STAGE_2 = ("--stage", "2")
 STAGE_2_SHARE = 0.25
@@ -58,10 +66,10 @@ ON_TWIG, BEHIND = "stage 2 on the twig", (*STAGE_2, "--head-init", "identity")  
 RECIPES = (
     Recipe("twig"),
     Recipe("stage 1", ("--stage", "1")),
-    Recipe("stage 2, dynamic", STAGE_2, "stage 1"),
     Recipe("stage 2, static R=192", (*STAGE_2, "--budget", "192"), "stage 1"),
     Recipe("stage 2, static R=128", (*STAGE_2, "--budget", "128"), "stage 1"),
     Recipe("stage 2, static R=64", (*STAGE_2, "--budget", "64"), "stage 1"),
+    Recipe("stage 2, dynamic", STAGE_2, "stage 1"),
     Recipe("stage 1, identity", ("--stage", "1", "--head-init", "identity"), options=True),
     Recipe("stage 1, hybrid loss", ("--stage", "1", "--prediction-loss", "hybrid"), options=True),
     Recipe("stage 1, pruned teacher", ("--stage", "1", "--teacher", "pruned"), options=True),
@@ -176,8 +184,25 @@ def row(name: str, R: float | None, found: dict, base: dict, scenes: Sequence[Sc
     }  # fmt: skip
 
 
+def side_by_side(rows: Sequence[dict]) -> str:
+    """A line a twig, as in the paper's table 5: accuracy at every R, and what drafts give at the smallest one."""
+    budgets = sorted({row["R"] for row in rows if row["R"] is not None}, reverse=True)
+    asked = {(row["twig"], row["R"]): row for row in rows}
+
+    def line(name: str) -> dict:
+        at = {R: asked.get((name, R), {}) for R in budgets}
+        found = {"twig": name} | {
+            f"{head} R={R:g}": row.get(what)
+            for what, head in (("RelAcc", "RelAcc"), ("descriptions", "right descriptions"))
+            for R, row in at.items()
+        }
+        return found | {f"{what} R={R:g}": at[R].get(what) for what in DRAFTS for R in budgets[-1:]}
+
+    return table([line(name) for name in dict.fromkeys(row["twig"] for row in rows)])
+
+
 def shown(result: dict) -> str:
-    """The table as people read it."""
+    """All that was measured, as people read it."""
 
     def cell(value):
         return " to ".join(f"{v:.1f}" for v in value) if isinstance(value, list) else value
@@ -187,22 +212,37 @@ def shown(result: dict) -> str:
 
 
 def plot(rows: Sequence[dict], path: Path) -> None:
-    """RelAcc and right descriptions against R, a line a twig."""
+    """RelAcc and right descriptions with their intervals, acceptance, tau and speed against R, a line a twig."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for axes, what in zip(panels, ("RelAcc", "descriptions"), strict=True):
+    figure, panels = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
+    *panels, corner = panels.flat
+    for axes, (what, label) in zip(panels, PANELS.items(), strict=True):
         for name in dict.fromkeys(row["twig"] for row in rows):
-            mine = [row for row in rows if row["twig"] == name and row["R"] is not None]
-            values = [row[what] for row in mine]
-            ends = [[abs(v - row[f"{what}, 95 %"][i]) for v, row in zip(values, mine, strict=True)] for i in (0, 1)]
-            axes.errorbar([row["R"] for row in mine], values, ends, marker="o", capsize=2, label=name)
-        axes.set(xlabel="R, average visual tokens per layer", ylabel=f"{what} (%)")
+            mine = [row for row in rows if row["twig"] == name and None not in (row["R"], row[what])]
+            axes.errorbar(
+                [row["R"] for row in mine],
+                [row[what] for row in mine],
+                _ends(mine, what),
+                marker="o",
+                capsize=2,
+                label=name,
+            )
+        axes.set(xlabel="R, average visual tokens per layer", ylabel=label)
         axes.grid(alpha=0.3)
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="outside lower center", ncols=3)
+    corner.axis("off")
+    corner.legend(*panels[0].get_legend_handles_labels(), fontsize="small", loc="center")
     with replacing(path) as part:
         figure.savefig(part, dpi=130)
     plt.close(figure)
+
+
+def _ends(rows: Sequence[dict], what: str) -> list[list[float]] | None:
+    """How far the 95 % interval reaches below and above each figure; None for figures without one."""
+    between = f"{what}, 95 %"
+    if not all(between in row for row in rows):
+        return None
+    return [[abs(row[what] - row[between][i]) for row in rows] for i in (0, 1)]

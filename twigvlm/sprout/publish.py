@@ -366,8 +366,9 @@ def _stages(results: Path) -> str:
         found = json.loads(file.read_text(encoding="utf-8"))
         parts.append(
             f"`{_command(found)}`\n({found['questions']} questions, {found['descriptions']} descriptions, "
-            f"[JSON](benchmarks/results/{file.name})):\n\n{plus.shown(found)}\n\n"
-            f"![RelAcc and right descriptions against R](benchmarks/results/{file.stem}.png)"
+            f"[JSON](benchmarks/results/{file.name})):\n\n{plus.side_by_side(found['rows'])}\n\n"
+            f"All that was measured, at every R:\n\n{plus.shown(found)}\n\n"
+            f"![Accuracy, drafts and speed against R](benchmarks/results/{file.stem}.png)"
         )
     return "\n\n".join(parts)
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 import twigvlm
 
 from ..prompt.template import decode
+from ..record import tokens_per_step
 from ..world.draw import draw
 from ..world.questions import KINDS, Question, ask, describe
 from ..world.scenes import Scene, sample_scene
@@ -89,19 +90,19 @@ class Told:
     objects: list[bool]
     exact: list[bool]
     acceptance: float | None  # percent
-    tau: float  # tokens a verification
+    tau: float  # tokens that a verification yields
 
 
 def descriptions(vlm: twigvlm.TwigVLM, scenes: Sequence[Scene], setting: Setting) -> Told:
-    objects, exact, drafted, accepted, written, steps = [], [], 0, 0, 0, 0
+    objects, exact, drafted, accepted, steps = [], [], 0, 0, 0
     for scene in tqdm(scenes, desc=f"describe, {setting.name}", leave=False):
         out = _described(vlm, scene, setting)
         text, truth = decode(vlm.tokenizer, out.tokens[0]).strip(), describe(scene)
         objects.append(sorted(SENTENCE.findall(text)) == sorted(SENTENCE.findall(truth)))
         exact.append(text == truth)
         drafted, accepted = drafted + out.stats.drafted, accepted + out.stats.accepted
-        written, steps = written + out.stats.new_tokens, steps + len(out.steps[0])
-    return Told(objects, exact, 100 * accepted / drafted if drafted else None, written / steps)
+        steps += out.stats.steps
+    return Told(objects, exact, 100 * accepted / drafted if drafted else None, tokens_per_step(accepted, steps))
 
 
 def relative_speed(vlm: twigvlm.TwigVLM, scenes: Sequence[Scene], setting: Setting) -> float:

@@ -28,7 +28,8 @@ from .quiz import Setting, descriptions, percent, quiz, short_answers
 
 BUDGETS = (192, 128, 64)
 METHODS = ("twig", "twig-discount", "layer-attention", "random")
-DESCRIBED = ("twig", "twig-discount")  # methods that are asked for descriptions as well, as the unpruned base is
+# methods that are asked for descriptions as well, as the unpruned base is
+DESCRIBED = ("twig", "twig-discount", "twig-adaptive")
 HIDDEN = ("pruning", "R", "questions", "descriptions", "intervals")  # of a row, in tables
 
 
@@ -132,7 +133,7 @@ def print_plus(args: argparse.Namespace, start: float) -> None:
     result = provenance() | {"seconds": round(time.monotonic() - start)} | result
     write_json(result, args.out / "plus.json")
     plus.plot(result["rows"], args.out / "plus.png")
-    print(plus.shown(result))
+    print(plus.side_by_side(result["rows"]), plus.shown(result), sep="\n\n")
     print(f"{result['questions']} questions, {result['descriptions']} descriptions; {args.out}/plus.json, .png")
 
 
@@ -218,7 +219,9 @@ def budgets(text: str) -> tuple[float, ...]:
     try:
         found = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise InputError(f"--budgets is {text!r}; numbers with commas between are needed") from None
+        found = []
+    if not found:
+        raise InputError(f"--budgets is {text!r}; numbers with commas between are needed")
     return tuple(int(R) if R.is_integer() else R for R in found)
 
 

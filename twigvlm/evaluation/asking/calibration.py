@@ -55,7 +55,7 @@ def wanting(job: Job):
 
 def calibrate(job: Job, count: int) -> tuple[dict[str, Any], Any]:
     """Fit the job's method to its R on `count` of its questions; what is kept of it, and the file."""
-    from ...model.twig import signature
+    from ...model.twig import score_signature, signature
     from ...pruning import Shape, find_method
     from ...pruning.calibrated import file_of, missing, words
     from ...record import provenance
@@ -87,6 +87,8 @@ def calibrate(job: Job, count: int) -> tuple[dict[str, Any], Any]:
         "sample": {"task": job.task.name, "split": job.split, "questions": len(questions), "digest": digest(questions)},
         "measured": spread(rows), "made": provenance(),
     }  # fmt: skip
+    if method.needs == "twig":
+        facts["twig_signature"] = score_signature(vlm.twig)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(facts, file)
     return facts, file

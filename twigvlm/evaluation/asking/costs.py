@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...record import tokens_per_step
 from .answers import FIGURES, read_lines
 
 SUMMED = ("tokens", "late_tokens", "drafted", "accepted", "steps", "prefill_seconds", "decode_seconds")
@@ -48,7 +49,7 @@ def summary(folder: Path, asked: Sequence[str]) -> dict[str, Any]:
         "accepted": total["accepted"],
         "steps": total["steps"],
         "acceptance": _ratio(total["accepted"], total["drafted"]),
-        "tokens_per_step": _ratio(total["tokens"], total["steps"]),
+        "tokens_per_step": tokens_per_step(total["accepted"], total["steps"]),
         "images": images,
         "visual_measured": _weighted(batches, "visual_measured", lambda b: b["images"]),
         "visual_authors": _weighted(

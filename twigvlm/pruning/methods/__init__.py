@@ -23,6 +23,7 @@ from .tome import ToMe
 from .tops import TOPS
 from .trevs import TReVS
 from .twig import Twig
+from .twig_adaptive import TwigAdaptive
 from .twig_discount import TwigDiscount
 from .uniform import Uniform
 from .visionzip import VisionZip
@@ -53,6 +54,7 @@ METHODS: dict[str, type[Method]] = {
         TReVS,
         OccamToken,
         TwigDiscount,
+        TwigAdaptive,
         LayerAttention,
         Downsample,
         Uniform,
