@@ -82,7 +82,7 @@ base = LlavaForConditionalGeneration.from_pretrained("checkpoints/sprout-base")
     "twig": """# sprout's twig (K=2, T=3, F=24)
 
 Three decoder layers, a norm and a head on layer 2 of sprout, trained by next-token cross-entropy on the answers with the base frozen
-(TwigVLM, arXiv 2503.14075, section 3.1). `twigvlm.load()` uses it with the embedded base.
+(TwigVLM, arXiv 2503.14075, section 3.1), stored in half precision. `twigvlm.load()` uses it with the embedded base.
 """,
     "plus": """# sprout's twig with a pruning head (K=2, T=3, F=24)
 
@@ -238,6 +238,7 @@ def refresh(results: Path, root: Path = ROOT) -> None:
     details = root / "docs" / "results.md"
     _between_marks(details, _from_docs(_quality(results), _benchmarks(results), _speed(results)))
     _between_marks(details, _from_docs(_stages(results)), "stages")
+    _between_marks(details, _from_docs(_ablations(results)), "ablations")
     refresh_methods(results, root)
 
 
@@ -371,6 +372,19 @@ def _stages(results: Path) -> str:
             f"![Accuracy, drafts and speed against R](benchmarks/results/{file.stem}.png)"
         )
     return "\n\n".join(parts)
+
+
+def _ablations(results: Path) -> str:
+    """The paper's ablations, and where sprout's best is the paper's."""
+    from . import plus
+
+    found = json.loads((results / "ablations.json").read_text(encoding="utf-8"))
+    remarks = "\n".join(f"- {remark}" for remark in found["comments"])
+    return (
+        f"`{_command(found)}`\n({found['questions']} questions, {found['descriptions']} descriptions, R = {found['R']}, "
+        f"{found['settings']['steps']} steps a twig, [JSON](benchmarks/results/ablations.json)):\n\n{plus.shown(found)}\n\n{remarks}\n\n"
+        "![The paper's ablations on sprout](benchmarks/results/ablations.png)"
+    )
 
 
 def _benchmarks(results: Path) -> str:
