@@ -388,6 +388,7 @@ def test_shards_answer_and_the_launcher_makes_the_table(comparer):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # the pages' own command runs it as well
 def test_the_script(model, data, tmp_path):
     out = script(
         "compare", "--methods", "fastv", "-R", "2", "--benchmarks", "gqa", "--limit", "4", "--out", str(tmp_path / "out"),
