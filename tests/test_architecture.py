@@ -219,6 +219,11 @@ def test_a_circle_would_be_found():
     assert "twigvlm.model.cache" in edges()["twigvlm.model.trunk"], "relative imports are resolved"
 
 
+def test_what_runs_beside_a_type_checkers_imports_is_seen():
+    code = "if TYPE_CHECKING:\n    import torch\nelse:\n    import numpy\n"
+    assert list(imports("twigvlm.a", Path("a.py"), ast.parse(code))) == ["numpy"]
+
+
 def test_tasks_need_the_standard_library_only():
     """With all that they import of ours, and with the packages that they lie in."""
     graph, todo, reached = edges(), [name for name in trees() if name.startswith(TASKS)], set()

@@ -141,7 +141,7 @@ def card(kind: str, run: Path, report: dict) -> str:
 def _figures(report: dict) -> list[str]:
     return [
         "\n## Figures\n",
-        f"{_asked_by(report)} on the test split, {report['rows'][0]['questions']} questions (percent):\n",
+        f"`{_command(report)}` on the test split, {report['rows'][0]['questions']} questions (percent):\n",
         table([{k: v for k, v in row.items() if k not in HIDDEN} for row in report["rows"]]),
     ]
 
@@ -297,11 +297,6 @@ def _command(facts: dict) -> str:
     return shlex.join(word for i, word in enumerate(words) if i not in places and i - 1 not in places)
 
 
-def _asked_by(report: dict) -> str:
-    """The report's command, and that of rows which were measured later."""
-    return " and ".join(f"`{command}`" for command in filter(None, (_command(report), report.get("also"))))
-
-
 def _report(results: Path) -> dict:
     return json.loads((results / "sprout_report.json").read_text())
 
@@ -334,7 +329,7 @@ def _quality(results: Path) -> str:
     ]
     kinds = ", ".join(f"{kind} {base[kind]:.0f}" for kind in KINDS)
     return (
-        f"Quality of the embedded model on its test split: {_asked_by(report)}\n({base['questions']} questions, "
+        f"Quality of the embedded model on its test split: `{_command(report)}`\n({base['questions']} questions, "
         f"{base['descriptions']} descriptions, [JSON](benchmarks/results/sprout_report.json)):\n\n{table(rows)}\n\n"
         f"![Accuracy against R](benchmarks/results/sprout_report.png)\n\nThe base by kind of question (%): {kinds}."
     )

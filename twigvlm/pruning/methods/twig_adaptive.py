@@ -7,14 +7,13 @@ is met on average. Cuts are the twig's: before layer K, and before layer F the i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ...errors import InputError
-from ..budget import kept_tokens
 from ..calibrated import settled
 from ..plan import Plan, Shape
-from ..rule import Probe, Rule, Seen, Selection, Wipe, highest
+from ..rule import Probe, Rule, Seen, Selection, highest
 from .twig import Twig
 
 AROUND = 4  # a picture gets between a quarter and four times of what all get on average
@@ -62,7 +61,9 @@ class TwigAdaptive(Twig):
         return ("mass",)
 
     def plan(self, R: float, shape: Shape) -> Plan:
-        r = kept_tokens(R, shape.L, shape.V, shape.K, shape.F)
+        plan = super().plan(R, shape)
+        (before, keep), *wipe = plan.stages
+        r = keep.r
         low = min(r, max(1, r // AROUND)) if self.least is None else self.least
         high = min(shape.V, AROUND * r) if self.most is None else self.most
         if not 0 <= low <= r <= high <= shape.V:
@@ -70,6 +71,5 @@ class TwigAdaptive(Twig):
                 f"twig-adaptive keeps {r} tokens an image on average at R = {float(R):g}, and least={low}, most={high} do not go around "
                 f"it; 0 <= least <= {r} <= most <= V={shape.V} is needed"
             )
-        wipe = ((shape.F, Wipe()),) if shape.F < shape.L else ()
-        mass = settled(self, R, shape).mass
-        return Plan(((shape.K, Gathered(mass, low, high, shape.V, self.probe(shape))), *wipe))
+        gathered = Gathered(settled(self, R, shape).mass, low, high, keep.V, keep.probe)
+        return replace(plan, stages=((before, gathered), *wipe))
