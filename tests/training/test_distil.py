@@ -444,6 +444,8 @@ def test_it_starts_from_a_plain_twig_and_from_one_with_a_head(world, run, tmp_pa
     assert code == 0, said
     before, after = twig_of(tmp_path / "plain"), twig_of(tmp_path / "identity")
     assert all((after[k] - v).abs().max() < 1e-6 for k, v in before.items()) and len(after) == len(before) + 2
+    code, said = run("exported", *one, "--init", str(tmp_path / "identity"), "--export-release", "x.safetensors")
+    assert code == 2 and "its pruning head began as the identity" in said, said
     code, said = run("again", *one, "--init", str(tmp_path / "identity"))
     assert code == 0, said
     facts = json.loads((tmp_path / "again/twig_config.json").read_text())

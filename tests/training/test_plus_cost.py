@@ -47,6 +47,19 @@ def test_the_plans_of_7b(capsys):
     assert "teacher" in planned(capsys, "--stage", "2", "--attention-weight", "1")["flops_per_sample"]
 
 
+def test_stage_2_counts_samples_with_pictures(tmp_path, capsys):
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    file = tmp_path / "data.json"
+    file.write_text(
+        json.dumps([{"conversations": said}, *({"conversations": said, k: "x"} for k in ("image", "images"))])
+    )
+    samples = [planned(capsys, "--data", str(file), "--stage", stage)["samples"] for stage in ("0", "1", "2")]
+    assert samples == [3, 3, 2]
+    file.write_text(json.dumps([{"conversations": said}]))
+    assert train.main([*SEVEN_B, "--data", str(file), "--stage", "2"]) == 2
+    assert "none of 1 samples has a picture" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     model = tiny_model(

@@ -87,11 +87,6 @@ class Answer:
     limited: bool = False  # ended by max_new_tokens or by the context
     scores: torch.Tensor | None = None  # of the visual tokens, where `traced` was asked for and a probe gave some
 
-    @property
-    def first_token_seconds(self) -> float | None:
-        """From the ask, waiting included."""
-        return self.times[0] - self.asked if self.times else None
-
 
 class Ticket:
     """An ask on its way."""

@@ -232,10 +232,7 @@ def make_plan(settings: Settings, devices: int | None = None, samples: int | Non
     zero = settings.zero_config(kind, devices)
     stage = _stage(settings, zero)
     rows, accumulation = split_batch(settings.batch_size, devices, settings.per_device_batch, ROWS_PER_DEVICE[kind])
-    if samples is None:
-        samples = (
-            len(Records(settings.data)) if settings.data else DRAWN_SAMPLES["train"] if settings.embedded else MIX665K
-        )
+    samples = _samples(settings) if samples is None else samples
     steps = settings.max_steps or -(-round(settings.epochs * samples) // settings.batch_size)
     tokens, answers = min(settings.max_length, counts.visual + TEXT), ANSWERS
     longest = settings.max_length
@@ -291,6 +288,24 @@ def _work(counts: Counts, settings: Settings, tokens: int, answers: int) -> dict
         work["twig"] //= 3 + settings.gradient_checkpointing if settings.stage == 2 else 1  # forward alone
         work |= stage_flops(staged(counts, settings), settings, tokens, answers)
     return work
+
+
+def _samples(settings: Settings) -> int:
+    """Of the data that these settings name; in stage 2 of those with pictures, the only ones that it is about.
+
+    Raises InputError where a file has none.
+    """
+    if not settings.data:
+        return DRAWN_SAMPLES["train"] if settings.embedded else MIX665K
+    records = Records(settings.data)
+    if settings.stage < 2:
+        return len(records)
+    shown = sum(isinstance(one, dict) and bool(one.get("image") or one.get("images")) for one in records)
+    if not shown:
+        raise InputError(
+            f"{settings.data}: none of {len(records):,} samples has a picture; stage 2 is about nothing else"
+        )
+    return shown
 
 
 def _answering(counts: Counts, settings: Settings, samples: int, answers: int) -> dict:

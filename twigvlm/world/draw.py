@@ -139,7 +139,3 @@ def patch_labels(scene: Scene) -> np.ndarray:
         x0, y0, x1, y1 = _word_box(scene)
         labels[rows(y0, y1), rows(x0, x1)] = (0, 0, 0, 1 + WORDS.index(scene.word), 0)
     return labels
-
-
-def _patch(x: float, y: float) -> int:
-    return int(y) // PATCH * (IMAGE_SIZE // PATCH) + int(x) // PATCH

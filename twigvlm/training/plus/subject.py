@@ -70,6 +70,7 @@ class DistilSubject(TwigSubject):
         return super().identity(settings) | stage_identity(settings)
 
     def prepare(self, one: Run) -> Prepared:
+        check_head_export(one.settings)
         prepared = super().prepare(one)
         teacher_layer(self.objective.layer, prepared.twig.config.K, prepared.base.L)
         return prepared
@@ -127,6 +128,7 @@ class PolicySubject(TwigSubject):
     def prepare(self, one: Run) -> PreparedHead:
         settings = one.settings
         check_stage_2(settings)
+        check_head_export(settings)
         found = super().prepare(one)
         twig, base = found.twig, found.base
         teacher_layer(self.objective.layer, twig.config.K, base.L)
@@ -166,9 +168,13 @@ def check_stage_2(settings: Settings) -> None:
     said = f"init is {settings.init!r}; stage 2 starts from a twig with a pruning head: train one with --stage 1 and give its folder or file"
     if settings.init in INITS or not Path(settings.init).exists():
         raise InputError(said)
-    if not (start := start_of(settings).pruning_head):
+    if not start_of(settings).pruning_head:
         raise InputError(f"{said}, or let the head begin as this twig's own attention (--head-init identity)")
-    if settings.export_release and start == "identity":
+
+
+def check_head_export(settings: Settings) -> None:
+    """Raises InputError for --export-release of a head that the authors' format does not know, or no head that can be."""
+    if start_of(settings).pruning_head == "identity" and settings.export_release:
         raise InputError(
             f"{settings.init}: its pruning head began as the identity, which the authors' format does not know: leave "
             "--export-release out"
@@ -179,7 +185,8 @@ def foresee_stage(settings: Settings, letters: TwigConfig, V: int) -> None:
     """Raises InputError for what cannot be, from descriptions alone: `letters` of the base, V visual tokens an image."""
     if settings.stage:
         teacher_layer(settings.attention_layer, letters.K, letters.L)
-        start_of(settings)
+        if settings.stage == 2:
+            check_stage_2(settings)
+        check_head_export(settings)
     if settings.stage == 2:
-        check_stage_2(settings)
         Budgets.of(replace(letters, F=start_of(settings).F or letters.F), entering(settings) or V, settings.budget)
