@@ -3,7 +3,7 @@
     python benchmarks/batch_unequal.py [--tree FOLDER] [--repeats 5]
 
 On the embedded model, with two threads. `--tree` measures the package of another checkout, of any age, on the same
-rows (made here, so that they are the same). Ends with one JSON line: seconds and tokens of every run, decoding alone, and the
+rows and weights (those of this one, so that they are the same). Ends with one JSON line: seconds and tokens of every run, decoding alone, and the
 CPU time of all of it, which is the better measure where others are at work.
 """
 
@@ -62,7 +62,8 @@ def measure(tree: Path, repeats: int) -> dict:
     import torch
 
     torch.set_num_threads(2)
-    vlm = twigvlm.load(device="cpu")
+    weights = HERE / "checkpoints"
+    vlm = twigvlm.load(weights / "sprout-base", weights / "sprout-twig-K2-T3", device="cpu")
     batch, runs = rows(vlm), {name: [] for name in METHODS}
     for turn in range(repeats + 1):
         for name, (R, length) in METHODS.items():

@@ -22,9 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {
     "torch's default": {},
     "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
-    "GOMP_SPINCOUNT=100": {"GOMP_SPINCOUNT": "100"},
-    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
-    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    **{f"GOMP_SPINCOUNT={n}": {"GOMP_SPINCOUNT": str(n)} for n in (1000, 3000, 10_000, 30_000)},
 }
 
 

@@ -1,24 +1,27 @@
 """How torch's CPU threads wait for one another; and who else is at work. Standard library only.
 
 OpenMP's threads meet after every operation, some thousand times a second while a small model decodes. By default they
-spin until the others arrive, so that one busy core makes everything wait for a thread that is not running. Torch's
-wheels for Linux bring GNU's libgomp, whose GOMP_SPINCOUNT says after how many turns a thread goes to sleep; other
-libraries know the standard's OMP_WAIT_POLICY. Both are read when torch is loaded, never again. benchmarks/threads.py measures
-it, docs/LOG.md has figures.
+spin until the others arrive, so that one busy core makes everything wait for a thread that is not running; who sleeps
+too early must be woken, which costs a small model a fifth of its speed. Torch's wheels for Linux bring GNU's libgomp, whose
+GOMP_SPINCOUNT says after how many turns a thread goes to sleep; other libraries know the standard's OMP_WAIT_POLICY. Both
+are read when torch is loaded, never again. benchmarks/threads.py measures it, docs/LOG.md has figures.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import statistics
 import sys
+import time
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them is somebody's decision
-SPINS = "1000"
-STAT = Path("/proc/stat")
+QUIET, BUSY = "10000", "1000"  # turns, where every thread has a core and where not
+LOOKS, APART = 3, 0.005  # at who wants a core, and the seconds between them
+STAT, LOAD = Path("/proc/stat"), Path("/proc/loadavg")
 IDLE = (3, 4)  # places of "idle" and "iowait" in its first line
 GUESTS = 8  # from here on its figures are counted already
 
@@ -32,9 +35,26 @@ def settle(env: MutableMapping[str, str] = os.environ) -> None:
         return
     libraries = Path(found.submodule_search_locations[0]) / "lib"
     if any(libraries.glob("libgomp*")):
-        env["GOMP_SPINCOUNT"] = SPINS
+        env["GOMP_SPINCOUNT"] = BUSY if crowded() else QUIET
     else:
         env["OMP_WAIT_POLICY"] = "passive"
+
+
+def crowded() -> bool:
+    """Whether others leave this process fewer cores than it may use; also where nothing tells.
+
+    It counts threads that want a core now: an average over minutes would hold programs that have ended.
+    """
+    others = []
+    for look in range(LOOKS):
+        time.sleep(APART * (look > 0))
+        try:
+            others.append(int(LOAD.read_text().split()[3].split("/")[0]) - 1)  # all but the one that looks
+        except (OSError, ValueError, IndexError):
+            return True
+    cores = os.cpu_count() or 1
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+    return statistics.median(others) + own > cores
 
 
 @dataclass(frozen=True)

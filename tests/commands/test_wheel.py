@@ -143,7 +143,7 @@ def test_it_answers_scores_and_measures_alone(call):
     (call.work / "said.jsonl").write_text("".join(json.dumps({"question_id": i, "text": "yes"}) + "\n" for i in ids))
     again = call("score", "--task", "gqa", "--questions", str(questions), "--annotations", str(files / "data"), "--answers", "said.jsonl", "--json")  # fmt: skip
     assert again.returncode == 0, again.stderr
-    timed = call("speed", "--prompts", "1", "--repeats", "1", "--device", "cpu")
+    timed = call("speed", "--prompts", "1", "--repeats", "1", "--short", "--device", "cpu")
     assert timed.returncode == 0 and timed.stdout.strip(), timed.stderr
 
 
