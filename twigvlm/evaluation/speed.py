@@ -377,7 +377,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_speed(args: argparse.Namespace) -> None:
-    facts = measure(args)
+    tell(measure(args), args, show)
+
+
+def tell(facts: dict, args: argparse.Namespace, show: Callable[[dict], None]) -> None:
+    """Figures of a benchmark as its flags --out and --json want them, and a word where others disturbed it."""
     if args.out:
         write_json(facts, args.out)
     try:

@@ -125,23 +125,29 @@ class Rule(ABC):
 
 
 @dataclass(frozen=True)
-class Keep(Rule):
+class Share(Rule):
+    """Keeps `r` of `V` tokens an image, pooled over a row's images."""
+
+    r: int
+    V: int
+
+    def most(self, total: int) -> int:
+        return -(-self.r * total // self.V)
+
+
+@dataclass(frozen=True)
+class Keep(Share):
     """The `r` of `V` tokens an image that are scored highest, pooled over a row's images; ties go to the earlier.
 
     The score is the attention that `probe` sees, summed over its rows; without a probe, a random draw
     of the row's own seed.
     """
 
-    r: int
-    V: int
     probe: Probe | None = None
 
     @property
     def draws(self) -> bool:
         return self.probe is None
-
-    def most(self, total: int) -> int:
-        return -(-self.r * total // self.V)
 
     def __call__(self, seen: Seen) -> Selection:
         scores = seen.scores.sum(1) if self.probe is not None else drawn(seen)

@@ -248,26 +248,14 @@ def show(facts: dict) -> None:
 def run(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
-    from ..evaluation.speed import loaded
-    from ..files import write_json
-    from ..program import print_json
+    from ..evaluation.speed import tell
     from . import listen
 
     listen.need()
     check_flags(args)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    facts = measure(args)
-    if args.out:
-        write_json(facts, args.out)
-    try:
-        show(facts)
-        if args.out:
-            print(f"result: {args.out}")
-    finally:  # the figures are worth having without their table
-        print_json(facts, args.json)
-    if warning := loaded(facts):
-        print(warning, file=sys.stderr, flush=True)
+    tell(measure(args), args, show)
 
 
 def main(argv: list[str] | None = None) -> int:

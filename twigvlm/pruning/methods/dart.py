@@ -17,7 +17,7 @@ import torch
 
 from ..budget import within
 from ..plan import Plan, Shape
-from ..rule import Probe, Rule, Seen, Selection, highest
+from ..rule import Probe, Seen, Selection, Share, highest
 from ..select import cosine
 from .fastv import FastV
 
@@ -25,16 +25,14 @@ PIVOTS = 4  # of the image, and as many of the text
 
 
 @dataclass(frozen=True)
-class Spread(Rule):
+class Spread(Share):
     """Keeps `r` of `V` tokens an image; `even` gives all pivots the same quota, and what is over is not kept."""
 
-    r: int
-    V: int
     probe: Probe
     even: bool = False
 
     def most(self, total: int) -> int:
-        n = -(-self.r * total // self.V)
+        n = super().most(total)
         return min(PIVOTS + n // (2 * PIVOTS) * 2 * PIVOTS, total) if self.even else n
 
     def __call__(self, seen: Seen) -> Selection:

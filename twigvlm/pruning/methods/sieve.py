@@ -18,7 +18,7 @@ import torch
 
 from ..budget import counts, within
 from ..plan import Plan, Shape
-from ..rule import Probe, Rule, Seen, Selection
+from ..rule import Probe, Seen, Selection, Share
 from ..select import among, cosine, discounted
 from .fastv import FastV
 
@@ -63,15 +63,10 @@ def attended(rows: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Discounted(Rule):
-    """Keeps `r` of `V` tokens an image."""
+class Discounted(Share):
+    """Picks by attention and novelty; what is like a pick counts less from then on."""
 
-    r: int
-    V: int
     probe: Probe
-
-    def most(self, total: int) -> int:
-        return -(-self.r * total // self.V)
 
     def __call__(self, seen: Seen) -> Selection:
         real = seen.visual.real()

@@ -20,7 +20,7 @@ import torch
 from ..budget import PAPER_V, at_depth, counts, within
 from ..plan import Method, Plan, Shape
 from ..reducer import Attended, Tokens, View
-from ..rule import Probe, Rule, Seen, Selection
+from ..rule import Probe, Seen, Selection, Share
 from ..select import among, cosine
 
 CUTS = (12, 24)  # of 32
@@ -84,17 +84,10 @@ def rated(scores: torch.Tensor, asked: torch.Tensor, real: torch.Tensor) -> torc
 
 
 @dataclass(frozen=True)
-class Picked(Rule):
-    """`r` of `V` tokens an image."""
-
-    r: int
-    V: int
+class Picked(Share):
     coverage: float
     norm: Norm
     probe: Probe
-
-    def most(self, total: int) -> int:
-        return -(-self.r * total // self.V)
 
     def __call__(self, seen: Seen) -> Selection:
         real = seen.visual.real()

@@ -20,7 +20,7 @@ import torch
 from ..budget import at_depth, counts, within
 from ..plan import Method, Plan, Shape
 from ..reducer import Attended, Tokens, View
-from ..rule import Probe, Rule, Seen, Selection, highest
+from ..rule import Probe, Seen, Selection, Share, highest
 from ..select import cosine, farthest
 
 CUT = 9  # of 32
@@ -89,15 +89,10 @@ def varying(rows: torch.Tensor, asked: torch.Tensor, real: torch.Tensor) -> tupl
 
 
 @dataclass(frozen=True)
-class Peaks(Rule):
+class Peaks(Share):
     """The `r` of `V` tokens an image that some text token looks at most."""
 
-    r: int
-    V: int
     probe: Probe
-
-    def most(self, total: int) -> int:
-        return -(-self.r * total // self.V)
 
     def __call__(self, seen: Seen) -> Selection:
         real = seen.visual.real()
