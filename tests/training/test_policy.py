@@ -24,12 +24,21 @@ from twigvlm.decoding.score import score
 from twigvlm.errors import InputError
 from twigvlm.loading.twig import stored_twig
 from twigvlm.pruning import Plan
+from twigvlm.pruning.select import cosine, discounted, spared
 from twigvlm.training.data.examples import IGNORE
+from twigvlm.training.plus import sets
 from twigvlm.training.plus.budgets import Budgets
 from twigvlm.training.plus.losses import attention_divergence
 from twigvlm.training.plus.policy import Policy
 from twigvlm.training.plus.pruned import Beginning, plan_of, pruned_top
-from twigvlm.training.plus.sets import advantage, draw, log_probability, policy_loss
+from twigvlm.training.plus.sets import (
+    advantage,
+    discounted_log_probability,
+    draw,
+    draw_discounted,
+    log_probability,
+    policy_loss,
+)
 from twigvlm.training.plus.subject import PolicyLesson
 from twigvlm.training.run import report
 from twigvlm.training.twig import Start, TwigLesson, prepare_twig
@@ -165,6 +174,72 @@ def test_a_score_that_underflows_is_drawn_last_and_has_a_number():
     picks = draw(log_s, torch.tensor([3]), 200)
     assert (picks[..., :3].sort(2).values == torch.tensor([0, 1, 2])).all()
     assert torch.isfinite(log_probability(log_s, picks)).all()
+
+
+@pytest.fixture
+def likeness():
+    """Cosines of eight tokens in a plane, two of them the same."""
+    torch.manual_seed(5)
+    states = torch.randn(1, 8, 2)
+    states[0, 6] = states[0, 1]
+    return cosine(states)
+
+
+def discounted_by_hand(s: torch.Tensor, likeness: torch.Tensor, order: tuple[int, ...]) -> float:
+    left, product = s.double().clone(), 1.0
+    for token in order:
+        product *= float(left[token] / left.sum())
+        left = left * (1 - likeness[0, token].double() ** 2).clamp(min=0)
+        left[token] = 0
+    return product
+
+
+def test_discounted_sets_against_the_product(likeness):
+    s, r = torch.rand(8) + 0.1, 3
+    orders = [o for o in itertools.permutations(range(8), r) if discounted_by_hand(s, likeness, o) > 1e-9]
+    found = discounted_log_probability(s.log()[None], spared(likeness), torch.tensor(orders)[None])[0]
+    assert found.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    wanted = [math.log(discounted_by_hand(s, likeness, order)) for order in orders]
+    assert found.tolist() == pytest.approx(wanted, abs=1e-4)
+    torch.manual_seed(0)
+    count = 30_000
+    seen = Counter(map(tuple, draw_discounted(s.log()[None], spared(likeness), torch.tensor([2]), count)[0].tolist()))
+    pairs = list(itertools.permutations(range(8), 2))
+    expected = [count * discounted_by_hand(s, likeness, pair) for pair in pairs]
+    often = [(seen[p], e) for p, e in zip(pairs, expected, strict=True) if e > 5]
+    assert sum(seen.values()) == count and not seen[(1, 6)] and len(often) > 30
+    assert sum((n - e) ** 2 / e for n, e in often) < 100  # 55 degrees of freedom at most; their 99.97 % point
+
+
+def test_where_nothing_is_alike_they_are_the_usual_ones():
+    apart, picks = torch.zeros(1, 6, 6), torch.tensor([[[2, 0, 5], [1, 4, -1]]])
+    torch.testing.assert_close(
+        discounted_log_probability(S.log()[None], apart, picks), log_probability(S.log()[None], picks)
+    )
+
+
+def test_without_noise_they_are_what_pruning_picks(likeness, monkeypatch):
+    """As long as anything is worth something, and each token once also behind that."""
+    monkeypatch.setattr(sets, "_gumbel", lambda log_s, groups, _: torch.zeros(len(log_s), groups, log_s.shape[1]))
+    s = torch.rand(1, 8) + 0.1
+    picks = draw_discounted(s.log(), spared(likeness), torch.tensor([8]), 1)[0]
+    assert sorted(picks[0].tolist()) == list(range(8))
+    assert picks[0, :7].tolist() == discounted(s, likeness, torch.ones(1, 8, dtype=torch.bool), 7)[0].tolist()
+
+
+def test_discounted_draws_are_without_replacement_padded_and_have_gradients(likeness):
+    torch.manual_seed(0)
+    log_s = torch.randn(2, 8).log_softmax(-1)
+    log_s[1, 5:] = -torch.inf
+    stays = spared(torch.cat([likeness, torch.ones(1, 8, 8)]))  # of the second row all are the same
+    picks = draw_discounted(log_s, stays, torch.tensor([8, 3]), 50)
+    for b, r in enumerate((8, 3)):
+        for row in picks[b].tolist():
+            assert len(set(row[:r])) == r and row[r:] == [-1] * (8 - r)
+    assert picks[1].max() < 5
+    found = discounted_log_probability(log_s.requires_grad_(True), stays, picks)
+    (gradient,) = torch.autograd.grad(found.sum(), log_s)
+    assert torch.isfinite(found).all() and torch.isfinite(gradient).all() and not gradient[1, 5:].any()
 
 
 def test_the_gradient_of_the_estimator_is_the_exact_one():
@@ -323,7 +398,12 @@ def loss_of(prepared, batch, progress=0.3, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"reward": "fidelity", "turns": "first"}, {"baseline": "leave-one-out", "attention": 1.0, "budget": 2.0}],
+    [
+        {},
+        {"reward": "fidelity", "turns": "first"},
+        {"baseline": "leave-one-out", "attention": 1.0, "budget": 2.0},
+        {"picks": "discounted", "budget": 2.0},
+    ],
 )
 def test_gradients_reach_the_head_alone(world, prepared, settings):
     before = copy.deepcopy(prepared.base.model.state_dict())
@@ -348,18 +428,20 @@ def test_text_alone_asks_nothing_of_the_head(world, prepared):
     assert int(figures["answers"]) == 0
 
 
-def test_a_measurement_takes_the_best_set(world, prepared):
-    """Without gradients: what generation under the smallest budget would keep."""
+@pytest.mark.parametrize(("picks", "pruning"), [("highest", "twig"), ("discounted", "twig-discount")])
+@pytest.mark.parametrize(("budget", "R"), [(None, 1.6), (2.0, 2.0)])
+def test_a_measurement_takes_the_best_set(world, prepared, picks, pruning, budget, R):
+    """Without gradients: what generation under the smallest budget would keep, 1 and 2 of 4."""
     batch = a_batch(world, prepared.base, [1])
     with torch.no_grad():
-        _, figures = loss_of(prepared, batch)
+        _, figures = loss_of(prepared, batch, picks=picks, budget=budget)
     vlm = twigvlm.load(world / "base", device="cpu", dtype="float32")
     vlm.twig = prepared.twig
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     first = int((labels != IGNORE).nonzero()[0])
-    R = 1.6  # keeps 1 of 4, as the smallest budget does
-    assert Policy().budgets(prepared.twig, prepared.base).r[0] == 1
-    likely = vlm.score(ids[None, :first], [ids[first:].tolist()], batch["pixel_values"], retained_tokens=R)
+    assert Policy(budget=budget).budgets(prepared.twig, prepared.base).r[0] == (1 if budget is None else 2)
+    how = {"retained_tokens": R, "pruning": pruning}
+    likely = vlm.score(ids[None, :first], [ids[first:].tolist()], batch["pixel_values"], **how)
     learnt = labels[first:] != IGNORE
     assert int(figures["right"]) == int(likely[0].greedy[learnt].sum())
     assert figures["means"]["reward"].item() == pytest.approx(
@@ -699,11 +781,14 @@ def test_a_run_with_all_of_them(run, first, tmp_path):
         "0.5",
         "--by-token",
         "--antithetic",
+        "--picks",
+        "discounted",
     )
     code, said = run("out", *FLAGS, "--init", str(first), *more)
     assert code == 0, said
     identity = json.loads((tmp_path / "out/run.json").read_text())["identity"]
     assert identity["policy_temperature"] == 0.5 and identity["by_token"] and identity["reward_turns"] == "random"
+    assert identity["picks"] == "discounted"
     for flags, match in (
         (("--policy-temperature", "0"), "policy_temperature is 0.0; a number above 0"),
         (("--advantage-floor", "-1"), "advantage_floor is -1.0; 0 or more"),

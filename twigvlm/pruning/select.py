@@ -100,14 +100,19 @@ def _part(i: int, of: int, side: int) -> range:
     return range(i * side // of, -(-(i + 1) * side // of))
 
 
+def spared(likeness: torch.Tensor) -> torch.Tensor:
+    """Logarithm of what a pick leaves of another's worth, 1 - `likeness`^2 [..., N, N]; -inf where they are the same."""
+    return (1 - likeness.float().square()).clamp(min=0).log()
+
+
 def discounted(worth: torch.Tensor, likeness: torch.Tensor, real: torch.Tensor, n: int) -> torch.Tensor:
     """[B, n]: tokens in their order, each of the highest `worth` [B, N] that is left; it takes from the others, like for like.
 
-    A pick leaves of another's worth 1 - `likeness`^2 [B, N, N]. Only `real` [B, N] tokens are picked while there
+    For what a pick leaves of another's worth see `spared` (`likeness` [B, N, N]). Only `real` [B, N] tokens are picked while there
     are any. In logarithms: after hundreds of picks the worth itself is no fp32 number any more.
     """
     least = torch.finfo(torch.float32).min / 2  # the worth of nothing
-    stays = (1 - likeness.float().square()).clamp(min=0).log()
+    stays = spared(likeness)
     left = worth.float().log().clamp(min=least).masked_fill(~real, -torch.inf)
     order, row = [], torch.arange(len(left), device=left.device)
     for _ in range(n):

@@ -63,6 +63,8 @@ class Recipe:
 
 ZIP = "visionzip:keep=288"
 ON_TWIG, BEHIND = "stage 2 on the twig", (*STAGE_2, "--head-init", "identity")  # what each option is measured with
+DISCOUNT, ALONE = "twig-discount", f"{ON_TWIG}, static R=64, leave-one-out"
+FOR_DISCOUNT = (*BEHIND, "--budget", "64", "--baseline", "leave-one-out", "--picks", "discounted")
 RECIPES = (
     Recipe("twig"),
     Recipe("stage 1", ("--stage", "1")),
@@ -89,6 +91,9 @@ RECIPES = (
             ", antithetic": ("--antithetic",),
         }.items()
     ),
+    Recipe("twig asked with discount", options=True, pruning=DISCOUNT, of="twig"),
+    Recipe(f"{ALONE}, asked with discount", options=True, pruning=DISCOUNT, of=ALONE),
+    Recipe(f"{ALONE}, discounted picks", FOR_DISCOUNT, "twig", options=True, pruning=DISCOUNT),
     Recipe("twig, on-policy", ("--on-policy", "960"), options=True),
     Recipe(f"twig, {ZIP}", ("--tower-pruning", ZIP), options=True, pruning=f"{ZIP}+twig"),
     Recipe(f"twig asked behind {ZIP}", options=True, pruning=f"{ZIP}+twig", of="twig"),

@@ -31,6 +31,7 @@ STOPPED = "stopped.json"  # a training that a signal stopped leaves this
 LEARNING = ("twig", "projector")
 PREDICTIONS, TEACHERS = ("kl", "hybrid", "acceptance"), ("whole", "pruned")
 BASELINES, REWARDS, REWARD_TURNS = ("group", "leave-one-out"), ("answer", "fidelity"), ("all", "first", "random")
+PICKS = ("highest", "discounted")
 PRECISIONS = ("auto", "bf16", "fp32")
 ROUNDING = ("--load-8bit", "--load-4bit", "--draft-8bit")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
@@ -46,13 +47,14 @@ BELONGS = {
     "head_init": (1, 2), "prediction_weight": (1,), "prediction_loss": (1,), "temperature": (1,), "teacher": (1,),
     "attention_turns": (1,), "attention_weight": (1, 2), "attention_layer": (1, 2), "groups": (2,), "sets_at_once": (2,),
     "baseline": (2,), "reward": (2,), "reward_turns": (2,), "budget": (2,),
-    "advantage_floor": (2,), "policy_temperature": (2,), "by_token": (2,), "antithetic": (2,),
+    "advantage_floor": (2,), "policy_temperature": (2,), "by_token": (2,), "antithetic": (2,), "picks": (2,),
 }  # fmt: skip
 LATER = (
     "advantage_floor",
     "policy_temperature",
     "by_token",
     "antithetic",
+    "picks",
 )  # of them came when runs of the others were there
 
 
@@ -141,6 +143,10 @@ class PlusPart:
     )
     by_token: bool = option(False, "stage 2: divide a set's log-probability by its tokens")
     antithetic: bool = option(False, "stage 2: draw the sets in pairs of opposite noise")
+    picks: str = option(
+        "highest", "stage 2: which pruning is learnt for: the highest scores, or picks with discount (twig-discount)",
+        choices=PICKS,
+    )  # fmt: skip
     budget: float | None = option(None, "stage 2: R of every set (default: the paper's schedule from 192 to 64 of 576)")
 
 
@@ -335,6 +341,7 @@ class Settings(WatchPart, DevicePart, RunPart, DataPart, PlusPart, ModelPart):
             ("prediction_loss", PREDICTIONS),
             ("teacher", TEACHERS),
             ("baseline", BASELINES),
+            ("picks", PICKS),
             ("reward", REWARDS),
             ("reward_turns", REWARD_TURNS),
         ):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,17 +18,20 @@ from ...model.stream import Stream, front
 from ...model.tap import Tap, share
 from ...model.trunk import Trunk
 from ...model.twig import Twig
+from ...pruning.methods.sieve import unsaid
 from ...pruning.rule import highest
+from ...pruning.select import cosine, discounted, spared
 from ..data.examples import IGNORE
 from .budgets import Budgets
 from .distil import teacher_layer
 from .losses import attention_divergence
 from .pruned import Beginning
 from .rows import asked_rows, drawn_row, unseen, visual_columns
-from .sets import Baseline, advantage, draw, policy_loss
+from .sets import Baseline, advantage, draw, draw_discounted, policy_loss
 
 Reward = Literal["answer", "fidelity"]
 RewardTurns = Literal["all", "first", "random"]
+Picks = Literal["highest", "discounted"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Policy:
     The head is asked before the first answer behind an image. `turns` "first" rewards that answer alone, "all" every one up
     to the next image, which a set chosen before it says nothing about; "random" asks before one that is drawn, and rewards it alone. `floor`: see `advantage`; `temperature` divides the
     logarithm of the score that sets are drawn from: below 1 they are closer to the best set, which is what pruning keeps.
-    `by_token` and `antithetic`: see `sets`.
+    `by_token` and `antithetic`: see `sets`. `picks` "discounted": sets are drawn as `twig-discount` picks, for which the head is then.
     """
 
     groups: int = 32
@@ -63,6 +67,7 @@ class Policy:
     by_token: bool = False
     antithetic: bool = False
     visual: int | None = None  # tokens of an image in layer 0; None: all of the base's
+    picks: Picks = "highest"
 
     asks_base = True
 
@@ -94,8 +99,12 @@ class Policy:
         each = budgets.draw(progress, numbers, len(images)) if learns else [budgets.r[0]] * len(images)
         most = torch.tensor(budgets.most(images, each), device=device)
         log_s = score.clamp(min=torch.finfo(score.dtype).tiny).log().masked_fill(columns < 0, -torch.inf)
-        log_s = log_s / self.temperature
-        picks = draw(log_s, most, self.groups, self.antithetic) if learns else _best(score, columns, most)
+        log_s, stays, best = log_s / self.temperature, None, _best
+        if self.picks == "discounted":
+            log_s = 2 * log_s  # a token's worth is the square of its score
+            likeness = _likeness(part, asked[:, 0], seen, columns)
+            stays, best = spared(likeness), partial(_best_discounted, likeness)
+        picks = self._draw(log_s, stays, most) if learns else best(score, columns, most)
         kept = _laid(picks, columns, part.width)
         with torch.no_grad():
             found = self._reward(part, words, kept, int(most.max()), twig, base, asked)
@@ -103,7 +112,7 @@ class Policy:
         if not learns:
             return torch.zeros((), device=device), figures
         gains = advantage(found.reward.T, self.baseline, self.floor)
-        losses = policy_loss(log_s, picks, gains, self.by_token)
+        losses = policy_loss(log_s, picks, gains, self.by_token, stays)
         if self.attention:
             with torch.no_grad():
                 looked = self._look(part, asked, columns, twig, base)
@@ -112,6 +121,11 @@ class Policy:
             losses = losses + self.attention * weights * far
             figures["means"]["attention"] = far.detach().sum() / len(labels)
         return losses.sum() / len(labels), figures  # a sample weighs the same in any company
+
+    def _draw(self, log_s: torch.Tensor, stays: torch.Tensor | None, most: torch.Tensor) -> torch.Tensor:
+        if stays is None:
+            return draw(log_s, most, self.groups, self.antithetic)
+        return draw_discounted(log_s, stays, most, self.groups, self.antithetic)
 
     def _score(self, part: Stream, asked: torch.Tensor, columns: torch.Tensor, twig: Twig, base: Trunk) -> torch.Tensor:
         """[B, V']: gradients reach the head alone."""
@@ -190,6 +204,23 @@ def _read(
 def _best(score: torch.Tensor, columns: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
     """[B, 1, r]: the set that pruning keeps."""
     return front(highest(score, columns >= 0, most), int(most.max()))[:, None]
+
+
+def _best_discounted(
+    likeness: torch.Tensor, score: torch.Tensor, columns: torch.Tensor, most: torch.Tensor
+) -> torch.Tensor:
+    """`_best`, as `twig-discount` picks."""
+    order = discounted(score.square(), likeness, columns >= 0, int(most.max()))
+    return order.masked_fill(torch.arange(order.shape[1], device=most.device) >= most[:, None], -1)[:, None]
+
+
+def _likeness(part: Stream, asked: torch.Tensor, seen: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[B, V', V']: cosines of what the text between the image and the asked row [B] cannot say of the tokens at `columns`."""
+    at = torch.arange(part.width, device=asked.device)
+    last = at.expand_as(seen).masked_fill(seen < 0, -1).max(1, keepdim=True).values
+    between = (at > last) & (at <= asked[:, None]) & part.real()
+    text = part.take(front(between, int(between.sum(1).max())))
+    return cosine(unsaid(part.take(columns).hidden, text.hidden, text.real())[0])
 
 
 def _laid(picks: torch.Tensor, columns: torch.Tensor, width: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ def policy_of(settings: Settings) -> Policy:
         settings.groups, settings.baseline, settings.reward, settings.reward_turns, settings.budget,
         settings.attention_weight, settings.attention_layer, settings.sets_at_once, settings.advantage_floor,
         settings.policy_temperature, settings.by_token, settings.antithetic, entering(settings),
+        settings.picks,
     )  # fmt: skip
 
 
@@ -149,15 +150,17 @@ class PolicySubject(TwigSubject):
 
     def words(self, settings: Settings) -> str:
         budget = "the paper's budgets" if settings.budget is None else f"R = {settings.budget:g}"
+        picked = " picked with discount" if settings.picks == "discounted" else ""
         return (
-            f"stage 2: the pruning head of {settings.init}{behind(settings)} learns from {settings.groups} sets a sample at {budget}, "
+            f"stage 2: the pruning head of {settings.init}{behind(settings)} learns from {settings.groups} sets a sample{picked} at {budget}, "
             f"rewarded by {settings.reward}, over the {settings.baseline} baseline"
         )
 
     def rows(self, facts: dict, settings: dict) -> dict[str, str]:
         budget = "the paper's schedule" if settings["budget"] is None else f"R = {settings['budget']:g}"
+        picked = " for `twig-discount`" if settings.get("picks") == "discounted" else ""
         return super().rows(facts, settings) | {
-            "Pruning head": f"`{facts['pruning_head']}`, learnt alone (stage 2)",
+            "Pruning head": f"`{facts['pruning_head']}`, learnt alone (stage 2){picked}",
             "Rewards": f"{settings['reward']} of {settings['reward_turns']} answers, {settings['groups']} sets a sample, "
             f"{settings['baseline']} baseline, budget {budget}",
         }
