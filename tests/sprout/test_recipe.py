@@ -336,9 +336,10 @@ def test_measures_agree_where_they_must(tokenizer):
     right = measure.answers(task, asked)
     whole = measure.percent(right)
     assert whole > 50
-    assert measure.lens(task, asked)[-1] == whole
+    told = measure.share(right, asked.scenes)
+    assert measure.lens(task, asked)[-1] == told and told.percent == whole
     curve = measure.looking_curve(task, asked, keep=9, K=1, F=4)
-    assert curve.keys() == {"0", "1", "2", "3", "random"} and set(curve.values()) == {whole}
+    assert curve.keys() == {"0", "1", "2", "3", "random"} and set(curve.values()) == {told}
     low, high = measure.interval(right, asked.scenes)
     assert low <= whole <= high
     kinds = measure.by_kind(right, asked)
@@ -401,8 +402,8 @@ def test_phrasings_ask_the_same_in_every_way(tokenizer):
 def test_measure_names_what_it_needs(capsys, tmp_path):
     assert measure.main(["--what", "luck", "--base", "x"]) == 2
     assert "luck" in capsys.readouterr().err
-    assert measure.main([]) == 2
-    assert "--base FOLDER" in capsys.readouterr().err
+    assert measure.main(["--base", "x", "--checkpoint", "y"]) == 2
+    assert "either --base FOLDER" in capsys.readouterr().err
     assert measure.main(["--checkpoint", str(tmp_path / "none.pt")]) == 2
     assert "none.pt" in capsys.readouterr().err
 
@@ -428,3 +429,15 @@ def test_measure_reads_any_stages_file(capsys, tmp_path, tokenizer):
     assert found["all"]["low"] <= found["all"]["percent"] <= found["all"]["high"]
     assert found["described in the second turn"]["asked"] == 1 == found["descriptions, exact"]["asked"]
     assert found["looking"].keys() == {"0", "1", "random"} and found["layers skipped at once"] == 1
+
+
+def test_turns_stand_beside_the_same_questions_alone(tokenizer, tmp_path):
+    """By itself a question of a conversation is the same question; all figures have intervals and become JSON."""
+    task, scenes = Talk(tiny(tokenizer)), measure.scenes_of("test", 3)
+    found = measure.measure(task, tokenizer, scenes, ("skip", "lens", "looking", "turns"), False)
+    assert found["the same questions alone"].asked == 12
+    share, low, high = found["turns over the same alone, %"]
+    assert low <= share <= high
+    plain = json.loads(json.dumps(measure._plain(found)))
+    for one in (*plain["without those from"].values(), *plain["lens"], *plain["looking"].values(), plain["turn 1"]):
+        assert one.keys() == {"percent", "low", "high", "asked"}

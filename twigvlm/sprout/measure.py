@@ -2,9 +2,10 @@
 
 Short answers by kind, the answers left when any four layers are skipped, the logit lens over depth,
 the looking curve (accuracy when pruned by what layer D attends to, paper Figure 2), answers and
-descriptions in later turns, and questions in other words. All of it on whole rows with the right answer before each
-token, where a row counts as right if greedy decoding would write exactly its answer. Every percentage comes with
-its bootstrap interval over scenes. Works on symbols (an early stage) and on pictures alike: see `Asked`.
+descriptions in later turns, and questions in the wordings that its training knows. All of it on whole rows with the right
+answer before each token, where a row counts as right if greedy decoding would write exactly its answer; so the turns
+before hold right answers, too. Every percentage comes with its bootstrap interval over scenes. Works on symbols (an
+early stage) and on pictures alike: see `Asked`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from transformers import LlavaForConditionalGeneration
 from .. import flags
 from ..errors import InputError
 from ..files import write_json
+from ..loading.describe import EMBEDDED_BASE
 from ..model.trunk import rotate_half
 from ..program import called, run_program
 from ..record import provenance
@@ -138,31 +140,32 @@ def answers(task: Talk, asked: Asked, layers: Sequence | None = None) -> list[li
     return [r for rows, batch in asked.batches(task.device) for r in _right(task.logits(batch, layers), batch, rows)]
 
 
-def without_blocks(task: Talk, asked: Asked, first: int = 4, size: int = BLOCK) -> dict[int, float]:
-    """First layer of a skipped block → percent right without it."""
+def without_blocks(task: Talk, asked: Asked, first: int = 4, size: int = BLOCK) -> dict[int, Share]:
+    """First layer of a skipped block → what is right without it."""
     out = {}
     for start in range(first, len(task.layers) - size + 1):
-        out[start] = percent(answers(task, asked, [*task.layers[:start], *task.layers[start + size :]]))
+        left = [*task.layers[:start], *task.layers[start + size :]]
+        out[start] = share(answers(task, asked, left), asked.scenes)
     return out
 
 
 @torch.no_grad()
-def lens(task: Talk, asked: Asked) -> list[float]:
-    """Percent right if norm and head read what left layer l, for l = 0 to the last."""
+def lens(task: Talk, asked: Asked) -> list[Share]:
+    """What is right if norm and head read what left layer l, for l = 0 to the last."""
     right: list[list[list[bool]]] = [[] for _ in task.layers]
     for rows, batch in asked.batches(task.device):
         hidden, positions = task.embed(batch)
         for depth, layer in enumerate(task.layers):
             hidden = task.run(hidden, positions, [layer])
             right[depth] += _right(task.guesses(hidden, batch), batch, rows)
-    return [percent(r) for r in right]
+    return [share(r, asked.scenes) for r in right]
 
 
 @torch.no_grad()
 def looking_curve(
     task: Talk, asked: Asked, keep: int, K: int, F: int, layers: Sequence[int] | None = None
-) -> dict[str, float]:
-    """Percent right with `keep` visual tokens from layer K on and none from F: chosen by each layer, and by chance.
+) -> dict[str, Share]:
+    """What is right with `keep` visual tokens from layer K on and none from F: chosen by each layer, and by chance.
 
     What base layer D attends to is taken from an unpruned pass: head mean at the last token of the question.
     """
@@ -183,7 +186,7 @@ def looking_curve(
             best = scores.gather(1, visual).topk(keep).indices.sort().values
             kept = visual.gather(1, best)
             right[name] += _right(through_pruned(task, batch, entering[K], positions, kept, K, F), batch, rows)
-    return {name: percent(r) for name, r in right.items()}
+    return {name: share(r, asked.scenes) for name, r in right.items()}
 
 
 def attention(task: Talk, layer, hidden: torch.Tensor, positions: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -311,7 +314,7 @@ def measure(task: Talk, tokenizer, scenes: Sequence[Scene], what: Sequence[str],
         return answers(task, Asked(numbers, [], rows, *seen)), numbers
 
     if "turns" in what:
-        out |= _turns(talks(scenes, tokenizer), told)
+        out |= _turns(talks(scenes, tokenizer), told, tokenizer)
         right, numbers = told(afterwards(scenes, tokenizer))
         out["described in the second turn"] = share([turns[1:] for turns in right], numbers)
     if "phrasing" in what:
@@ -321,9 +324,12 @@ def measure(task: Talk, tokenizer, scenes: Sequence[Scene], what: Sequence[str],
     return out
 
 
-def _turns(rows: Sequence[tuple[int, Row]], told: Callable) -> dict[str, Share]:
-    """What was right of conversations, by turn and by length of the answer."""
+def _turns(rows: Sequence[tuple[int, Row]], told: Callable, tokenizer) -> dict:
+    """What was right of conversations, by turn and by length of the answer, and that over the same questions asked alone."""
     right, numbers = told(rows)
+    alone = [[single(question, tokenizer) for question, _, _ in row.turns] for _, row in rows]
+    flat = iter(told([(n, one) for n, ones in zip(numbers, alone, strict=True) for one in ones])[0])
+    by_itself = [[next(flat)[0] for _ in ones] for ones in alone]
     out = {f"turn {i + 1}": share([[turns[i]] for turns in right], numbers) for i in range(len(right[0]))}
     for name, long in (("short answers in any turn", False), ("descriptions in any turn", True)):
         some = [
@@ -331,6 +337,8 @@ def _turns(rows: Sequence[tuple[int, Row]], told: Callable) -> dict[str, Share]:
             for (_, row), turns in zip(rows, right, strict=True)
         ]
         out[name] = share(some, numbers)
+    out["the same questions alone"] = share(by_itself, numbers)
+    out["turns over the same alone, %"] = relative(right, by_itself)
     return out
 
 
@@ -341,7 +349,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=called("twigvlm.sprout.measure"), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", type=Path, help="folder of a finished base, measured on pictures")
+    parser.add_argument(
+        "--base", type=Path, help="folder of a finished base, measured on pictures (default: the embedded one)"
+    )
     parser.add_argument("--checkpoint", type=Path, help="file of a stage of the course, measured on nine symbols")
     parser.add_argument("--pictures", action="store_true", help="show the checkpoint pictures instead of symbols")
     parser.add_argument("--split", default="validation", help="of the scenes (default %(default)s)")
@@ -357,15 +367,13 @@ def main(argv: list[str] | None = None) -> int:
             raise InputError(f"--what: unknown {sorted(unknown)}; choose from {', '.join(WHAT)}")
         model, begin = _open(args).to(args.device), time.monotonic()
         scenes = scenes_of(args.split, args.scenes)
-        found = measure(Talk(model), build_tokenizer(), scenes, what, bool(args.base) or args.pictures)
+        found = measure(Talk(model), build_tokenizer(), scenes, what, not args.checkpoint or args.pictures)
         for name, value in found.items():
             print(f"{name}: {_shown(value)}")
         if args.out:
             seconds = round(time.monotonic() - begin)
-            written = {k: asdict(v) if isinstance(v, Share) else v for k, v in found.items()}
-            write_json(
-                provenance() | {"seconds": seconds, "split": args.split, "scenes": args.scenes} | written, args.out
-            )
+            facts = provenance() | {"seconds": seconds, "split": args.split, "scenes": args.scenes}
+            write_json(facts | _plain(found), args.out)
 
     return run_program(body)
 
@@ -373,12 +381,13 @@ def main(argv: list[str] | None = None) -> int:
 def _open(args: argparse.Namespace) -> LlavaForConditionalGeneration:
     from .train import Course  # it trains, and this module is read by what only measures
 
-    if (args.base is None) == (args.checkpoint is None):
+    if args.base and args.checkpoint:
         raise InputError("give either --base FOLDER or --checkpoint FILE")
-    if args.base:
-        if not (args.base / "config.json").is_file():
-            raise InputError(f"--base {args.base}: no config.json there; give the folder of a trained base")
-        return LlavaForConditionalGeneration.from_pretrained(args.base, dtype=torch.float32)
+    if not args.checkpoint:
+        base = args.base or EMBEDDED_BASE
+        if not (base / "config.json").is_file():
+            raise InputError(f"--base {base}: no config.json there; give the folder of a trained base")
+        return LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     try:
         state = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
         sees = any("vision_tower" in name for name in state.get("weights", state))
@@ -392,6 +401,15 @@ def _open(args: argparse.Namespace) -> LlavaForConditionalGeneration:
             f"--pictures: {args.checkpoint} holds no tower; give the file of a finished stage from align on (…-done.pt)"
         )
     return model
+
+
+def _plain(value):
+    """Shares within anything as dictionaries, for JSON."""
+    if isinstance(value, Share):
+        return asdict(value)
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _shown(value) -> str:
