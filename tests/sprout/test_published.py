@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import ROOT
+from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 import twigvlm
@@ -12,7 +14,9 @@ from twigvlm.sprout import measure
 from twigvlm.sprout.quiz import Setting, descriptions, quiz, short_answers
 from twigvlm.sprout.recipe.language import Talk
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
+from twigvlm.world.draw import draw
 from twigvlm.world.questions import KINDS
+from twigvlm.world.scenes import sample_scene
 
 QUESTIONS, SCENES = 40, 5
 # Twig (None: the plain one), method and R (None: unpruned) → short answers and descriptions (every object right) that were
@@ -20,6 +24,7 @@ QUESTIONS, SCENES = 40, 5
 RECORDED = {
     (None, "twig", None): (40, 5),
     (None, "twig", 64): (34, 0),
+    (None, "twig-discount", 64): (38, 5),
     ("sprout-plus", "twig-discount", 64): (39, 5),
 }
 FIRST, LOOKED_AT = (4, 16, 28), 2  # layers that a skipped block of four begins with, and scenes to tell what they do
@@ -67,3 +72,13 @@ def test_every_part_of_the_depth_is_used():
     whole = surprise(task.layers)
     without = {first: surprise([*task.layers[:first], *task.layers[first + 4 :]]) for first in FIRST}
     assert all(nats > GROWTH * whole for nats in without.values()), (whole, without)
+
+
+@pytest.mark.slow
+def test_the_demo_picture_is_described_right():
+    """The picture that people see first: unpruned, as the README's first picture has it, and as `make demo` asks."""
+    scene, vlm = sample_scene("test", 18), twigvlm.load(device="cpu")
+    with Image.open(ROOT / "assets" / "image.png") as picture:
+        assert picture.convert("RGB").tobytes() == draw(scene).tobytes()
+    for setting in (Setting(), Setting("twig", 192), Setting("twig-discount", 64)):
+        assert descriptions(vlm, [scene], setting).objects == [True], setting.name

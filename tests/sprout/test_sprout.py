@@ -357,3 +357,20 @@ def test_a_comparison_stands_in_both_pages(tmp_path):
     )
     assert "| dart " in details and "- `pdrop`, R = 64: not here" in details
     assert "](../benchmarks/results/comparison/relacc_R.png)" in details
+
+
+def test_remarks_tell_ties_gaps_and_what_intervals_do_not_tell_apart():
+    def row(variant, ours, paper, between, speed=None, paper_speed=None):
+        return {"ablation": "T", "variant": variant, "RelAcc": ours, "paper RelAcc": paper, "RelAcc, 95 %": between,
+                "speed": speed, "paper speed": paper_speed}  # fmt: skip
+
+    rows = [
+        row("T=1", 88.0, 93.9, [84, 92], 240.0, 154),
+        row("T=3", 85.0, 96.0, [80, 90], 220.0, 154),
+        row("T=9", 60.0, 80.0, [50, 70], 250.0, None),
+    ]
+    assert ablate.remarks(rows) == [
+        "T, RelAcc: best is T=1, in the paper T=3 (3.0 points above it here); not told apart from T=3.",
+        "T, speed: best is T=9, which the paper does not have; there T=1 and T=3 (10.0 points above it here).",
+    ]
+    assert ablate.remarks(rows[:2])[1] == "T, speed: best is T=1, as in the paper, where T=3 is as good."

@@ -8,6 +8,7 @@ included, against plain decoding of the same picture right before it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -199,21 +200,37 @@ def measure(ablation: Ablation, variant: Variant, asked: list[tuple[Scene, list[
     return kept(ablation.work / "figures" / f"{name}.json", told, figures)
 
 
-def remarks(rows: list[dict]) -> list[str]:
-    """Where the best of a table is the paper's best, and where not, in accuracy and in speed."""
+def remarks(rows: Sequence[dict]) -> list[str]:
+    """Which variant is best here and which in the paper, in accuracy and speed; of accuracy also whose interval meets its own."""
     out = []
     for section in dict.fromkeys(r["ablation"] for r in rows):
         mine = [r for r in rows if r["ablation"] == section]
         for figure in ("RelAcc", "speed"):
-            told = [r for r in mine if r[f"paper {figure}"] is not None and r[figure] is not None]
+            ours = [r for r in mine if r[figure] is not None]
+            told = [r for r in ours if r[f"paper {figure}"] is not None]
             if len(told) < 2:
                 continue
-            here, paper = max(told, key=lambda r: r[figure]), max(told, key=lambda r: r[f"paper {figure}"])
-            verdict = "as in the paper" if here is paper else f"in the paper {paper['variant']}"
-            spread = here[figure] - paper[figure]
-            gap = "" if here is paper else f" ({spread:.1f} points above it here)"
-            out.append(f"{section}, {figure}: best is {here['variant']}, {verdict}{gap}.")
+            here, most = max(ours, key=lambda r: r[figure]), max(r[f"paper {figure}"] for r in told)
+            best = [r for r in told if r[f"paper {figure}"] == most]
+            alike = [r["variant"] for r in ours if r is not here and figure == "RelAcc" and _meet(r, here)]
+            near = f"; not told apart from {', '.join(alike)}" if alike else ""
+            out.append(f"{section}, {figure}: best is {here['variant']}, {_beside(here, best, figure)}{near}.")
     return out
+
+
+def _beside(here: dict, best: Sequence[dict], figure: str) -> str:
+    """The best variant here beside the paper's, which may be several."""
+    others = " and ".join(r["variant"] for r in best if r is not here)
+    if here in best:
+        return f"as in the paper, where {others} is as good" if others else "as in the paper"
+    gap = here[figure] - max(r[figure] for r in best)
+    lacks = "which the paper does not have; there " if here[f"paper {figure}"] is None else "in the paper "
+    return f"{lacks}{others} ({gap:.1f} points above it here)"
+
+
+def _meet(one: dict, other: dict) -> bool:
+    (low, high), (least, most) = one["RelAcc, 95 %"], other["RelAcc, 95 %"]
+    return low <= most and least <= high
 
 
 def plot(rows: list[dict], path: Path) -> None:

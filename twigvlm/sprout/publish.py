@@ -30,6 +30,7 @@ from ..program import called, run_program
 from ..pruning.catalogue import catalogue, in_short
 from ..record import provenance, table
 from ..world.questions import KINDS
+from . import ablate
 from .report import HIDDEN
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def card(kind: str, run: Path, report: dict) -> str:
     """The model card: what it is, data, recipe with the steps really done, figures with their command."""
     lines = [HEADS[kind], "## Data\n", DATA, "\n## Recipe\n", RECIPE]
     lines.append(table(sorted((_stage(file) for file in run.glob("*.jsonl")), key=lambda s: s.pop("ended")), digits=3))
-    lines.append(f"\nCode: commit `{provenance()['commit']}`.")
+    lines.append(f"\nPublished from commit `{provenance()['commit']}`.")
     notes = run / "notes.md"
     if notes.exists():
         lines.append(f"\n{notes.read_text(encoding='utf-8').strip()}")
@@ -146,8 +147,7 @@ def _figures(report: dict) -> list[str]:
     ]
 
 
-RECIPE = """`python -m twigvlm.sprout.train`, in these stages (seconds are wall clock); at last it trains the twig, by the users' own
-program (`twigvlm.training.launch`).
+RECIPE = """The stages of `python -m twigvlm.sprout.train` (seconds are wall clock), and the twig by the users' own program.
 """
 DATA = (
     "Drawn by `twigvlm.sprout` from seeds; nothing is downloaded. Train, validation and test splits share neither seeds nor "
@@ -327,7 +327,7 @@ def _quality(results: Path) -> str:
         }
         for row in report["rows"]
     ]
-    kinds = ", ".join(f"{kind} {base[kind]:.0f}" for kind in KINDS)
+    kinds = ", ".join(f"{kind} {_between(base, kind)}" for kind in KINDS)
     return (
         f"Quality of the embedded model on its test split: `{_command(report)}`\n({base['questions']} questions, "
         f"{base['descriptions']} descriptions, [JSON](benchmarks/results/sprout_report.json)):\n\n{table(rows)}\n\n"
@@ -374,7 +374,7 @@ def _ablations(results: Path) -> str:
     from . import plus
 
     found = json.loads((results / "ablations.json").read_text(encoding="utf-8"))
-    remarks = "\n".join(f"- {remark}" for remark in found["comments"])
+    remarks = "\n".join(f"- {remark}" for remark in ablate.remarks(found["rows"]))
     return (
         f"`{_command(found)}`\n({found['questions']} questions, {found['descriptions']} descriptions, R = {found['R']}, "
         f"{found['settings']['steps']} steps a twig, [JSON](benchmarks/results/ablations.json)):\n\n{plus.shown(found)}\n\n{remarks}\n\n"

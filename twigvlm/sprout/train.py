@@ -5,7 +5,7 @@ its depth doubles to 8, 16 and 32 layers, each trained on; then many symbols, th
 and pictures, at last with all their tokens or with what pruning leaves; `<out>/base` is the result. On it a twig is
 trained as users train theirs ("twig": `twigvlm.training.launch`, into `<out>/twig`). Every stage writes `<out>/<stage>.jsonl`
 (metrics), `<stage>-saved/checkpoint-*` (every two minutes) and `<stage>-done.pt`; a run that is killed
-goes on where it was, to the same bits on a CPU. The tower's stages need nothing of the decoder's: `--stages` lets
+goes on where it was, with one thread of a CPU to the same bits. The tower's stages need nothing of the decoder's: `--stages` lets
 both run at the same time.
 """
 
