@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twigvlm.prompt.template import encode
-from twigvlm.sprout import ablate, measure, plus, publish, report
+from twigvlm.sprout import ablate, measure, plus, publish, report, shown
 from twigvlm.sprout.recipe.base import base_config, build
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
 from twigvlm.training.settings import parse
@@ -374,3 +374,15 @@ def test_remarks_tell_ties_gaps_and_what_intervals_do_not_tell_apart():
         "T, speed: best is T=9, which the paper does not have; there T=1 and T=3 (10.0 points above it here).",
     ]
     assert ablate.remarks(rows[:2])[1] == "T, speed: best is T=1, as in the paper, where T=3 is as good."
+
+
+def test_what_a_base_bears_is_shown_with_intervals_and_drawn(tmp_path):
+    one = {"percent": 50.0, "low": 40.0, "high": 60.0, "asked": 9}
+    found = {"layers": 3, "all": one, "turn 1": one, "turns over the same alone, %": [99.0, 98.0, 100.0], "lens": [one] * 3,
+             "without those from": {"1": one, "2": one}, "looking": {"0": one, "1": one, "2": one, "random": one}}  # fmt: skip
+    told = shown.answers(found)
+    assert told.count("50.0 (40.0 to 60.0)") == 2 and "99.0 (98.0 to 100.0)" in told
+    lines = shown.depth(found).splitlines()[2:]
+    assert [line.count("50.0") for line in lines] == [2, 3, 3], "no block begins with layer 0"
+    shown.plot(found, tmp_path / "depth.png")
+    assert (tmp_path / "depth.png").stat().st_size > 10_000 and not shown.curves({"layers": 3, "all": one})

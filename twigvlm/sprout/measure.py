@@ -40,6 +40,7 @@ from .recipe.symbols import CELL_CENTRES
 from .recipe.talk import Row, add_turn, collate, empty_row, single
 from .recipe.tokenizer import build_tokenizer
 from .recipe.tower import SIDE, pixels
+from .shown import curves, plot
 
 BLOCK = 4  # layers skipped at once
 RESAMPLES = 1000
@@ -358,7 +359,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scenes", type=int, default=60, help="how many (default %(default)s)")
     parser.add_argument("--what", default=",".join(WHAT), help="besides short answers (default %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for the figures, with a picture of those over depth beside it"
+    )
     args = flags.parse(parser, argv)
 
     def body() -> None:
@@ -374,6 +377,8 @@ def main(argv: list[str] | None = None) -> int:
             seconds = round(time.monotonic() - begin)
             facts = provenance() | {"seconds": seconds, "split": args.split, "scenes": args.scenes}
             write_json(facts | _plain(found), args.out)
+            if curves(_plain(found)):
+                plot(_plain(found), args.out.with_suffix(".png"))
 
     return run_program(body)
 

@@ -30,7 +30,7 @@ from ..program import called, run_program
 from ..pruning.catalogue import catalogue, in_short
 from ..record import provenance, table
 from ..world.questions import KINDS
-from . import ablate
+from . import ablate, shown
 from .report import HIDDEN
 
 if TYPE_CHECKING:
@@ -237,6 +237,7 @@ def refresh(results: Path, root: Path = ROOT) -> None:
     _between_marks(root / "README.md", [_quality_in_short(results)])
     details = root / "docs" / "results.md"
     _between_marks(details, _from_docs(_quality(results), _benchmarks(results), _speed(results)))
+    _between_marks(details, _from_docs(_base(results)), "base")
     _between_marks(details, _from_docs(_stages(results)), "stages")
     _between_marks(details, _from_docs(_ablations(results)), "ablations")
     refresh_methods(results, root)
@@ -351,6 +352,20 @@ def _speed(results: Path) -> str:
         f"`{_command(speed)}`\n([JSON](benchmarks/results/speed_sprout_cpu.json); {speed['device']}, torch "
         f"{speed['torch']}):\n\n{table(rows, digits=2)}"
     )
+
+
+def _base(results: Path) -> str:
+    """What `measure` found of the base: in turns and phrasings, and over depth."""
+    out = []
+    for name, shown_as in (("asked", shown.answers), ("depth", shown.depth)):
+        file = results / f"base_{name}.json"
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            told = f"`{_command(found)}`\n({found['scenes']} scenes, {found['all']['asked']} short questions, {found['device']}, "
+            out.append(f"{told}[JSON](benchmarks/results/{file.name})):\n\n{shown_as(found)}")
+            if file.with_suffix(".png").exists():
+                out.append(f"![Over depth](benchmarks/results/base_{name}.png)")
+    return "\n\n".join(out)
 
 
 def _stages(results: Path) -> str:
