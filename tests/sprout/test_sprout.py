@@ -302,7 +302,7 @@ def test_reports_go_under_runs_unless_said_otherwise(tmp_path, monkeypatch):
 
 def test_commands_are_shown_without_where_their_results_went():
     command = "python -m twigvlm.evaluation.speed --prompts 2 --out benchmarks/results/speed.json --repeats 3"
-    assert publish._command({"command": command}) == "python -m twigvlm.evaluation.speed --prompts 2 --repeats 3"
+    assert shown.command({"command": command}) == "python -m twigvlm.evaluation.speed --prompts 2 --repeats 3"
 
 
 def test_nothing_is_published_without_figures_of_it(tmp_path, capsys):

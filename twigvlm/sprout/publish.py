@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -50,7 +49,6 @@ TOLD = (
     "twig-discount",
     "random",
 )  # in the README
-PLACES = ("--out", "--plots", "--report", "--work")  # flags that say where something goes
 LIMIT = 30_000_000  # bytes of the base and all twigs together, so that a clone stays small
 
 FILES = {  # what is published of a folder; a training leaves more
@@ -142,7 +140,7 @@ def card(kind: str, run: Path, report: dict) -> str:
 def _figures(report: dict) -> list[str]:
     return [
         "\n## Figures\n",
-        f"`{_command(report)}` on the test split, {report['rows'][0]['questions']} questions (percent):\n",
+        f"`{shown.command(report)}` on the test split, {report['rows'][0]['questions']} questions (percent):\n",
         table([{k: v for k, v in row.items() if k not in HIDDEN} for row in report["rows"]]),
     ]
 
@@ -237,7 +235,8 @@ def refresh(results: Path, root: Path = ROOT) -> None:
     _between_marks(root / "README.md", [_quality_in_short(results)])
     details = root / "docs" / "results.md"
     _between_marks(details, _from_docs(_quality(results), _benchmarks(results), _speed(results)))
-    _between_marks(details, _from_docs(_base(results)), "base")
+    _between_marks(details, _from_docs(shown.base(results)), "base")
+    _between_marks(details, _from_docs(shown.published(results)), "published")
     _between_marks(details, _from_docs(_stages(results)), "stages")
     _between_marks(details, _from_docs(_ablations(results)), "ablations")
     refresh_methods(results, root)
@@ -277,7 +276,7 @@ def _asked(found: dict) -> str:
 
 def _compared_in_short(found: dict) -> str:
     return (
-        f"`{_command(found)}`\n({_asked(found)}; [all methods](docs/results.md#pruning-methods-compared)):\n\n"
+        f"`{shown.command(found)}`\n({_asked(found)}; [all methods](docs/results.md#pruning-methods-compared)):\n\n"
         f"{short(found, TOLD)}\n\n"
         "RelAcc: % of the unpruned base, averaged over benchmarks (95 % interval); GFLOP, cache: of a prefill at the smallest R, computed."
     )
@@ -288,14 +287,7 @@ def _compared(found: dict) -> str:
         f"![RelAcc against {what}](benchmarks/results/comparison/relacc_{name}.png)"
         for what, name in (("R", "R"), ("speed", "speed"), ("operations", "flops"))
     )
-    return f"`{_command(found)}`\n({_asked(found)}; [JSON](benchmarks/results/comparison/comparison.json)):\n\n{markdown(found)}\n\n{plots}"
-
-
-def _command(facts: dict) -> str:
-    """How it was measured, without where it went: who repeats it shall not overwrite what is published."""
-    words = shlex.split(facts["command"])
-    places = [i for i, word in enumerate(words) if word in PLACES]
-    return shlex.join(word for i, word in enumerate(words) if i not in places and i - 1 not in places)
+    return f"`{shown.command(found)}`\n({_asked(found)}; [JSON](benchmarks/results/comparison/comparison.json)):\n\n{markdown(found)}\n\n{plots}"
 
 
 def _report(results: Path) -> dict:
@@ -307,9 +299,9 @@ def _quality_in_short(results: Path) -> str:
     report = _report(results)
     base, *pruned = report["rows"]
     least = min(row["R"] for row in pruned)
-    shares = [f"{row['setting'].split(' R=')[0]} {_between(row, 'all')}" for row in pruned if row["R"] == least]
+    shares = [f"{row['setting'].split(' R=')[0]} {shown.of_row(row, 'all')}" for row in pruned if row["R"] == least]
     return (
-        f"Right short answers of the embedded model, % ({base['questions']} questions, 95 % intervals): all tokens {_between(base, 'all')}; at R = "
+        f"Right short answers of the embedded model, % ({base['questions']} questions, 95 % intervals): all tokens {shown.of_row(base, 'all')}; at R = "
         f"{least:g} {', '.join(shares)}\n([JSON](benchmarks/results/sprout_report.json); [kinds, descriptions, speed, ablations, "
         "memory](docs/results.md))."
     )
@@ -321,27 +313,19 @@ def _quality(results: Path) -> str:
     rows = [
         {
             "setting": row["setting"],
-            "right short answers %": _between(row, "all"),
-            "RelAcc %": _between(row, "RelAcc") if row["R"] else "100",
-            "descriptions with every object right %": _between(row, "description, objects"),
+            "right short answers %": shown.of_row(row, "all"),
+            "RelAcc %": shown.of_row(row, "RelAcc") if row["R"] else "100",
+            "descriptions with every object right %": shown.of_row(row, "description, objects"),
             "drafts accepted %": row.get("acceptance"),
         }
         for row in report["rows"]
     ]
-    kinds = ", ".join(f"{kind} {_between(base, kind)}" for kind in KINDS)
+    kinds = ", ".join(f"{kind} {shown.of_row(base, kind)}" for kind in KINDS)
     return (
-        f"Quality of the embedded model on its test split: `{_command(report)}`\n({base['questions']} questions, "
+        f"Quality of the embedded model on its test split: `{shown.command(report)}`\n({base['questions']} questions, "
         f"{base['descriptions']} descriptions, [JSON](benchmarks/results/sprout_report.json)):\n\n{table(rows)}\n\n"
         f"![Accuracy against R](benchmarks/results/sprout_report.png)\n\nThe base by kind of question (%): {kinds}."
     )
-
-
-def _between(row: dict, name: str) -> str | None:
-    """A figure with its interval."""
-    if row.get(name) is None:
-        return None
-    low, high = row["intervals"][name]
-    return f"{row[name]:.1f} ({low:.1f} to {high:.1f})"
 
 
 def _speed(results: Path) -> str:
@@ -349,23 +333,9 @@ def _speed(results: Path) -> str:
     rows = [{k: v for k, v in row.items() if k not in ("tokens", "hits by depth")} for row in speed["rows"]]
     return (
         f"Speed at batch 1, {speed['threads']} CPU thread(s), descriptions of 64 tokens and more, medians: "
-        f"`{_command(speed)}`\n([JSON](benchmarks/results/speed_sprout_cpu.json); {speed['device']}, torch "
+        f"`{shown.command(speed)}`\n([JSON](benchmarks/results/speed_sprout_cpu.json); {speed['device']}, torch "
         f"{speed['torch']}):\n\n{table(rows, digits=2)}"
     )
-
-
-def _base(results: Path) -> str:
-    """What `measure` found of the base: in turns and phrasings, and over depth."""
-    out = []
-    for name, shown_as in (("asked", shown.answers), ("depth", shown.depth)):
-        file = results / f"base_{name}.json"
-        if file.exists():
-            found = json.loads(file.read_text(encoding="utf-8"))
-            told = f"`{_command(found)}`\n({found['scenes']} scenes, {found['all']['asked']} short questions, {found['device']}, "
-            out.append(f"{told}[JSON](benchmarks/results/{file.name})):\n\n{shown_as(found)}")
-            if file.with_suffix(".png").exists():
-                out.append(f"![Over depth](benchmarks/results/base_{name}.png)")
-    return "\n\n".join(out)
 
 
 def _stages(results: Path) -> str:
@@ -376,7 +346,7 @@ def _stages(results: Path) -> str:
     for file in sorted(results.glob("plus*.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
         parts.append(
-            f"`{_command(found)}`\n({found['questions']} questions, {found['descriptions']} descriptions, "
+            f"`{shown.command(found)}`\n({found['questions']} questions, {found['descriptions']} descriptions, "
             f"[JSON](benchmarks/results/{file.name})):\n\n{plus.side_by_side(found['rows'])}\n\n"
             f"All that was measured, at every R:\n\n{plus.shown(found)}\n\n"
             f"![Accuracy, drafts and speed against R](benchmarks/results/{file.stem}.png)"
@@ -391,7 +361,7 @@ def _ablations(results: Path) -> str:
     found = json.loads((results / "ablations.json").read_text(encoding="utf-8"))
     remarks = "\n".join(f"- {remark}" for remark in ablate.remarks(found["rows"]))
     return (
-        f"`{_command(found)}`\n({found['questions']} questions, {found['descriptions']} descriptions, R = {found['R']}, "
+        f"`{shown.command(found)}`\n({found['questions']} questions, {found['descriptions']} descriptions, R = {found['R']}, "
         f"{found['settings']['steps']} steps a twig, [JSON](benchmarks/results/ablations.json)):\n\n{plus.shown(found)}\n\n{remarks}\n\n"
         "![The paper's ablations on sprout](benchmarks/results/ablations.png)"
     )

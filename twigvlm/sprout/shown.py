@@ -1,15 +1,18 @@
-"""What `measure` found of a base, as tables and as a picture over depth; figures as its JSON file has them."""
+"""Figures as people read them: with intervals and commands, what `measure` found of a base, what the published pruning head gives."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..files import replacing
 from ..record import table
 
+PLACES = ("--out", "--plots", "--report", "--work")  # flags that say where something goes
 DEPTH = {
-    "without those from": "without l and the next",
+    "without those from": "without the block from l",
     "lens": "norm and head read l",
     "looking": "pruned by what l attends to",
 }
@@ -17,6 +20,21 @@ DEPTH = {
 
 def between(share: dict) -> str:
     return f"{share['percent']:.1f} ({share['low']:.1f} to {share['high']:.1f})"
+
+
+def command(facts: dict) -> str:
+    """How it was measured, without where it went: who repeats it shall not overwrite what is published."""
+    words = shlex.split(facts["command"])
+    places = [i for i, word in enumerate(words) if word in PLACES]
+    return shlex.join(word for i, word in enumerate(words) if i not in places and i - 1 not in places)
+
+
+def of_row(row: dict, name: str) -> str | None:
+    """A figure with its interval."""
+    if row.get(name) is None:
+        return None
+    low, high = row["intervals"][name]
+    return f"{row[name]:.1f} ({low:.1f} to {high:.1f})"
 
 
 def answers(found: dict) -> str:
@@ -53,6 +71,51 @@ def depth(found: dict) -> str:
             yield DEPTH[name], between(points[layer]) if layer in points else None
 
     return table([dict(line(layer)) for layer in range(found["layers"])])
+
+
+def base(results: Path) -> str:
+    """What `measure` found of the base: in turns and phrasings, and over depth."""
+    out = []
+    for name, shown_as in (("asked", answers), ("depth", depth)):
+        file = results / f"base_{name}.json"
+        if file.exists():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            told = f"`{command(found)}`\n({found['scenes']} scenes, {found['all']['asked']} short questions, {found['device']}, "
+            out.append(f"{told}[JSON](benchmarks/results/{file.name})):\n\n{shown_as(found)}")
+            if file.with_suffix(".png").exists():
+                out.append(f"![Over depth](benchmarks/results/base_{name}.png)")
+    return "\n\n".join(out)
+
+
+def published(results: Path) -> str:
+    """The published pruning head beside the plain twig, by its highest scores and by discounted picks, at every R."""
+    plain, head, spread = (
+        json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("sprout_report", "sprout_plus_report", "sprout_plus_discount_report")
+    )
+    told = {"right short answers %": "all", "RelAcc %": "RelAcc", "right descriptions %": "description, objects"}
+
+    def line(twig: str, row: dict) -> dict:
+        figures = {name: of_row(row, key) for name, key in told.items()}
+        return {
+            "twig": twig,
+            "pruning": row["pruning"],
+            "R": row["R"],
+            **figures,
+            "drafts accepted %": row["acceptance"],
+        }
+
+    rows = [line("plain", row) for row in plain["rows"] if row["R"] and row["pruning"].startswith("twig")]
+    rows += [line("sprout-plus", row) for found in (head, spread) for row in found["rows"] if row["R"]]
+    commands = " and ".join(f"`{command(found)}`" for found in (head, spread))
+    files = ", ".join(
+        f"[JSON](benchmarks/results/{n}.json)" for n in ("sprout_plus_report", "sprout_plus_discount_report")
+    )
+    first = head["rows"][0]
+    return (
+        f"{commands}\n({first['questions']} questions, {first['descriptions']} descriptions, {files}; the plain twig from the report):\n\n"
+        f"{table(sorted(rows, key=lambda row: -row['R']))}"
+    )
 
 
 def plot(found: dict, path: Path) -> None:
