@@ -117,14 +117,11 @@ def test_drafted_words_are_green_on_a_terminal(described):
 
 
 @pytest.mark.slow
-def test_no_color_is_honoured():
-    assert "\033[" not in on_a_terminal("--stream", "--question", "How many objects are there?", NO_COLOR="1")
-
-
-@pytest.mark.slow
-def test_a_conversation_ends_with_an_empty_line():
-    shown = on_a_terminal("--stream", keys="How many objects are there?\nIs there a word in the image?\n\n")
-    assert len(FIGURES.findall(shown)) == 2
+def test_a_conversation_ends_with_an_empty_line_and_no_color_is_honoured():
+    shown = on_a_terminal(
+        "--stream", keys="How many objects are there?\nIs there a word in the image?\n\n", NO_COLOR="1"
+    )
+    assert len(FIGURES.findall(shown)) == 2 and "\033[" not in shown
 
 
 def test_questions_by_pipe_are_answered_in_turn_with_their_history():
@@ -133,7 +130,7 @@ def test_questions_by_pipe_are_answered_in_turn_with_their_history():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize("locale", ["C", pytest.param("C.UTF-8", marks=pytest.mark.nightly)])
 def test_bytes_that_are_no_text_do_not_end_a_conversation(locale):
     """Nor does a mark for pictures that is typed later on."""
     command = [sys.executable, ROOT / "cli_demo.py", "--json", "--max-new-tokens", "2"]

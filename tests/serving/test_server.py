@@ -272,7 +272,7 @@ def test_pictures_from_addresses_are_fetched_from_the_public_only(vlm):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)])
 def test_who_is_being_answered_is_answered_before_the_end(number):
     import httpx
 
@@ -309,23 +309,18 @@ def test_who_takes_too_long_is_told_that_it_ends(vlm):
             assert fault(asked.result(60), 503)["code"] == "shutting_down"
 
 
-def refused(*flags: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-m", "twigvlm.serving", *flags], env=env, capture_output=True, text=True, timeout=120
-    )
+def test_a_port_that_is_taken_is_one_line(capsys):
+    from twigvlm.serving.__main__ import main
 
-
-@pytest.mark.slow
-def test_a_port_that_is_taken_is_one_line(server):
-    port = server.rpartition(":")[2]
-    out = refused("--port", port)
-    assert out.returncode == 1 and out.stdout == ""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["--port", port, "--device", "cpu"]) == 1
+    said = capsys.readouterr()
+    assert said.out == "" and "Traceback" not in said.err
     assert (
-        out.stderr.splitlines()[-1]
+        said.err.splitlines()[-1]
         == f"error: 127.0.0.1:{port} is taken by another program; choose another --port (0 takes a free one)"
     )
-    assert "Traceback" not in out.stderr
 
 
 def test_flags_that_cannot_be(capsys):

@@ -49,11 +49,11 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def quietly(argv: list[str]) -> int:
-    """A training in this process, which leaves signals as they were; its exit code."""
+def quietly(argv: list[str], main: Callable[[list[str]], int] = train.main) -> int:
+    """A training in this process, or its launcher, which leaves signals as they were; its exit code."""
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return train.main(argv)
+        return main(argv)
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

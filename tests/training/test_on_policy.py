@@ -13,8 +13,9 @@ from conftest import EOS, tiny_model, tiny_tokenizer, write_base
 from PIL import Image
 
 import twigvlm
-from training.conftest import finish, flags_into, python, start, twig_of
+from training.conftest import finish, flags_into, python, quietly, start, twig_of
 from twigvlm.prompt.template import text_encoder
+from twigvlm.training import launch
 from twigvlm.training.data import loading
 from twigvlm.training.data.examples import IGNORE, IMAGE_LABEL, Example, encode, respoken, turns
 from twigvlm.training.on_policy import __main__ as on_policy
@@ -401,18 +402,18 @@ def test_held_out_samples_stay_as_they_are_and_lengths_are_the_new_ones(world, v
 
 
 @pytest.mark.slow
-def test_the_launcher_has_the_base_answer_first(world, tmp_path):
+def test_the_launcher_has_the_base_answer_first(world, tmp_path, monkeypatch, capfd):
+    """By one process, by two, and by two that refuse it."""
     more = ["--on-policy", "10", "--on-policy-tokens", "8", "--max-steps", "2"]
-    code, said = finish(start(python("twigvlm.training.launch", *flags_into(world, tmp_path / "out", *more))))
-    assert code == 0 and "own answers to 10 of 10" in said and "10 of them with" in said, said
-    several = {"NPROC_PER_NODE": "2"}
-    code, said = finish(
-        start(python("twigvlm.training.launch", *flags_into(world, tmp_path / "two", *more)), **several)
-    )
+    assert quietly(flags_into(world, tmp_path / "out", *more), launch.main) == 0
+    said = capfd.readouterr().out
+    assert "own answers to 10 of 10" in said and "10 of them with" in said, said
+    words = flags_into(world, tmp_path / "two", *more)
+    code, said = finish(start(python("twigvlm.training.launch", *words), NPROC_PER_NODE="2"))
     assert code == 0 and len(spoken.files(tmp_path / "two")) == 1, said
     one, two = (sorted(lines(tmp_path / n / "on_policy.jsonl")[1:], key=lambda x: x["index"]) for n in ("out", "two"))
     assert one == two
-    code, said = finish(
-        start(python("twigvlm.training.launch", *flags_into(world, tmp_path / "bad", "--on-policy", "99")), **several)
-    )
-    assert code == 2 and said.count("error:") == 1 and "choose 24 or less" in said and "Traceback" not in said
+    monkeypatch.setenv("NPROC_PER_NODE", "2")
+    assert quietly(flags_into(world, tmp_path / "bad", "--on-policy", "99"), launch.main) == 2
+    said = "".join(capfd.readouterr())
+    assert said.count("error:") == 1 and "choose 24 or less" in said and "Traceback" not in said
