@@ -64,6 +64,7 @@ class Recipe:
 ZIP = "visionzip:keep=288"
 ON_TWIG, BEHIND = "stage 2 on the twig", (*STAGE_2, "--head-init", "identity")  # what each option is measured with
 DISCOUNT, ALONE = "twig-discount", f"{ON_TWIG}, static R=64, leave-one-out"
+ALONE_AT_64 = (*STAGE_2, "--budget", "64", "--baseline", "leave-one-out")
 FOR_DISCOUNT = (*BEHIND, "--budget", "64", "--baseline", "leave-one-out", "--picks", "discounted")
 RECIPES = (
     Recipe("twig"),
@@ -76,6 +77,7 @@ RECIPES = (
     Recipe("stage 1, hybrid loss", ("--stage", "1", "--prediction-loss", "hybrid"), options=True),
     Recipe("stage 1, pruned teacher", ("--stage", "1", "--teacher", "pruned"), options=True),
     Recipe("stage 2, identity", STAGE_2, "stage 1, identity", options=True),
+    Recipe("stage 2, static R=64, leave-one-out", ALONE_AT_64, "stage 1", options=True),
     Recipe(ON_TWIG, BEHIND, "twig", options=True),
     *(
         Recipe(f"{ON_TWIG}, static R=64{name}", (*BEHIND, "--budget", "64", *flags), "twig", options=True)
