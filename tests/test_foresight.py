@@ -22,6 +22,7 @@ from twigvlm.model.twig import CONFIG, WEIGHTS, save_twig
 from twigvlm.sprout import report
 from twigvlm.sprout import train as recipe
 from twigvlm.training import launch
+from twigvlm.training.data import loading
 from twigvlm.training.settings import Settings
 
 
@@ -175,7 +176,7 @@ def test_a_twig_says_before_loading_that_it_grew_elsewhere(tmp_path):
     ],
 )
 def test_a_training_is_checked_before_data_are_drawn_and_the_base_is_asked(settings, words, monkeypatch):
-    monkeypatch.setattr(launch, "fill_in", lambda *_: pytest.fail("drew data"))
+    monkeypatch.setattr(loading, "fill_in", lambda *_: pytest.fail("drew data"))
     with pytest.raises(InputError) as fault:
         launch.start(Settings(**{"device": "cpu"} | settings), [])
     assert all(word in str(fault.value) for word in words), fault.value
@@ -193,7 +194,7 @@ def test_a_training_is_checked_before_data_are_drawn_and_the_base_is_asked(setti
 )
 def test_a_deepspeed_file_is_held_against_the_run_before(config, words, monkeypatch, tmp_path):
     pytest.importorskip("deepspeed")
-    monkeypatch.setattr(launch, "fill_in", lambda *_: pytest.fail("drew data"))
+    monkeypatch.setattr(loading, "fill_in", lambda *_: pytest.fail("drew data"))
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"train_batch_size": "auto", "zero_optimization": {"stage": 2}} | config))
     with pytest.raises(InputError) as fault:

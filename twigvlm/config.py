@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from .errors import InputError
 from .files import BROUGHT
@@ -19,6 +19,12 @@ FORMAT_VERSION = 1
 AUTO = "auto"
 IMAGE = "<image>"  # a picture in a text
 HeadStart = Literal["released", "identity"]  # how a pruning head begins, and which gates it has: model.pruning_head
+STARTS = get_args(HeadStart)
+BACKENDS = ("sdpa", "eager", "flash_attention_2")  # attention implementations
+SHAPES = {  # random bases: width, feed-forward width, layers, heads: the Vicuna of each LLaVA-1.5
+    "llava-1.5-7b": (4096, 11008, 32, 32),
+    "llava-1.5-13b": (5120, 13824, 40, 40),
+}
 MOST_NODES = 256  # of a draft; who sees whom is a table of its square
 DIGITS = 9  # of a number that is written in a text: more stay words, and are refused as such
 SHOWN = 80  # letters of a value that a message repeats

@@ -268,3 +268,14 @@ def of(model: ModelSettings, writing: GenerationSettings) -> dict[str, Any]:
     said |= {f.name: getattr(writing, f.name) for f in fields(GenerationSettings) if "help" in f.metadata}
     said["temperature"] = writing.temperature if writing.do_sample else 0.0
     return said | {"no_pruning": writing.retained_tokens is None, "no_speculation": writing.draft_length == 0}
+
+
+def budgets_of(text: str) -> list[float]:
+    """`192,128,64` as numbers, for a flag. Raises ArgumentTypeError."""
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 192,128,64") from None
+    if not found:
+        raise argparse.ArgumentTypeError("no number given; 192,128,64, say")
+    return list(dict.fromkeys(found))

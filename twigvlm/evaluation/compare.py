@@ -28,7 +28,7 @@ from ..files import check_folder, write_json, write_text
 from ..processes import Placement, Stop, guarded, place
 from ..program import called
 from ..pruning import METHODS, Plan, Shape, find_method
-from ..pruning.catalogue import budgets_of, methods_of
+from ..pruning.catalogue import methods_of
 from ..pruning.cost import Cost
 from ..threads import Clock
 from .asking.answers import LOGS
@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> Namespace:
         "with the embedded model, whose tower reads no text, cdpruner:stand_in)",
     )  # fmt: skip
     what.add_argument(
-        "-R", "--retained-tokens", type=budgets_of, default=budgets_of(BUDGETS), metavar="R,R,…",
+        "-R", "--retained-tokens", type=flags.budgets_of, default=flags.budgets_of(BUDGETS), metavar="R,R,…",
         help=f"averages of visual tokens that enter a layer (default {BUDGETS})",
     )  # fmt: skip
     what.add_argument(

@@ -17,7 +17,6 @@ from .. import flags
 from ..errors import InputError
 from ..processes import Stop, guarded
 from ..program import called, print_json
-from ..pruning.catalogue import budgets_of
 from .asking.job import Job
 from .run import MODULE as RUN
 from .run import add_options, announce, carry_out, job_of, setting_of, stopped
@@ -34,7 +33,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     writing = flags.writing(leave=("retained_tokens",), max_new_tokens=None, seed=0)
     parser = flags.parser(called(MODULE), __doc__, flags.model(), writing)
     parser.add_argument(
-        "-R", "--retained-tokens", type=budgets_of, default=budgets_of(BUDGETS), metavar="R,R,…",
+        "-R", "--retained-tokens", type=flags.budgets_of, default=flags.budgets_of(BUDGETS), metavar="R,R,…",
         help=f"averages of visual tokens kept per layer (default {BUDGETS})",
     )  # fmt: skip
     parser.add_argument(

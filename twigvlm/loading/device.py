@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from transformers import LlavaForConditionalGeneration
 
+from ..config import BACKENDS
 from ..errors import InputError, RunError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BACKENDS = ("sdpa", "eager", "flash_attention_2")
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

@@ -7,16 +7,13 @@ import re
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from ..config import SHAPES
 from ..errors import InputError
 from .base import furnish, skeleton
 from .describe import KNOWN_TOWERS
 from .device import set_attention
 
 STD = 0.02
-SHAPES = {  # width, feed-forward width, layers, heads: the Vicuna of each LLaVA-1.5
-    "llava-1.5-7b": (4096, 11008, 32, 32),
-    "llava-1.5-13b": (5120, 13824, 40, 40),
-}
 
 
 def random_config(shape: str) -> LlavaConfig:

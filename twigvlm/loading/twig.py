@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 from safetensors import safe_open
 
-from ..config import DEFAULT_K, FORMAT_VERSION, TwigConfig, split_name
+from ..config import DEFAULT_K, FORMAT_VERSION, STARTS, TwigConfig, split_name
 from ..errors import InputError
 from ..model.pruning_head import NAME as PRUNING_HEAD
-from ..model.pruning_head import STARTS
 from ..model.trunk import Trunk
 from ..model.twig import CONFIG, START, TUNED, WEIGHTS, Origin, Twig, recognised, signature, twig_skeleton
 from .base import HEAD, MAX_PADDED_ROWS, Loaded

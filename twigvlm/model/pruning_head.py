@@ -7,18 +7,15 @@ Legend: B rows, Q asked rows, V' visual tokens, D width, H heads, d head width.
 
 from __future__ import annotations
 
-from typing import get_args
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import HeadStart
+from ..config import STARTS, HeadStart
 from ..errors import InputError
 from .tap import Tap, share
 
 NAME = "leaf_attention_module"  # of the head among a twig's weights, as released
-STARTS = get_args(HeadStart)
 
 
 class PruningHead(nn.Module):

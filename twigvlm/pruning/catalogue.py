@@ -7,7 +7,6 @@ brackets where it is not ours (R, the average that enters a layer).
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from collections.abc import Sequence
@@ -130,17 +129,6 @@ def catalogue(markdown: bool = False, budgets: Sequence[float] = BUDGETS) -> str
     return f"{overview(markdown)}\n\n{budgeted(markdown, budgets)}"
 
 
-def budgets_of(text: str) -> list[float]:
-    """`192,128,64` as numbers."""
-    try:
-        found = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 192,128,64") from None
-    if not found:
-        raise argparse.ArgumentTypeError("no number given; 192,128,64, say")
-    return list(dict.fromkeys(found))
-
-
 def methods_of(text: str) -> list[str]:
     """`fastv,sparsevlm:version=1.0,faithful,twig` as specs: a word that names no method is a setting of the one before.
 
@@ -165,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--markdown", action="store_true", help="as the README (the first table) and docs/methods.md have it"
     )
     parser.add_argument(
-        "-R", "--retained-tokens", type=budgets_of, default=list(BUDGETS), metavar="R,R,…",
+        "-R", "--retained-tokens", type=flags.budgets_of, default=list(BUDGETS), metavar="R,R,…",
         help="budgets of the second table (default 192,128,64)",
     )  # fmt: skip
     args = flags.parse(parser, argv)

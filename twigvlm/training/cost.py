@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from ..config import TwigConfig, split_name
+from ..config import STARTS, TwigConfig, split_name
 from ..errors import InputError
 from ..loading.describe import read_config
 from ..loading.random import random_config
-from ..model.pruning_head import STARTS
 from ..program import print_json
 from ..world.conversations import SAMPLES as DRAWN_SAMPLES
 from .data.examples import Records

@@ -22,12 +22,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError
 from ..files import check_folder
-from ..loading.device import check_attention, pick_device
 from ..processes import PARENT
 from ..program import run_program
-from . import train
-from .agreement import FILE as ANSWERS
-from .data.loading import fill_in, with_start
 from .data.records import Records, check_there
 from .settings import HELD_OUT, HELD_OUT_SHARE, STOPPED, Settings, check_accelerate, parse
 
@@ -42,14 +38,16 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
 
     def body() -> int:
-        settings, args = parse(argv, __doc__)
-        return train.main(argv) if args.dry_run else start(settings, argv)
+        settings, args = parse(argv, __doc__)  # a wrong flag is told before torch is loaded
+        return _train(argv) if args.dry_run else start(settings, argv)
 
     return run_program(body)
 
 
 def start(settings: Settings, argv: list[str]) -> int:
     """The exit code: of the training within this process where it is one, else of those it has started."""
+    from .data.loading import fill_in
+
     foresee(settings)
     env = os.environ
     rank = int(env.get("RANK", env.get("SLURM_PROCID", "0")))
@@ -68,23 +66,32 @@ def start(settings: Settings, argv: list[str]) -> int:
         os.execv(sys.executable, [sys.executable, *deepspeed, TRAIN, *argv])
     if not launched and (processes > 1 or nodes > 1):
         return _torchrun(settings, processes, nodes, argv)
+    return _train(argv)
+
+
+def _train(argv: list[str]) -> int:
+    from . import train
+
     return train.main(argv)
 
 
 def foresee(settings: Settings) -> None:
     """Raise InputError for what cannot be, before data are drawn and the base is asked: both take minutes."""
     check_accelerate()
-    settings = with_start(settings)
     from ..foresight import Wish
+    from ..loading.device import check_attention, pick_device
+    from .data.loading import with_start
     from .plus.subject import foresee_stage
     from .projector import ProjectorSubject
+    from .train import check_export
     from .twig import INITS, Start, reducer_of
 
+    settings = with_start(settings)
     Start(settings.K, settings.T, settings.F, settings.init)
     if settings.data is None and settings.base is not None:
         raise InputError("no data: give --data FILE (LLaVA's instruction JSON) and --images FOLDER")
     check_attention(settings.attention)
-    train.check_export(settings.export_release)
+    check_export(settings.export_release)
     device = pick_device(settings.device)
     wish = Wish(settings.base, shape=settings.random)
     letters = wish.base_letters(settings.K, settings.T, settings.F)
@@ -166,7 +173,9 @@ def _deepspeed(hostfile: str) -> list[str]:
 
 def _ask_base(settings: Settings, argv: list[str]) -> None:
     """The base's words, by a process of its own: the training itself never holds the whole base."""
-    if settings.agreement != "base" or settings.random or (Path(settings.out) / ANSWERS).exists():
+    from .agreement import FILE
+
+    if settings.agreement != "base" or settings.random or (Path(settings.out) / FILE).exists():
         return
     if settings.held_out == 0 or (settings.held_out is None and not settings.held_out_data and _small(settings.data)):
         return
@@ -208,6 +217,8 @@ def _torchrun(settings: Settings, processes: int, nodes: int, argv: list[str]) -
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    from .data.loading import fill_in
 
     env = os.environ
     if settings.device == "cpu":

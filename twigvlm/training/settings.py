@@ -15,12 +15,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .. import flags
-from ..config import DEFAULT_K, DEFAULT_T, option, pinned
+from ..config import BACKENDS, DEFAULT_K, DEFAULT_T, SHAPES, STARTS, option, pinned
 from ..errors import InputError
 from ..files import BROUGHT
-from ..loading.device import BACKENDS
-from ..loading.random import SHAPES
-from ..model.pruning_head import STARTS
 from ..program import called
 from .run.zero import read_zero
 

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ..config import STARTS
 from ..errors import InputError, RunError
 from ..loading.twig import stored_twig
-from ..model.pruning_head import STARTS
 from ..model.twig import CONFIG, TUNED, describe, write_twig
 from .lora import add_adapters, has_adapters, merged
 from .objectives import Ntp, Objective
