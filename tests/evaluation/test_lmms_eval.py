@@ -498,6 +498,7 @@ def evaluated(folder: Path, name: str, model_args: str, **settings: Any) -> dict
 
 
 @needs_lmms_eval
+@pytest.mark.slow
 def test_the_entry_point_names_the_class():
     from lmms_eval.api.model import lmms as base
     from lmms_eval.models import get_model, get_model_manifest
