@@ -263,6 +263,7 @@ def unfinished(folder: Path, out: Path, step: int = 12) -> None:
     """The copy of a training that was killed after its checkpoint of this step."""
     later = [place.name for place in checkpoints.checkpoints(folder) if int(place.name.split("-")[1]) > step]
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns(*later))
+    assert checkpoints.last_whole(out)[0].name == f"checkpoint-{step}"
     (out / "model.safetensors").unlink()
     stored = json.loads((out / "run.json").read_text())
     del stored["finished"]

@@ -64,8 +64,7 @@ class Recipe:
 ZIP = "visionzip:keep=288"
 ON_TWIG, BEHIND = "stage 2 on the twig", (*STAGE_2, "--head-init", "identity")  # what each option is measured with
 DISCOUNT, ALONE = "twig-discount", f"{ON_TWIG}, static R=64, leave-one-out"
-ALONE_AT_64 = (*STAGE_2, "--budget", "64", "--baseline", "leave-one-out")
-FOR_DISCOUNT = (*BEHIND, "--budget", "64", "--baseline", "leave-one-out", "--picks", "discounted")
+LEAVING_ONE = ("--budget", "64", "--baseline", "leave-one-out")
 RECIPES = (
     Recipe("twig"),
     Recipe("stage 1", ("--stage", "1")),
@@ -77,7 +76,7 @@ RECIPES = (
     Recipe("stage 1, hybrid loss", ("--stage", "1", "--prediction-loss", "hybrid"), options=True),
     Recipe("stage 1, pruned teacher", ("--stage", "1", "--teacher", "pruned"), options=True),
     Recipe("stage 2, identity", STAGE_2, "stage 1, identity", options=True),
-    Recipe("stage 2, static R=64, leave-one-out", ALONE_AT_64, "stage 1", options=True),
+    Recipe("stage 2, static R=64, leave-one-out", (*STAGE_2, *LEAVING_ONE), "stage 1", options=True),
     Recipe(ON_TWIG, BEHIND, "twig", options=True),
     *(
         Recipe(f"{ON_TWIG}, static R=64{name}", (*BEHIND, "--budget", "64", *flags), "twig", options=True)
@@ -95,7 +94,13 @@ RECIPES = (
     ),
     Recipe("twig asked with discount", options=True, pruning=DISCOUNT, of="twig"),
     Recipe(f"{ALONE}, asked with discount", options=True, pruning=DISCOUNT, of=ALONE),
-    Recipe(f"{ALONE}, discounted picks", FOR_DISCOUNT, "twig", options=True, pruning=DISCOUNT),
+    Recipe(
+        f"{ALONE}, discounted picks",
+        (*BEHIND, *LEAVING_ONE, "--picks", "discounted"),
+        "twig",
+        options=True,
+        pruning=DISCOUNT,
+    ),
     Recipe("twig, on-policy", ("--on-policy", "960"), options=True),
     Recipe(f"twig, {ZIP}", ("--tower-pruning", ZIP), options=True, pruning=f"{ZIP}+twig"),
     Recipe(f"twig asked behind {ZIP}", options=True, pruning=f"{ZIP}+twig", of="twig"),

@@ -173,9 +173,9 @@ def _deepspeed(hostfile: str) -> list[str]:
 
 def _ask_base(settings: Settings, argv: list[str]) -> None:
     """The base's words, by a process of its own: the training itself never holds the whole base."""
-    from .agreement import FILE
+    from .agreement import FILE as ANSWERS
 
-    if settings.agreement != "base" or settings.random or (Path(settings.out) / FILE).exists():
+    if settings.agreement != "base" or settings.random or (Path(settings.out) / ANSWERS).exists():
         return
     if settings.held_out == 0 or (settings.held_out is None and not settings.held_out_data and _small(settings.data)):
         return
