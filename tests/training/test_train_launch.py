@@ -298,6 +298,7 @@ def test_an_error_is_said_once_and_by_its_exit_code(flags, tmp_path):
 
 def test_a_batch_that_cannot_be_shared_starts_nothing(flags, monkeypatch, capfd):
     monkeypatch.setenv("NPROC_PER_NODE", "2")
+    monkeypatch.setattr(launch, "_torchrun", lambda *_: pytest.fail("started"))
     assert quietly(flags("out", "--batch-size", "5"), launch.main) == 2
     said = capfd.readouterr().err
     assert "cannot be shared by 2 devices" in said and "Traceback" not in said
