@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a .venv with the pinned requirements and this package, editable.
 PYTHON ?= python3
 PY := .venv/bin/python
+INSTALL ?= $(PY) -m pip install --quiet --disable-pip-version-check
 export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test test-all test-nightly lint docs clean
@@ -32,8 +33,8 @@ build/docs/.ready: docs/requirements.txt
 
 .venv/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(INSTALL) -r requirements.txt
+	$(INSTALL) --no-deps -e .
 	touch $@
 
 clean:

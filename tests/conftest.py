@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -37,6 +38,7 @@ from twigvlm.pruning import Shape, find_method
 from twigvlm.vlm import TwigVLM
 
 torch.set_num_threads(1)
+gc.set_threshold(50_000)  # looking for cycles among a million objects of libraries took a tenth of the time
 settings.register_profile(
     "steady",  # the same examples in every run: a red test is a change of the code
     derandomize=True,
@@ -76,6 +78,10 @@ def _is_golden(folder: Path) -> bool:
 
 
 GOLDEN = choose_golden()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import warm
 from conftest import IMAGE, ROOT, batch, prompts, tiny
 
 from twigvlm.config import TwigConfig
@@ -108,7 +108,7 @@ def test_both_pages_literally(clone):
 
     def python(*words: str) -> str:
         env = os.environ | {"PYTHONPATH": str(clone), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run([sys.executable, "-m", *words], cwd=clone, env=env, capture_output=True, text=True)
+        done = warm.run(["-m", *words], clone, env)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

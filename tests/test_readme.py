@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {
@@ -57,7 +58,7 @@ def workplace(tmp_path):
 def test_commands_run(block, workplace):
     """One block's commands one after the other, since a later one may need what an earlier one made."""
     for command in (c for c in commands(block) if c.startswith("python")):
-        out = run([sys.executable, *shlex.split(command)[1:]], workplace)
+        out = warm.run(shlex.split(command)[1:], workplace, os.environ | {"PYTHONPATH": str(ROOT)})
         assert out.returncode == 0, f"{command}\n{out.stderr}"
         assert out.stdout.strip(), command
 

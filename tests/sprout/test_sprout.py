@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twigvlm.prompt.template import encode
-from twigvlm.sprout import ablate, measure, plus, publish, report, shown
+from twigvlm.sprout import ablate, measure, plus, publish, quiz, report, shown
 from twigvlm.sprout.recipe.base import base_config, build
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
 from twigvlm.training.settings import parse
@@ -201,6 +201,7 @@ def test_ablations(tmp_path, capsys, monkeypatch):
     few = {"initialisation": (2,), "parts": (0, 2), "signal": (0, 2)}  # one that is trained, one that is not
     monkeypatch.setattr(ablate, "SECTIONS", {s: tuple(ablate.SECTIONS[s][i] for i in few[s]) for s in few})
     monkeypatch.setattr(ablate, "TIMED", 1)
+    monkeypatch.setattr(quiz, "LONGEST", 16)
     flags = ["--ablate", ",".join(few), "--steps", "1", "--scenes", "1", "--work", str(tmp_path / "work")]
     flags += ["--out", str(tmp_path), "--device", "cpu"]
     assert report.main(flags) == 0
@@ -230,6 +231,7 @@ def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd):
     recipes += [plus.Recipe("stage 1, other", ("--stage", "1", *small), options=True)]
     monkeypatch.setattr(plus, "RECIPES", tuple(recipes))
     monkeypatch.setattr(plus, "TIMED", 1)
+    monkeypatch.setattr(quiz, "LONGEST", 16)
     flags = ["--plus", "--steps", "12", "--scenes", "1", "--budgets", "64", "--device", "cpu"]
     flags += ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert report.main(flags) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
+from warm import Program
 
 import twigvlm
 from twigvlm.prompt.template import VICUNA_V1, encode
@@ -76,16 +77,16 @@ def one_thread():
 def test_a_killed_recipe_ends_with_the_same_weights(tmp_path, monkeypatch, one_thread):
     """Killed in the middle of a stage and started again: the run that was never disturbed, to the bit where one thread sums."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    command = [sys.executable, "-m", "twigvlm.sprout.train", "--hidden", "32", "--device", "cpu", "--workers", "0"]
+    command = ["-m", "twigvlm.sprout.train", "--hidden", "32", "--device", "cpu", "--workers", "0"]
     command += ["--stages", "words-4,short-4,tower", "--steps", "words-4=6,short-4=2,tower=2", "--save-seconds", "0"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    process = subprocess.Popen([*command, "--out", broken], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = Program([*command, "--out", broken], ROOT)
     steps = {"words-4": 6, "short-4": 2, "tower": 2}
     courses = [Course(out, hidden=32, workers=0, steps=steps) for out in (whole, broken)]
     while not checkpoints.checkpoints(broken / "words-4-saved"):
         assert process.poll() is None
     process.kill()
-    process.wait()
+    process.communicate()
     assert not (broken / "short-4-done.pt").exists(), "killed too late to prove anything"
     for run in courses:
         run.run(tuple(steps))

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, tiny_model, tiny_tokenizer, write_base
 from PIL import Image
 from safetensors.torch import load_file
+from warm import Program
 
 from twigvlm.training import train
 
@@ -113,14 +114,17 @@ def flags(world, tmp_path):
     return lambda name, *more: flags_into(world, tmp_path / name, *more)
 
 
-def start(command: list[str], **env: str) -> subprocess.Popen:
+def start(command: list[str], **env: str) -> subprocess.Popen | Program:
+    """A program in a session of its own; one of Python finds its libraries loaded."""
+    if command[0] == sys.executable:
+        return Program(command[1:], ROOT, environment(**env), merged=True)
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(**env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> tuple[int, str]:
+def finish(process: subprocess.Popen | Program) -> tuple[int, str]:
     try:
         said, _ = process.communicate(timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -128,6 +132,13 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
         said, _ = process.communicate()
         pytest.fail(f"still running after {PATIENCE} s:\n{said[-3000:]}")
     return process.returncode, said
+
+
+def ranks(command: list[str]) -> tuple[int, str]:
+    """Two processes as torchrun starts them: the exit code of the first that failed, and what they said one after the other."""
+    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    ends = [finish(one) for one in [start(command, **where, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]]
+    return next((code for code, _ in ends if code), 0), "".join(said for _, said in ends)
 
 
 def python(*words: str) -> list[str]:
@@ -150,7 +161,10 @@ def reference(world, tmp_path_factory) -> Callable[[str], tuple[Path, str]]:
             out = tmp_path_factory.mktemp("reference") / mode
             zero = "none" if mode == "single" else mode
             words = [TRAIN, *flags_into(world, out, "--zero", zero)]
-            code, said = finish(start(python(*words) if mode == "single" else torchrun(*words)))
+            if mode in ("single", "none"):
+                code, said = finish(start(python(*words) if mode == "single" else torchrun(*words)))
+            else:
+                code, said = ranks(python(*words))
             assert code == 0, said
             made[mode] = out, said
         return made[mode]

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from training.conftest import (
     port,
     python,
     quietly,
+    ranks,
     start,
     torchrun,
     twig_of,
@@ -66,7 +68,7 @@ def test_held_out_samples_are_shared(flags, tmp_path, zero):
     """Three batches of held-out samples for two processes: one repeats one, which is not counted."""
     more = ["--held-out", "3", "--agreement", "labels", "--agreement-steps", "1", "--max-steps", "3"]
     assert quietly(flags("one", *more, "--zero", "none")) == 0
-    code, said = finish(start(torchrun(TRAIN, *flags("two", *more, "--zero", zero))))
+    code, said = ranks(python(TRAIN, *flags("two", *more, "--zero", zero)))
     assert code == 0, said
     one, two = ([t["agreement"] for t in report.history(tmp_path / name)] for name in ("one", "two"))
     assert len(one) == 3 and one == pytest.approx(two, abs=1e-4)
@@ -154,10 +156,10 @@ def die(process: subprocess.Popen, victim: str) -> None:
     assert code != 0, said
 
 
-def again(command: list[str], out: Path, whole: Path, **env: str) -> None:
+def again(go: Callable[[], tuple[int, str]], out: Path, whole: Path) -> None:
     """The same command goes on and ends with the weights of a run that was never disturbed."""
     assert not (out / "model.safetensors").exists(), "disturbed too late to prove anything"
-    code, said = finish(start(command, **env))
+    code, said = go()
     assert code == 0 and "continuing from" in said, said
     assert apart(whole, out) == 0.0
 
@@ -170,7 +172,7 @@ def test_sigkill_of_a_rank_and_of_all(flags, reference, tmp_path, zero, victim):
     process = start(torchrun(*words))
     wait_for(process, out, 3)
     die(process, victim)
-    again(torchrun(*words), out, reference(zero)[0])
+    again(lambda: finish(start(torchrun(*words))), out, reference(zero)[0])
 
 
 SPOILT = """
@@ -199,12 +201,11 @@ def test_a_loss_that_is_no_number_stops_all(flags, reference, tmp_path, zero):
     """
     (tmp_path / "spoilt.py").write_text(SPOILT)
     words, out = flags("out", "--zero", zero), tmp_path / "out"
-    command = python("torch.distributed.run", "--nproc-per-node", "2", "--master-port", port())
-    code, said = finish(start([*command, str(tmp_path / "spoilt.py"), *words]))
+    code, said = ranks([sys.executable, str(tmp_path / "spoilt.py"), *words])
     assert code != 0 and "not finite at step 4" in said and "--lr" in said, said
     assert checkpoints.last_whole(out)[0].name == "checkpoint-3"
     assert all(torch.isfinite(t).all() for t in twig_of(out / "checkpoint-3").values())
-    again(torchrun(TRAIN, *words), out, reference(zero)[0])
+    again(lambda: ranks(python(TRAIN, *words)), out, reference(zero)[0])
 
 
 @nightly
@@ -220,8 +221,7 @@ def test_so_it_does_in_later_stages(world, flags, tmp_path, stage, zero):
         flags("out", "--zero", zero, "--stage", stage, "--init", str(tmp_path / "init"), *more),
         tmp_path / "out",
     )
-    command = python("torch.distributed.run", "--nproc-per-node", "2", "--master-port", port())
-    code, said = finish(start([*command, str(tmp_path / "spoilt.py"), *words]))
+    code, said = ranks([sys.executable, str(tmp_path / "spoilt.py"), *words])
     assert code != 0 and "not finite at step 4" in said and "--lr" in said, said
     assert checkpoints.last_whole(out)[0].name == "checkpoint-3"
     assert all(torch.isfinite(t).all() for t in twig_of(out / "checkpoint-3").values())
@@ -245,7 +245,7 @@ def test_the_launcher_killed_and_sigterm_to_it(flags, reference, tmp_path, zero)
     process.terminate()
     code, said = finish(process)
     assert code == 0 and "continuing from" in said and "stopped by SIGTERM" in said, said
-    again(command, out, reference(zero)[0], NPROC_PER_NODE="2")
+    again(lambda: finish(start(command, NPROC_PER_NODE="2")), out, reference(zero)[0])
 
 
 @nightly
@@ -256,7 +256,7 @@ def test_sigkill_of_the_script_and_the_same_command_again(flags, reference, tmp_
     wait_for(process, tmp_path / "killed", 4)
     process.kill()
     finish(process)
-    again(command, tmp_path / "killed", reference("single")[0], PYTHON=sys.executable)
+    again(lambda: finish(start(command, PYTHON=sys.executable)), tmp_path / "killed", reference("single")[0])
 
 
 def unfinished(folder: Path, out: Path, step: int = 12) -> None:
@@ -310,7 +310,7 @@ def test_a_batch_that_cannot_be_shared_starts_nothing(flags, monkeypatch, capfd)
 def test_bf16_with_fp32_states(flags, world, tmp_path):
     """Under autocast and under ZeRO-2: the loss falls, and small steps are not lost."""
     assert quietly(flags("plain", "--precision", "bf16", "--zero", "none")) == 0
-    code, said = finish(start(torchrun(TRAIN, *flags("zero", "--precision", "bf16", "--zero", "2"))))
+    code, said = ranks(python(TRAIN, *flags("zero", "--precision", "bf16", "--zero", "2")))
     assert code == 0, said
     for name in ("plain", "zero"):
         told = report.history(tmp_path / name)
@@ -405,26 +405,27 @@ def stage_1(world, tmp_path_factory) -> Path:
 def test_stage_1_with_two_processes(world, stage_1, tmp_path, zero):
     """One of them may have text alone where the other has images. Started again in the middle it ends with the same bits."""
     out, words = tmp_path / "two", ["--zero", zero, "--save-steps", "2"]
-    code, said = finish(start(torchrun(TRAIN, *staged(world, out, "1", *words))))
+    code, said = ranks(python(TRAIN, *staged(world, out, "1", *words)))
     assert code == 0 and "Traceback" not in said, said
     losses = [[t["loss"] for t in report.history(folder)] for folder in (out, stage_1)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5) and apart(out, stage_1) < 1e-5
     assert twigvlm.load(world / "base", out, device="cpu").twig.config.pruning_head == "released"
     unfinished(out, tmp_path / "killed", 2)
-    again(torchrun(TRAIN, *staged(world, tmp_path / "killed", "1", *words)), tmp_path / "killed", out)
+    killed = python(TRAIN, *staged(world, tmp_path / "killed", "1", *words))
+    again(lambda: ranks(killed), tmp_path / "killed", out)
 
 
 @pytest.mark.parametrize("zero", ["3", *(pytest.param(z, marks=nightly) for z in ("2", "none"))])
 def test_stage_2_with_two_processes(world, stage_1, tmp_path, zero):
     """Each draws sets of its own; the head alone changes, and what starts again in the middle ends with the same bits."""
     more = ["--init", str(stage_1), "--groups", "4", "--zero", zero, "--save-steps", "2"]
-    whole, killed = (staged(world, tmp_path / name, "2", *more) for name in ("whole", "killed"))
-    code, said = finish(start(torchrun(TRAIN, *whole)))
+    whole, killed = (python(TRAIN, *staged(world, tmp_path / name, "2", *more)) for name in ("whole", "killed"))
+    code, said = ranks(whole)
     assert code == 0 and "Traceback" not in said, said
     before, after = twig_of(stage_1), twig_of(tmp_path / "whole")
     assert {k for k in before if not torch.equal(before[k], after[k])} == {k for k in before if "_gate." in k}
     unfinished(tmp_path / "whole", tmp_path / "killed", 2)
-    again(torchrun(TRAIN, *killed), tmp_path / "killed", tmp_path / "whole")
+    again(lambda: ranks(killed), tmp_path / "killed", tmp_path / "whole")
 
 
 def test_the_scripts_stages(world, tmp_path):
@@ -445,7 +446,7 @@ def test_stage_2_under_zero_in_bf16_keeps_the_twig_to_the_bit(world, stage_1, tm
     words = staged(
         world, tmp_path / "half", "2", "--init", str(stage_1), "--groups", "2", "--precision", "bf16", "--zero", "2"
     )
-    code, said = finish(start(torchrun(TRAIN, *words)))
+    code, said = ranks(python(TRAIN, *words))
     assert code == 0, said
     before, after = twig_of(stage_1), twig_of(tmp_path / "half")
     assert all(torch.equal(before[k], after[k]) for k in before if "_gate." not in k)

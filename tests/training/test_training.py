@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import ROOT, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -1152,8 +1153,7 @@ def test_a_deepspeed_file_of_ones_own(world, tmp_path, config, expected):
         "--workers",
         "0",
     ]
-    command = [sys.executable, "-m", "twigvlm.training.train", *words, "--zero", zero_file(tmp_path, **config)]
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = warm.run(["-m", "twigvlm.training.train", *words, "--zero", zero_file(tmp_path, **config)], ROOT)
     assert done.returncode == expected, done.stderr
     if expected:
         [told] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

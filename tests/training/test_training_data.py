@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import GOLDEN, ROOT, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1040,8 +1041,7 @@ def test_shares_of_skipped_samples(tmp_path):
 
 def inspect(*arguments) -> subprocess.CompletedProcess:
     """The program in a process of its own."""
-    command = [sys.executable, "-m", "twigvlm.training.inspect", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return warm.run(["-m", "twigvlm.training.inspect", *arguments], ROOT)
 
 
 @pytest.fixture
