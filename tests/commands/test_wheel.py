@@ -17,6 +17,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT
 
 pytestmark = [
@@ -57,16 +58,18 @@ def installed(wheel, tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("env")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True, timeout=120)
     python = place / "bin" / "python"
-    code = "import site; print(site.getsitepackages()[0])"
-    packages = Path(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip())
-    (packages / BELOW).write_text("\n".join(site.getsitepackages()) + "\n")
+    (packages_of(place) / BELOW).write_text("\n".join(site.getsitepackages()) + "\n")
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run(install, check=True, env=clean(), cwd=place, timeout=300)
     return place
 
 
+def packages_of(installed: Path) -> Path:
+    return next((installed / "lib").glob("python*/site-packages"))
+
+
 def contents(installed: Path) -> dict[str, int]:
-    packages = next((installed / "lib").glob("python*/site-packages"))
+    packages = packages_of(installed)
     return {
         str(f.relative_to(packages)): f.stat().st_mtime_ns for f in packages.rglob("*") if "__pycache__" not in f.parts
     }
@@ -80,10 +83,7 @@ def call(installed, tmp_path):
     env = clean(XDG_CACHE_HOME=str(tmp_path / "cache"))
 
     def run(*argv: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [installed / "bin" / "twigvlm", *argv], cwd=work, env=env, stdin=subprocess.DEVNULL, capture_output=True,
-            text=True, timeout=600,
-        )  # fmt: skip
+        return warm.run([installed / "bin" / "twigvlm", *argv], work, env | {"PYTHONPATH": str(packages_of(installed))})
 
     def start(*argv: str) -> subprocess.Popen:
         return subprocess.Popen(
@@ -192,6 +192,6 @@ def test_the_source_is_whole_and_passes_its_own_tests(built, tmp_path):
             name for name in tracked.stdout.splitlines() if not (source / name).exists() and (ROOT / name).exists()
         ]
         assert not missing
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "tests/test_architecture.py", "tests/commands", "tests/test_flags.py"]  # fmt: skip
-    done = subprocess.run(command, cwd=source, env=clean(), capture_output=True, text=True, timeout=900)
+    command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "tests/test_architecture.py", "tests/commands", "tests/test_flags.py"]  # fmt: skip
+    done = warm.run(command, source, clean())
     assert done.returncode == 0, done.stdout
