@@ -54,6 +54,7 @@ if DEVICE.type == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # programs that take the best device there is are tested on the CPU too
 EOS = 2
 BYTES_END = 3 + 256  # in `tiny_tokenizer`: special tokens and bytes come first
+LONGEST = ("test_train_launch", "test_readme", "test_sprout", "test_eval_runner", "test_server", "test_on_policy")
 IMAGE = "image"  # stands for one picture in the layout of a prompt
 WHOLE = ROOT.parent / "shared" / "golden"  # the golden set of which tests/golden carries a part
 
@@ -78,6 +79,11 @@ def _is_golden(folder: Path) -> bool:
 
 
 GOLDEN = choose_golden()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files whose slow tests take longest come first, so that no process is left alone with one."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_collection_finish() -> None:
