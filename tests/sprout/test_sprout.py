@@ -7,14 +7,16 @@ import random
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twigvlm.prompt.template import encode
-from twigvlm.sprout import ablate, measure, plus, publish, quiz, report, shown
+from twigvlm.sprout import ablate, grown, measure, plus, publish, quiz, report, shown
 from twigvlm.sprout.recipe.base import base_config, build
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
 from twigvlm.training.settings import parse
@@ -195,8 +197,15 @@ def test_no_text_becomes_the_image_token(tokenizer):
         assert image not in tokenizer(text).input_ids
 
 
+@pytest.fixture
+def programs(monkeypatch):
+    """Trainings find their libraries loaded."""
+    run = SimpleNamespace(run=lambda command, cwd, check: warm.run(command[1:], cwd))
+    monkeypatch.setattr(grown, "subprocess", run)
+
+
 @pytest.mark.slow
-def test_ablations(tmp_path, capsys, monkeypatch):
+def test_ablations(tmp_path, capsys, monkeypatch, programs):
     """Twigs are grown, trained, kept and measured; every row of the tables asked for is there, with its comment."""
     few = {"initialisation": (2,), "parts": (0, 2), "signal": (0, 2)}  # one that is trained, one that is not
     monkeypatch.setattr(ablate, "SECTIONS", {s: tuple(ablate.SECTIONS[s][i] for i in few[s]) for s in few})
@@ -223,7 +232,7 @@ def test_ablations(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd):
+def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd, programs):
     """Each twig is trained once, by the users' command, from the one before it; each figure is measured once."""
     small = ("--batch-size", "1", "--per-device-batch", "1")
     recipes = [plus.Recipe("stage 1", ("--stage", "1", *small))]
