@@ -1,10 +1,11 @@
 """How fast eight unequal rows are written together: pictures and text alone, prompts and answers of different lengths.
 
-    python benchmarks/batch_unequal.py [--tree FOLDER] [--repeats 5]
+    python benchmarks/batch_unequal.py [--tree FOLDER] [--repeats 5 | --profile]
 
 On the embedded model, with two threads. `--tree` measures the package of another checkout, of any age, on the same
 rows and weights (those of this one, so that they are the same). Ends with one JSON line: seconds and tokens of every run, decoding alone, and the
-CPU time of all of it, which is the better measure where others are at work.
+CPU time of all of it, which is the better measure where others are at work. `--profile` tells instead what plain
+decoding behind the prompt spends its time on: torch's operations, and Python between them.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def rows(vlm) -> dict:
     return {"input_ids": padded, "attention_mask": mask, "pixel_values": torch.cat(pixels)}
 
 
-def measure(tree: Path, repeats: int) -> dict:
-    """Every method after a warm-up, in turn."""
+def load(tree: Path):
+    """The embedded model, by the package of that checkout."""
     sys.path.insert(0, str(tree))
     import twigvlm  # isort: skip  (before torch: it says how threads wait)
 
@@ -63,7 +64,39 @@ def measure(tree: Path, repeats: int) -> dict:
 
     torch.set_num_threads(2)
     weights = HERE / "checkpoints"
-    vlm = twigvlm.load(weights / "sprout-base", weights / "sprout-twig-K2-T3", device="cpu")
+    return twigvlm.load(weights / "sprout-base", weights / "sprout-twig-K2-T3", device="cpu")
+
+
+def profile(tree: Path) -> None:
+    """Prints milliseconds of torch's operations, those of the prompt taken off, and of all that is between them."""
+    from collections import Counter
+
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watching
+
+    vlm = load(tree)
+    batch = rows(vlm)
+    for name in ("plain", "plain + TTP"):
+
+        def spent(tokens: int, R: float | None = METHODS[name][0]) -> tuple[Counter, float]:
+            with watching(activities=[ProfilerActivity.CPU]) as seen:
+                out = vlm.generate(**batch, retained_tokens=R, draft_length=0, max_new_tokens=tokens)
+            return Counter(
+                {one.key: one.self_cpu_time_total / 1e3 for one in seen.key_averages()}
+            ), 1e3 * out.stats.decode_seconds
+
+        spent(2)
+        (few, begun), (all_, ended) = spent(2), spent(100)
+        all_.subtract(few)
+        whole = ended - begun
+        print(f"{name}: decoding {whole:.0f} ms, of which outside torch's operations {whole - sum(all_.values()):.0f}")
+        for key, ms in all_.most_common(8):
+            print(f"  {key:48} {ms:7.0f} ms {100 * ms / whole:5.1f} %")
+
+
+def measure(tree: Path, repeats: int) -> dict:
+    """Every method after a warm-up, in turn."""
+    vlm = load(tree)
     batch, runs = rows(vlm), {name: [] for name in METHODS}
     for turn in range(repeats + 1):
         for name, (R, length) in METHODS.items():
@@ -75,7 +108,13 @@ def measure(tree: Path, repeats: int) -> dict:
                 runs[name].append({"seconds": out.stats.decode_seconds, "tokens": late, "cpu seconds, whole": cpu})
     rates = {name: statistics.median(r["tokens"] / r["seconds"] for r in found) for name, found in runs.items()}
     lengths = [len(row) for row in out.tokens]
-    return {"tree": tree.name, "torch": torch.__version__, "answers": lengths, "decode tokens/s": rates, "runs": runs}
+    return {
+        "tree": tree.name,
+        "torch": sys.modules["torch"].__version__,
+        "answers": lengths,
+        "decode tokens/s": rates,
+        "runs": runs,
+    }
 
 
 def main() -> None:
@@ -84,7 +123,10 @@ def main() -> None:
         "--tree", type=Path, default=HERE, help="checkout whose package is measured (default: this one)"
     )
     parser.add_argument("--repeats", type=int, default=5, help="runs of each method (default %(default)s)")
+    parser.add_argument("--profile", action="store_true", help="what plain decoding spends its time on, instead")
     args = parser.parse_args()
+    if args.profile:
+        return profile(args.tree.resolve())
     print(json.dumps(measure(args.tree.resolve(), args.repeats)))
 
 

@@ -159,8 +159,33 @@ def test_a_foreign_forward_and_subclasses_stay(used):
     assert "forward" in hooked.__dict__ and not used
 
 
-@pytest.mark.parametrize(("capability", "expected"), [("AVX2", True), ("AVX512", False), ("DEFAULT", False)])
-def test_the_processor_decides(capability, expected, monkeypatch):
+@needs_op
+def test_drafts_alone_go_it_with_a_single_token(used):
+    """What the base writes one by one has the bits of the stock model's own way."""
+    vlm = tiny(noise=0.1)
+    rows, pictures = prompts(vlm, [(3, IMAGE, 4)])
+    vlm.generate(**batch(rows, pictures), max_new_tokens=8, eos_token_id=[], draft_length=0, retained_tokens=None)
+    assert used and 1 not in used
+    vlm.generate(**batch(rows, pictures), max_new_tokens=8, eos_token_id=[], draft_length=3, retained_tokens=None)
+    assert 1 in used
+
+
+@pytest.mark.parametrize(
+    ("capability", "vendor", "expected"),
+    [
+        ("AVX2", "GenuineIntel", True),
+        ("AVX2", "AuthenticAMD", True),
+        ("AVX512", "AuthenticAMD", True),
+        ("AVX512", "GenuineIntel", False),
+        ("DEFAULT", "AuthenticAMD", False),
+    ],
+)
+@pytest.mark.parametrize("told", ["by a file", "by Python"])
+def test_the_processor_decides(capability, vendor, told, expected, monkeypatch, tmp_path):
+    if told == "by a file":
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(skinny, "CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(skinny.platform, "processor", lambda: f"AMD64 Family 25 Model 17 Stepping 1, {vendor}")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None, raising=False)

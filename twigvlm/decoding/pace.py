@@ -160,7 +160,10 @@ class Parts:
         return verify
 
     def _run(self, name: str, stream: Stream) -> Stream:
-        return self.trunk.run(self.layers[name], stream, self.trunk.attend(stream, self.caches[name]))
+        attention = self.trunk.attend(stream, self.caches[name])
+        if name == "twig" and self.twig is not None:
+            return self.twig.run(self.trunk, stream, attention)
+        return self.trunk.run(self.layers[name], stream, attention)
 
     def _text(self, count: int, first: int) -> Stream:
         place = torch.arange(first, first + count, device=self.trunk.device).expand(self.rows, -1)
