@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,7 +81,8 @@ def test_make_target_exists(command, workplace):
 
 @pytest.mark.slow
 def test_python_examples_run(workplace):
-    out = run([sys.executable, "-c", "\n".join(blocks("python"))], workplace)
+    (workplace / "examples.py").write_text("\n".join(blocks("python")), encoding="utf-8")
+    out = warm.run(["examples.py"], workplace, os.environ | {"PYTHONPATH": str(ROOT)})
     assert out.returncode == 0, out.stderr
 
 

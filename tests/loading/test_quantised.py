@@ -415,7 +415,7 @@ def test_what_the_kernel_on_cuda_is_asked_for(monkeypatch):
 
 @needs_torchao
 @pytest.mark.slow
-@pytest.mark.parametrize("flag", ["--load-8bit", "--load-4bit"])
+@pytest.mark.parametrize("flag", [pytest.param("--load-8bit", marks=pytest.mark.nightly), "--load-4bit"])
 def test_the_demo_answers_and_says_nothing_beside(flag):
     done = subprocess.run(
         [sys.executable, "cli_demo.py", flag, "--draft-8bit", "--no-pruning", "--question", "How many objects are there?"],

@@ -32,7 +32,9 @@ GROWTH = 2.0  # of the surprise at the right answers, at least
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("twig", "method", "R"), RECORDED)
+@pytest.mark.parametrize(
+    ("twig", "method", "R"), [pytest.param(*one, marks=pytest.mark.nightly) if one[0] else one for one in RECORDED]
+)
 def test_the_published_weights_answer_as_well_as_recorded(twig, method, R):
     vlm, setting = twigvlm.load(None, twig, device="cpu"), Setting(method, R)
     asked = quiz(SCENES)

@@ -232,7 +232,8 @@ def test_the_launcher_killed_and_sigterm_to_it(flags, reference, tmp_path, zero)
     """SIGKILL of one of its processes ends it; its own takes its processes along: else they would train on, and the same
     command would find its folder in use. SIGTERM saves and exits with 0.
     """
-    command, out = python(LAUNCH, *flags("out", "--zero", zero, "--save-steps", "1")), tmp_path / "out"
+    words, out = flags("out", "--zero", zero, "--save-steps", "1"), tmp_path / "out"
+    command = python(LAUNCH, *words)
     process = start(command, NPROC_PER_NODE="2")
     wait_for(process, out, 2)
     die(process, "rank")
@@ -245,7 +246,7 @@ def test_the_launcher_killed_and_sigterm_to_it(flags, reference, tmp_path, zero)
     process.terminate()
     code, said = finish(process)
     assert code == 0 and "continuing from" in said and "stopped by SIGTERM" in said, said
-    again(lambda: finish(start(command, NPROC_PER_NODE="2")), out, reference(zero)[0])
+    again(lambda: ranks(python(TRAIN, *words)), out, reference(zero)[0])
 
 
 @nightly

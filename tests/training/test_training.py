@@ -8,8 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -1161,16 +1159,16 @@ def test_a_deepspeed_file_of_ones_own(world, tmp_path, config, expected):
 
 
 @pytest.mark.slow
-def test_without_fcntl_everything_is_imported():
+def test_without_fcntl_everything_is_imported(tmp_path):
     """As on Windows."""
-    code = (
+    (tmp_path / "windows.py").write_text(
         "import importlib, pkgutil, sys, accelerate, matplotlib.pyplot\n"  # others have their own ways without it
         "from transformers import LlavaForConditionalGeneration, LlavaProcessor, Trainer\n"
         "sys.modules['fcntl'] = sys.modules['resource'] = None\nimport twigvlm\n"
         "for found in pkgutil.walk_packages(twigvlm.__path__, 'twigvlm.'):\n"
         "    if not found.name.endswith('lmms'): importlib.import_module(found.name)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = warm.run([tmp_path / "windows.py"], ROOT, os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
 
 
