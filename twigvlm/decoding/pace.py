@@ -160,10 +160,7 @@ class Parts:
         return verify
 
     def _run(self, name: str, stream: Stream) -> Stream:
-        attention = self.trunk.attend(stream, self.caches[name])
-        if name == "twig" and self.twig is not None:
-            return self.twig.run(self.trunk, stream, attention)
-        return self.trunk.run(self.layers[name], stream, attention)
+        return self.trunk.run(self.layers[name], stream, self.trunk.attend(stream, self.caches[name]))
 
     def _text(self, count: int, first: int) -> Stream:
         place = torch.arange(first, first + count, device=self.trunk.device).expand(self.rows, -1)

@@ -160,7 +160,7 @@ class State:
         stream = self._placed(stream, self.above)
         taps = self._listen("twig", stream)
         attention = self.trunk.attend(stream, self.above, _sight(stream, tree) if sight is None else sight)
-        out = self.twig.run(self.trunk, stream, attention, list(taps.values()))
+        out = self.trunk.run(self.twig.layers, stream, attention, list(taps.values()))
         self._hear(taps, stream)
         return out
 

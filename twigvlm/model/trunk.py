@@ -195,7 +195,8 @@ class Trunk:
             return stream
         attention = attention or self.attend(stream)
         hidden = stream.hidden
-        with quick(layers):
+        drafting = layers[0].self_attn.layer_idx >= len(self.layers)  # a twig's
+        with quick(layers, fewest=1 if drafting else 2):
             for layer in layers:
                 hidden = self._call(layer, hidden, attention, [t for t in taps if t.module is layer.self_attn])
         return replace(stream, hidden=hidden)

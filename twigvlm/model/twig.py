@@ -30,9 +30,7 @@ from .packed import PackedLinear, sample, unpack
 from .pruning_head import NAME as HEAD
 from .pruning_head import PruningHead, head_for
 from .skinny import quick
-from .stream import Stream
-from .tap import Tap
-from .trunk import Attention, Trunk
+from .trunk import Trunk
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -79,11 +77,6 @@ class Twig(nn.Module):
     @property
     def layers(self) -> nn.ModuleList:
         return self.model.layers
-
-    def run(self, trunk: Trunk, stream: Stream, attention: Attention | None = None, taps: Sequence[Tap] = ()) -> Stream:
-        """Through its layers, as `trunk` runs its own."""
-        with quick(self.layers, fewest=1):
-            return trunk.run(self.layers, stream, attention, taps)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] that left the last twig layer → fp32 [..., vocabulary]."""
