@@ -166,8 +166,9 @@ def test_drafts_alone_go_it_with_a_single_token(used):
     rows, pictures = prompts(vlm, [(3, IMAGE, 4)])
     vlm.generate(**batch(rows, pictures), max_new_tokens=8, eos_token_id=[], draft_length=0, retained_tokens=None)
     assert used and 1 not in used
-    vlm.generate(**batch(rows, pictures), max_new_tokens=8, eos_token_id=[], draft_length=3, retained_tokens=None)
-    assert 1 in used
+    out = vlm.generate(**batch(rows, pictures), max_new_tokens=8, eos_token_id=[], draft_length=3, retained_tokens=None)
+    steps = sum(len(step.drafted) for step in out.steps[0])
+    assert steps < used.count(1) <= steps * (7 * vlm.config.T + 1), "its layers, beside its head"
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def torchrun(*words: str) -> list[str]:
 @pytest.fixture(scope="session")
 def reference(world, tmp_path_factory) -> Callable[[str], tuple[Path, str]]:
     """The folder of an undisturbed training and what it said, made once: "single", one process with accumulation 4,
-    or a ZeRO mode with two processes.
+    or a ZeRO mode with two processes, which torchrun starts for "none".
     """
     made: dict[str, tuple[Path, str]] = {}
 

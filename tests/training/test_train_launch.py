@@ -57,7 +57,8 @@ def check(code: int, said: str, out: Path, single: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize("zero", ["none", "2", "3", pytest.param("3_offload", marks=nightly)])
-def test_torchrun(reference, world, zero):
+def test_two_processes_learn_as_one(reference, world, zero):
+    """Under DDP torchrun starts them, else the test does as it would."""
     out, said = reference(zero)
     check(0, said, out, reference("single")[0], world / "base")
     assert ("DDP" if zero == "none" else f"zero{zero}.json") in said

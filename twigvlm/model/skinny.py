@@ -35,7 +35,7 @@ def pays() -> bool:
 
 def _by_amd() -> bool:
     try:
-        return "AuthenticAMD" in CPU.read_text(encoding="utf-8")
+        return "AuthenticAMD" in CPU.read_text(encoding="utf-8", errors="replace")
     except OSError:  # not Linux
         return "AuthenticAMD" in platform.processor()
 
