@@ -326,3 +326,11 @@ def write_base(folder: Path, model: LlavaForConditionalGeneration, tokenizer: bo
     if tokenizer and model.config.text_config.vocab_size >= len(tiny_tokenizer()):
         tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def telling(folder: Path) -> Path:
+    """An interpreter for scripts that only says PYTHONPATH and what it is told to run, a word a line."""
+    python = folder / "python"
+    python.write_text('#!/bin/sh\ncase "$1" in -c) exit 0;; esac\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    return python

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from warm import Program
 
 from tests.conftest import *  # noqa: F403 (pytest knows one module `conftest`, the last that it has met)
 from tests.conftest import ROOT, speaking, write_base
@@ -171,12 +172,11 @@ def many(data) -> Path:
     return data
 
 
-def started(model, data: Path, out: Path, *flags: str) -> subprocess.Popen:
-    env = dict(os.environ) | {"MODEL": model[0], "TWIG": model[1], "DATA": str(data)}
-    command = ["bash", str(SCRIPTS / "gqa.sh"), "-R", "2", "--max-new-tokens", "8", "--batch-size", "1"]
-    return subprocess.Popen(
-        [*command, "--out", str(out), *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def started(model, data: Path, out: Path, *flags: str) -> Program:
+    """The runner on a whole benchmark; what it starts itself is Python anew."""
+    words = ["-m", run.MODULE, "--task", "gqa", "--base-model", model[0], "--twig-block", model[1], "--data", data]
+    words += ["-R", "2", "--max-new-tokens", "8", "--batch-size", "1", "--out", out, *flags]
+    return Program(words, ROOT)
 
 
 def wait_for(out: Path, pattern: str, count: int) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, telling
 from tests.evaluation.conftest import (
     MANY,
     QUESTIONS,
@@ -557,11 +558,8 @@ def test_an_unknown_option_of_a_script(name, tmp_path):
 
 @pytest.mark.parametrize("name", [*TASKS, *OWN, "all"])
 def test_what_a_script_hands_over(name, tmp_path):
-    """An interpreter that says what it is told to run, in place of Python."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$1" in -c) exit 0;; esac\nprintf "%s\\n" "$PYTHONPATH" "$@"\n')
-    python.chmod(0o755)
-    done = script(name, "-R", "9", "a b", cwd=tmp_path, PYTHON=str(python), MODEL="m", TWIG="t t", DATA="d", twig_T="3")
+    python = str(telling(tmp_path))
+    done = script(name, "-R", "9", "a b", cwd=tmp_path, PYTHON=python, MODEL="m", TWIG="t t", DATA="d", twig_T="3")
     root, *words = done.stdout.splitlines()
     flags = ["--base-model", "m", "--twig-block", "t t", "--data", "d", "--twig-T", "3"]
     flags += [] if name == "all" else ["--task", name]
@@ -648,7 +646,11 @@ def same_command(runner, out: Path) -> dict:
 )
 def test_sigterm_to_the_script(model, many, runner, tmp_path, flags):
     out = tmp_path / "out"
-    run_ = started(model, many, out, *flags)
+    env = dict(os.environ) | {"MODEL": model[0], "TWIG": model[1], "DATA": str(many)}
+    command = ["bash", str(SCRIPTS / "gqa.sh"), "-R", "2", "--max-new-tokens", "8", "--batch-size", "1"]
+    run_ = subprocess.Popen(
+        [*command, "--out", str(out), *flags], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for(out, "*.jsonl", 5)
     run_.send_signal(signal.SIGTERM)
     text, err = run_.communicate(timeout=600)
@@ -666,7 +668,7 @@ def test_shards_end_when_their_launcher_is_killed(model, many, tmp_path):
     wait_for(out, "*.jsonl", 5)
     shard = list(children(run_.pid))
     run_.kill()
-    run_.wait()
+    run_.communicate()
     end = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in shard):
         assert time.monotonic() < end

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
 import pytest
+import warm
 from test_workers import DEATHS, HOW, fail, gone, told
 
 from tests.conftest import ROOT, often
@@ -71,13 +70,6 @@ def test_evaluation_in_shards(model, data, tmp_path, how):
         str(tmp_path / "out"),
     ]
     env = {**os.environ, "PYTHONPATH": f"{tmp_path / 'site'}:{ROOT}"}
-    done = subprocess.run(
-        [sys.executable, "-m", "main", *words],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        stdin=subprocess.DEVNULL,
-    )
+    done = warm.run(["-m", "main", *words], ROOT, env, timeout=300)
     assert done.returncode == 1 and '"score"' not in done.stdout, done.stderr
     assert told(how) in done.stderr and "shard 0 of 2 ended with status 1" in done.stderr.splitlines()[-1]

@@ -152,7 +152,7 @@ def torchrun(*words: str) -> list[str]:
 @pytest.fixture(scope="session")
 def reference(world, tmp_path_factory) -> Callable[[str], tuple[Path, str]]:
     """The folder of an undisturbed training and what it said, made once: "single", one process with accumulation 4,
-    or a ZeRO mode with two processes, which torchrun starts for "none".
+    or a ZeRO mode with two processes.
     """
     made: dict[str, tuple[Path, str]] = {}
 
@@ -160,11 +160,8 @@ def reference(world, tmp_path_factory) -> Callable[[str], tuple[Path, str]]:
         if mode not in made:
             out = tmp_path_factory.mktemp("reference") / mode
             zero = "none" if mode == "single" else mode
-            words = [TRAIN, *flags_into(world, out, "--zero", zero)]
-            if mode in ("single", "none"):
-                code, said = finish(start(python(*words) if mode == "single" else torchrun(*words)))
-            else:
-                code, said = ranks(python(*words))
+            command = python(TRAIN, *flags_into(world, out, "--zero", zero))
+            code, said = finish(start(command)) if mode == "single" else ranks(command)
             assert code == 0, said
             made[mode] = out, said
         return made[mode]

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, tiny_model, tiny_tokenizer, write_base
+from conftest import EOS, ROOT, tiny_model, tiny_tokenizer, write_base
 from PIL import Image
+from warm import Program
 
 import twigvlm
 from training.conftest import TRAIN, flags_into, python, quietly, ranks, twig_of
+from twigvlm.processes import PARENT
 from twigvlm.prompt.template import text_encoder
 from twigvlm.training import launch
 from twigvlm.training.data import loading
@@ -401,6 +405,23 @@ def test_held_out_samples_stay_as_they_are_and_lengths_are_the_new_ones(world, v
 # ---------------------------------------------------------------------- started and killed
 
 
+class Forked:
+    """As `subprocess.Popen` is used for what answers; its libraries are loaded."""
+
+    def __init__(self, command, env, stderr):
+        env = {name: value for name, value in env.items() if name != PARENT}  # is another one's
+        self._program, self._stderr = Program(command[1:], ROOT, env), stderr
+
+    def wait(self) -> int:
+        out, err = self._program.communicate()
+        print(out, end="", flush=True)
+        if self._stderr is None:
+            print(err, end="", file=sys.stderr, flush=True)
+        else:
+            self._stderr.write(err.encode())
+        return self._program.returncode
+
+
 @pytest.mark.slow
 def test_the_launcher_has_the_base_answer_first(world, tmp_path, monkeypatch, capfd):
     """By one process, by two, and by two that refuse it."""
@@ -409,6 +430,7 @@ def test_the_launcher_has_the_base_answer_first(world, tmp_path, monkeypatch, ca
     said = capfd.readouterr().out
     assert "own answers to 10 of 10" in said and "10 of them with" in said, said
     monkeypatch.setenv("NPROC_PER_NODE", "2")
+    monkeypatch.setattr(launch, "subprocess", SimpleNamespace(Popen=Forked))
     words = flags_into(world, tmp_path / "two", *more)
     with monkeypatch.context() as patch:
         patch.setattr(launch, "_torchrun", lambda *_: 0)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, telling
 
 import twigvlm
 from training.conftest import (
@@ -58,7 +59,6 @@ def check(code: int, said: str, out: Path, single: Path, base: Path) -> None:
 
 @pytest.mark.parametrize("zero", ["none", "2", "3", pytest.param("3_offload", marks=nightly)])
 def test_two_processes_learn_as_one(reference, world, zero):
-    """Under DDP torchrun starts them, else the test does as it would."""
     out, said = reference(zero)
     check(0, said, out, reference("single")[0], world / "base")
     assert ("DDP" if zero == "none" else f"zero{zero}.json") in said
@@ -90,17 +90,19 @@ def test_deepspeeds_own_command(flags, reference, world, tmp_path):
     check(code, said, tmp_path / "two", reference("single")[0], world / "base")
 
 
+def scripted(folder: Path, *flags: str, **env: str) -> list[str]:
+    """What the script starts, which a shell in place of Python tells."""
+    code, said = finish(start([*SCRIPT, *flags], PYTHON=str(telling(folder)), **env))
+    assert code == 0, said
+    return [sys.executable, *said.splitlines()[1:]]
+
+
 def test_slurm(flags, reference, world, tmp_path):
     """Two tasks as `srun` starts them; the job's number chooses the port."""
     job = str(int(port()) - 20000 + 20000 * (int(port()) < 20000))
-    tasks = [
-        start(
-            [*SCRIPT, *flags("two", "--zero", "none")],
-            SLURM_PROCID=str(i), SLURM_LOCALID=str(i), SLURM_NTASKS="2", SLURM_STEP_ID="0", SLURM_JOB_ID=job,
-            SLURM_JOB_NODELIST="localhost", PYTHON=sys.executable,
-        )
-        for i in range(2)
-    ]  # fmt: skip
+    env = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "localhost"}
+    command = scripted(tmp_path, *flags("two", "--zero", "none"))
+    tasks = [start(command, **env, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(2)]
     ends = [finish(task) for task in tasks]
     assert [code for code, _ in ends] == [0, 0], ends
     check(*ends[0], tmp_path / "two", reference("single")[0], world / "base")
@@ -147,14 +149,15 @@ def trainers(pid: int) -> list[int]:
             Path(f"/proc/{p}/environ").read_text()]  # fmt: skip
 
 
-def die(process: subprocess.Popen, victim: str) -> None:
-    """Kill one process of a training, or all of them, with their launcher."""
+def die(process: subprocess.Popen, victim: str) -> str:
+    """Kill one process of a training, or all of them, with their launcher; what they had said."""
     if victim == "all":
         os.killpg(process.pid, signal.SIGKILL)
     else:
         os.kill(trainers(process.pid)[-1], signal.SIGKILL)
     code, said = finish(process)
     assert code != 0, said
+    return said
 
 
 def again(go: Callable[[], tuple[int, str]], out: Path, whole: Path) -> None:
@@ -237,7 +240,8 @@ def test_the_launcher_killed_and_sigterm_to_it(flags, reference, tmp_path, zero)
     command = python(LAUNCH, *words)
     process = start(command, NPROC_PER_NODE="2")
     wait_for(process, out, 2)
-    die(process, "rank")
+    said = die(process, "rank")
+    assert "was killed by signal 9" in said and "Traceback" not in said, said
     process = start(command, NPROC_PER_NODE="2")
     wait_for(process, out, 4)
     process.kill()
@@ -292,10 +296,25 @@ def test_states_of_an_earlier_version_are_refused_on_one_line(flags, reference, 
 
 def test_an_error_is_said_once_and_by_its_exit_code(flags, tmp_path):
     (tmp_path / "empty.json").write_text("[]")
-    words = flags("out", "--data", str(tmp_path / "empty.json"))
-    code, said = finish(start(python(LAUNCH, *words), NPROC_PER_NODE="2"))
+    code, said = ranks(python(TRAIN, *flags("out", "--data", str(tmp_path / "empty.json"))))
     assert code == 2, said
     assert said.count("error: ") == 1 and "holds no samples" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "words"),
+    [("sys.exit(2)", 2, ""), ("os.kill(os.getpid(), 9)", 1, "process 1 was killed by signal 9")],
+)
+def test_the_launcher_ends_as_its_processes_do(flags, tmp_path, end, code, words):
+    """torchrun starts them; in place of trainings two that say something and of which one ends like this."""
+    (tmp_path / "short.py").write_text(f"import os, sys\nprint('hello')\nif os.environ['RANK'] == '1': {end}\n")
+    (tmp_path / "main.py").write_text(
+        "import sys\nfrom twigvlm.training import launch\nlaunch.TRAIN = 'short'\nsys.exit(launch.main())\n"
+    )
+    command = [sys.executable, str(tmp_path / "main.py"), *flags("out")]
+    got, said = finish(start(command, NPROC_PER_NODE="2", PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}"))
+    assert (got, said.count("hello"), said.count("error: ")) == (code, 2, bool(words)), said
+    assert words in said and "Traceback" not in said
 
 
 def test_a_batch_that_cannot_be_shared_starts_nothing(flags, monkeypatch, capfd):
@@ -432,15 +451,12 @@ def test_stage_2_with_two_processes(world, stage_1, tmp_path, zero):
 
 def test_the_scripts_stages(world, tmp_path):
     """STAGE=1, then STAGE=2 from what it left, in bf16 under autocast."""
-    env = {"STAGE": "1", "PYTHON": sys.executable, "twig_T": "2"}
     words = ["--max-steps", "2", "--precision", "bf16", "--zero", "none"]
-    one = flags_into(world, tmp_path / "one", *words)
-    code, said = finish(start([*SCRIPT, *one], **env))
-    assert code == 0 and "stage 1" in said, said
-    two = flags_into(world, tmp_path / "two", *words, "--init", str(tmp_path / "one"), "--groups", "2")
-    code, said = finish(start([*SCRIPT, *two], **{**env, "STAGE": "2"}))
-    assert code == 0 and "stage 2" in said, said
-    assert twigvlm.load(world / "base", tmp_path / "two", device="cpu").twig.pruning_head is not None
+    for stage, more in (("1", ()), ("2", ("--init", str(tmp_path / "1"), "--groups", "2"))):
+        flags = flags_into(world, tmp_path / stage, *words, *more)
+        code, said = finish(start(scripted(tmp_path, *flags, STAGE=stage, twig_T="2")))
+        assert code == 0 and f"stage {stage}" in said, said
+    assert twigvlm.load(world / "base", tmp_path / "2", device="cpu").twig.pruning_head is not None
 
 
 def test_stage_2_under_zero_in_bf16_keeps_the_twig_to_the_bit(world, stage_1, tmp_path):

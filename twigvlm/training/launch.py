@@ -237,9 +237,9 @@ def _torchrun(settings: Settings, processes: int, nodes: int, argv: list[str]) -
     try:
         run.run(run.parse_args([*flags, "-m", TRAIN, *argv]))
     except ChildFailedError as fault:
-        _, failure = fault.get_first_failure()
+        rank, failure = fault.get_first_failure()
         if failure.exitcode < 0:
-            print(f"error: process {failure.global_rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
+            print(f"error: process {rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
         return max(1, failure.exitcode)
     except SignalException as fault:
         return 0 if _stopped_since(fill_in(settings), began) else 128 + int(fault.sigval)
