@@ -346,7 +346,7 @@ def test_bf16_with_fp32_states(flags, world, tmp_path):
 def embedded(tmp_path_factory) -> Path:
     """What a user types, cut to a few steps: draws, asks the base, trains."""
     out = tmp_path_factory.mktemp("embedded") / "out"
-    words = ["--max-steps", "4", "--out", str(out), "--held-out", "2", "--agreement-steps", "4"]
+    words = ["--max-steps", "4", "--batch-size", "8", "--out", str(out), "--held-out", "2", "--agreement-steps", "4"]
     env = {"twig_K": "2", "twig_T": "3", "PYTHON": sys.executable, "OMP_NUM_THREADS": "2"}
     code, said = finish(start([*SCRIPT, *words], **env))
     assert code == 0, said
