@@ -20,6 +20,8 @@ needs_op = pytest.mark.skipif(
     reason="this torch has no oneDNN",
 )
 
+LAYOUTS = [(3, IMAGE, 4), (5,), (2, IMAGE, 1, IMAGE, 3)]
+
 
 @pytest.fixture
 def used(monkeypatch) -> list[int]:
@@ -66,35 +68,41 @@ def test_the_product_is_the_layers(rows, inside, outside, bias, turned):
     assert torch.allclose(found.double(), exact, rtol=1e-5, atol=1e-5 * inside**0.5)
 
 
+def answers(draft_length: int, method: str = "", new: int = 16) -> list[list[int]]:
+    """What a tiny model writes behind three prompts; pruned by a method to the middle of what it allows, if one is named."""
+    vlm, wish = tiny(side=56, noise=0.1), {}
+    if method:
+        R = sum(legal_range_of(vlm, method)) / 2
+        wish = {"retained_tokens": R, "pruning": spec_of(method), "seed": 1}
+    given = batch(*prompts(vlm, LAYOUTS, seed=3))
+    return vlm.generate(**given, **wish, max_new_tokens=new, eos_token_id=[], draft_length=draft_length).tokens
+
+
+def same_either_way(used, monkeypatch, *asked) -> list[list[int]]:
+    """The answers with oneDNN, which are those without it."""
+    quick, count = answers(*asked), len(used)
+    assert count > 50, "the layers were not taken"
+    monkeypatch.setattr(skinny, "pays", lambda: False)
+    assert answers(*asked) == quick
+    assert len(used) == count
+    return quick
+
+
 @needs_op
 @pytest.mark.parametrize(
     "method", often(sorted(METHODS), "twig", "sparsevlm", "visionzip")
 )  # cuts, merges, in the tower
 @pytest.mark.parametrize("draft_length", often([0, 4], 4))
-def test_the_answers_stay(method, draft_length, used, monkeypatch):
-    vlm = tiny(side=56, noise=0.1)
-    rows, pictures = prompts(vlm, [(3, IMAGE, 4), (5,), (2, IMAGE, 1, IMAGE, 3)], seed=3)
-    low, high = legal_range_of(vlm, method)
-    wish = {
-        "retained_tokens": (low + high) / 2,
-        "pruning": spec_of(method),
-        "seed": 1,
-        "max_new_tokens": 16,
-        "eos_token_id": [],
-    }
+def test_pruned_answers_stay(method, draft_length, used, monkeypatch):
+    same_either_way(used, monkeypatch, draft_length, method, 8)
 
-    def answers():
-        pruned = vlm.generate(**batch(rows, pictures), **wish, draft_length=draft_length)
-        whole = vlm.generate(**batch(rows, pictures), max_new_tokens=16, eos_token_id=[], draft_length=draft_length)
-        return pruned.tokens, whole.tokens
 
-    quick = answers()
-    assert len(used) > 100, "the layers were not taken"
-    monkeypatch.setattr(skinny, "pays", lambda: False)
-    count = len(used)
-    assert answers() == quick
-    assert len(used) == count
-    assert quick[1] == [stock(vlm, row, p, eos=-1, max_new_tokens=16) for row, p in zip(rows, pictures, strict=True)]
+@needs_op
+@pytest.mark.parametrize("draft_length", [0, 4])
+def test_answers_without_pruning_are_the_stock_models(draft_length, used, monkeypatch):
+    quick, vlm = same_either_way(used, monkeypatch, draft_length), tiny(side=56, noise=0.1)
+    rows = zip(*prompts(vlm, LAYOUTS, seed=3), strict=True)
+    assert quick == [stock(vlm, row, p, eos=-1, max_new_tokens=16) for row, p in rows]
 
 
 @needs_op

@@ -301,15 +301,15 @@ def test_a_whole_run_with_its_calibration(folder, tmp_path, capsys):
     """On the embedded model: thresholds are made, the run uses them and says how its tokens spread; the next one finds them."""
     from twigvlm.evaluation.run import main
 
-    flags = ["--task", "gqa", "--pruning", "occamtoken", "-R", "96", "--limit", "3", "--max-new-tokens", "2"]
+    flags = ["--task", "gqa", "--pruning", "mustdrop", "-R", "96", "--limit", "3", "--max-new-tokens", "2"]
     assert main([*flags, "--out", str(tmp_path / "none")]) == 2
-    assert "twigvlm.evaluation.calibrate --pruning occamtoken -R 96 finds them" in capsys.readouterr().err
+    assert "twigvlm.evaluation.calibrate --pruning mustdrop -R 96 finds them" in capsys.readouterr().err
     assert main([*flags, "--calibrate", "2", "--out", str(tmp_path / "one")]) == 0
     said = capsys.readouterr().out
     facts = json.loads(said.splitlines()[-1])
     assert facts["visual_spread"]["mean"] == pytest.approx(facts["visual_measured"], abs=0.01)
-    assert "calibrating occamtoken to R = 96" in said and "5 to 95 %" in said
-    kept = json.loads((folder / "sprout" / "occamtoken-R96.json").read_text())
+    assert "calibrating mustdrop to R = 96" in said and "5 to 95 %" in said
+    kept = json.loads((folder / "sprout" / "mustdrop-R96.json").read_text())
     assert kept["measured"]["mean"] == pytest.approx(96, abs=2) and kept["sample"]["questions"] == 2
     assert main([*flags, "--out", str(tmp_path / "two")]) == 0
     assert "calibrating" not in capsys.readouterr().out

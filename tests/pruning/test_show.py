@@ -182,7 +182,6 @@ def test_a_disk_that_takes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_captions_fit_their_tiles():
     words = "a very long answer " * 30
     draw = picture.ImageDraw.Draw(Image.new("RGB", (9, 9)))

@@ -20,6 +20,7 @@ from twigvlm.sprout import ablate, grown, measure, plus, publish, quiz, report, 
 from twigvlm.sprout.recipe.base import base_config, build
 from twigvlm.sprout.recipe.tokenizer import build_tokenizer
 from twigvlm.training.settings import parse
+from twigvlm.world import conversations
 from twigvlm.world.draw import IMAGE_SIZE, draw, patch_labels
 from twigvlm.world.questions import KINDS, ask, describe
 from twigvlm.world.scenes import COLOURS, PLACES, SHAPES, SPLITS, WORDS, allowed_pairs, sample_scene
@@ -198,19 +199,38 @@ def test_no_text_becomes_the_image_token(tokenizer):
 
 
 @pytest.fixture
-def programs(monkeypatch):
-    """Trainings find their libraries loaded."""
-    run = SimpleNamespace(run=lambda command, cwd, check: warm.run(command[1:], cwd))
-    monkeypatch.setattr(grown, "subprocess", run)
+def started(monkeypatch, tmp_path) -> list:
+    """A study of seconds: few conversations, a sample a step, short answers of two kinds, the first words of descriptions.
+
+    Trainings find their libraries loaded; which were started is written down.
+    """
+    conversations.write("train", 12, tmp_path / "drawn", False)
+    few = [
+        "--data",
+        tmp_path / "drawn" / conversations.CONVERSATIONS,
+        "--images",
+        tmp_path / "drawn" / conversations.IMAGES,
+    ]
+    few += ["--batch-size", "1", "--per-device-batch", "1"]
+    commands = []
+
+    def run(command, cwd, check):
+        commands.append(command)
+        return warm.run([*command[1:], *few], cwd)
+
+    monkeypatch.setattr(grown, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(quiz, "KINDS", ("colour", "count"))
+    monkeypatch.setattr(quiz, "LONGEST", 8)
+    for study in (ablate, plus):
+        monkeypatch.setattr(study, "TIMED", 1)
+    return commands
 
 
 @pytest.mark.slow
-def test_ablations(tmp_path, capsys, monkeypatch, programs):
+def test_ablations(tmp_path, capsys, monkeypatch, started):
     """Twigs are grown, trained, kept and measured; every row of the tables asked for is there, with its comment."""
     few = {"initialisation": (2,), "parts": (0, 2), "signal": (0, 2)}  # one that is trained, one that is not
     monkeypatch.setattr(ablate, "SECTIONS", {s: tuple(ablate.SECTIONS[s][i] for i in few[s]) for s in few})
-    monkeypatch.setattr(ablate, "TIMED", 1)
-    monkeypatch.setattr(quiz, "LONGEST", 16)
     flags = ["--ablate", ",".join(few), "--steps", "1", "--scenes", "1", "--work", str(tmp_path / "work")]
     flags += ["--out", str(tmp_path), "--device", "cpu"]
     assert report.main(flags) == 0
@@ -226,21 +246,18 @@ def test_ablations(tmp_path, capsys, monkeypatch, programs):
     assert (result["R"], result["settings"]["steps"]) == (64, 1) and len(result["comments"]) == 2
     assert (tmp_path / "ablations.png").stat().st_size > 10_000
     assert report.main(flags) == 0
-    assert made == {place: place.stat().st_mtime_ns for place in made}, "trained again"
+    assert len(started) == 1 and made == {place: place.stat().st_mtime_ns for place in made}, "trained again"
     assert report.main([*flags, "--ablate", "colours"]) == 2
     assert "colours" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd, programs):
+def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd, started):
     """Each twig is trained once, by the users' command, from the one before it; each figure is measured once."""
-    small = ("--batch-size", "1", "--per-device-batch", "1")
-    recipes = [plus.Recipe("stage 1", ("--stage", "1", *small))]
-    recipes += [plus.Recipe("stage 2", ("--stage", "2", "--groups", "2", "--budget", "64", *small), "stage 1")]
-    recipes += [plus.Recipe("stage 1, other", ("--stage", "1", *small), options=True)]
+    recipes = [plus.Recipe("stage 1", ("--stage", "1"))]
+    recipes += [plus.Recipe("stage 2", ("--stage", "2", "--groups", "2", "--budget", "64"), "stage 1")]
+    recipes += [plus.Recipe("stage 1, other", ("--stage", "1"), options=True)]
     monkeypatch.setattr(plus, "RECIPES", tuple(recipes))
-    monkeypatch.setattr(plus, "TIMED", 1)
-    monkeypatch.setattr(quiz, "LONGEST", 16)
     flags = ["--plus", "--steps", "12", "--scenes", "1", "--budgets", "64", "--device", "cpu"]
     flags += ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
     assert report.main(flags) == 0
@@ -261,7 +278,7 @@ def test_the_stages_of_twigvlm_plus_are_compared(tmp_path, monkeypatch, capfd, p
     monkeypatch.setattr(plus, "short_answers", lambda *_: pytest.fail("measured again"))
     capfd.readouterr()
     assert report.main(flags) == 0
-    assert made == {place: place.stat().st_mtime_ns for place in made}, "trained again"
+    assert len(started) == 2 and made == {place: place.stat().st_mtime_ns for place in made}, "trained again"
     assert report.main([*flags, "--ablate"]) == 2
     assert "ask for one of them" in capfd.readouterr().err
     assert report.main([*flags, "--base", "elsewhere"]) == 2

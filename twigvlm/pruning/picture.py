@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
@@ -116,13 +117,18 @@ def sheet(rows: Sequence[Sequence[tuple[Image.Image, list[str]]]], columns: int,
     return page
 
 
+def _letters(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.ImageFont) -> int:
+    """How many of its letters are no wider than a picture, one at least."""
+    return max(1, bisect_right(range(len(text) + 1), SIDE, key=lambda n: draw.textlength(text[:n], font)) - 1)
+
+
 def _fitting(draw: ImageDraw.ImageDraw, caption: Sequence[str], font: ImageFont.ImageFont) -> list[str]:
     """The caption in lines as wide as a picture; what does not fit ends in an ellipsis."""
     out: list[str] = []
     for text in caption:
         rest = whole(text)
         while rest or not out:
-            fit = next((n for n in range(len(rest), 1, -1) if draw.textlength(rest[:n], font) <= SIDE), 1)
+            fit = _letters(draw, rest, font)
             space = rest.rfind(" ", 0, fit + 1)
             fit = space if fit < len(rest) and space > 0 else fit
             out.append(rest[:fit].strip())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from functools import cache
 
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaTokenizer
@@ -30,8 +31,9 @@ def corpus(scenes: int = 1500) -> Iterator[str]:
         yield f"{rng.choice(WORDS)} {SINGLE_WORD} {YES_NO} {LETTER} Reference OCR token: {rng.choice(WORDS)}"
 
 
+@cache
 def build_tokenizer() -> LlamaTokenizer:
-    """Trained in a second; the same tokens on every machine (the trainer counts, it does not sample)."""
+    """Trained in a second, once a process; the same tokens on every machine (the trainer counts, it does not sample)."""
     special = ["<unk>", "<s>", "</s>"]
     bytes_ = [f"<0x{b:02X}>" for b in range(256)]
     trained = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
