@@ -12,7 +12,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
-from browsing import chromium, visit  # noqa: F401 (fixtures)
+from browsing import chromium, tab, visit  # noqa: F401 (fixtures)
 from conftest import ROOT
 from PIL import Image
 from weblab import Scripted, file_of, serving, spelt
@@ -156,7 +156,7 @@ def test_a_reload_frees_the_worker(visit):
 def test_a_second_tab_is_told_its_place(visit):
     with scripted(SLOWLY, pause=0) as (place, engine):
         engine.held_at = 3
-        first, second = visit(place, "#m=-unpruned"), visit(place, "#m=-unpruned")
+        first, second = visit(place, "#m=-unpruned"), visit(place, "#m=-unpruned", beside=True)
         first.click("#run")
         first.wait_for_selector(".answer .word")
         second.click("#run")
@@ -180,7 +180,7 @@ def test_markup_in_an_answer_stays_text(visit):
 def test_rejected_drafts_flash_if_wanted(visit):
     red = spelt(" red")
     step = Step([*red, *spelt("x")], 4, [*red, *spelt("y")], [0.9] * 5, [-1, 0, 1, 2, 3], [0, 1, 2, 3])
-    with scripted([step, *SLOWLY[:5]], pause=0.2) as (place, _):
+    with scripted([step, *SLOWLY[:2]], pause=0.2) as (place, _):
         for wanted in (1, 0):
             page = visit(place, f"#m=twig&R=8&verify=0&rejected={wanted}")
             page.click("#run")
