@@ -6,12 +6,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
-import subprocess
-import sys
+import signal
 from contextlib import contextmanager
 
 import pytest
+import warm
 from browsing import chromium, tab, visit  # noqa: F401 (fixtures)
 from conftest import ROOT
 from PIL import Image
@@ -462,12 +463,9 @@ def test_the_heat_map(place, visit):
 @contextmanager
 def program(*words: str):
     """The page's program with the embedded model, and its address."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "twigvlm.web", "--port", "0", "--device", "cpu", *words],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    server = warm.Program(["-m", "twigvlm.web", "--port", "0", "--device", "cpu", *words], ROOT)
     try:
-        yield server, re.match(r"http://(\S+)/", server.stdout.readline())[1]
+        yield server, re.match(r"http://(\S+)/", server.line())[1]
     finally:
         server.kill()
         server.wait()
@@ -490,8 +488,6 @@ def test_embedded_model_and_a_server_that_dies(visit):
 
 
 def test_a_server_that_ends_by_ctrl_c():
-    import signal
-
     with program() as (server, _):
-        server.send_signal(signal.SIGINT)
+        os.kill(server.pid, signal.SIGINT)
         assert server.wait(20) == 0
