@@ -40,7 +40,8 @@ SAID = [
 @contextmanager
 def program(*flags: str) -> Iterator[tuple[warm.Program, str]]:
     """The program and its address."""
-    process = warm.Program(["-m", "twigvlm.serving", "--port", "0", *flags], ROOT)
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    process = warm.Program(["-m", "twigvlm.serving", "--port", "0", *flags], ROOT, env)
     try:
         line = process.line()
         assert " at http://" in line, process.communicate()
