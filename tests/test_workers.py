@@ -170,14 +170,15 @@ def test_a_collator_that_fails():
 def test_signals_do_not_stop_workers_and_the_end_of_the_program_does():
     """Also an end that nobody foresaw, with the loader still in somebody's hands."""
     code = (
-        "import multiprocessing, os, signal, sys\nfrom twigvlm import workers\nfrom test_workers import Numbers, as_it_is\n"
-        "loaded = iter(workers.loader(Numbers('KeyError'), as_it_is, 2, 2, batch_size=2))\nnext(loaded), next(loaded)\n"
+        "import multiprocessing, os, signal, sys\nfrom twigvlm import workers\n"
+        "class Numbers(list):\n    def __getitem__(self, i): return i if i != 17 else {}['x']\n"
+        "loaded = iter(workers.loader(Numbers(range(20)), list, 2, 2, batch_size=2))\nnext(loaded), next(loaded)\n"
         "[os.kill(p.pid, n) for p in multiprocessing.active_children() for n in (signal.SIGTERM, signal.SIGINT)]\n"
+        "[next(loaded) for _ in range(6)]  # more than were under way\n"
         "print(type(next(loaded)).__name__, *(p.pid for p in multiprocessing.active_children()), flush=True)\n"
         "raise KeyError('nobody foresaw this')\n"
     )
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "nobody foresaw this" in done.stderr
     kind, *pids = done.stdout.split()
     assert kind == "Failure" and len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)

@@ -11,6 +11,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing import get_context, set_start_method
 from pathlib import Path
@@ -37,6 +38,18 @@ class Program:
         return self._process.exitcode
 
     poll = returncode.fget
+
+    def line(self, timeout: float = 120) -> str:
+        """The first line that it says on stdout, as soon as it does; what is there by then if it ends without one."""
+        until, said = time.monotonic() + timeout, self._said[0]
+        while not (found := said.readline()).endswith("\n") and self.poll() is None and time.monotonic() < until:
+            said.seek(0)
+            time.sleep(0.02)
+        return found
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it said on stdout and on stderr, on both if they are merged. Raises TimeoutExpired if it goes on."""

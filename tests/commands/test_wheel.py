@@ -81,9 +81,13 @@ def call(installed, tmp_path):
     before, work = contents(installed), tmp_path / "work"
     work.mkdir()
     env = clean(XDG_CACHE_HOME=str(tmp_path / "cache"))
+    forked = env | {"PYTHONPATH": str(packages_of(installed))}
 
     def run(*argv: str) -> subprocess.CompletedProcess:
-        return warm.run([installed / "bin" / "twigvlm", *argv], work, env | {"PYTHONPATH": str(packages_of(installed))})
+        return warm.run([installed / "bin" / "twigvlm", *argv], work, forked)
+
+    def fork(*argv: str) -> warm.Program:
+        return warm.Program([installed / "bin" / "twigvlm", *argv], work, forked)
 
     def start(*argv: str) -> subprocess.Popen:
         return subprocess.Popen(
@@ -91,7 +95,7 @@ def call(installed, tmp_path):
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    run.work, run.cache, run.start = work, tmp_path / "cache" / "twigvlm", start
+    run.work, run.cache, run.start, run.fork = work, tmp_path / "cache" / "twigvlm", start, fork
     yield run
     assert contents(installed) == before, "nothing is written to where the package lies"
 
@@ -161,18 +165,33 @@ def test_it_trains_exports_and_shares_alone(call):
     assert planned.returncode == 0, planned.stderr
 
 
-@pytest.mark.parametrize(("command", "path", "words"), [("web", "", "TwigVLM</title>"), ("serve", "/health", '"ok"')])
-def test_its_doors_open(call, command, path, words):
-    with call.start(command, "--port", "0", "--device", "cpu") as process:
+def answers(line: str, path: str, words: str) -> bool:
+    """Whether a server with this first line says so."""
+    address = re.search(r"http://[\d.]+:\d+", line)
+    assert address, line
+    with urllib.request.urlopen(address[0] + path, timeout=60) as answer:
+        return answer.status == 200 and words in answer.read().decode()
+
+
+def test_the_page_opens(call):
+    """The script that was installed, as people start it."""
+    with call.start("web", "--port", "0", "--device", "cpu") as process:
         try:
-            address = re.search(r"http://[\d.]+:\d+", process.stdout.readline())
-            assert address, process.stderr.read()
-            with urllib.request.urlopen(address[0] + path, timeout=60) as answer:
-                assert answer.status == 200 and words in answer.read().decode()
+            assert answers(process.stdout.readline() or process.stderr.read(), "", "TwigVLM</title>")
             process.send_signal(signal.SIGTERM)
             process.wait(60)
         finally:
             process.kill()
+
+
+def test_the_server_opens(call):
+    process = call.fork("serve", "--port", "0", "--device", "cpu")
+    try:
+        assert answers(process.line() or process.communicate()[1], "/health", '"ok"')
+        process.terminate()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
 
 
 def test_bad_words_end_in_one_line(call):

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
+import warm
 from conftest import ROOT
 
 import twigvlm
@@ -37,24 +38,31 @@ SAID = [
 
 
 @contextmanager
-def program(*flags: str) -> Iterator[tuple[subprocess.Popen, str]]:
+def program(*flags: str) -> Iterator[tuple[warm.Program, str]]:
     """The program and its address."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "twigvlm.serving", "--port", "0", *flags]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline()
-            assert " at http://" in line, process.stderr.read()
-            yield process, line.split(" at ")[1].split("/v1")[0]
-        finally:
-            if process.poll() is None:
-                process.kill()
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    process = warm.Program(["-m", "twigvlm.serving", "--port", "0", *flags], ROOT, env)
+    try:
+        line = process.line()
+        assert " at http://" in line, process.communicate()
+        yield process, line.split(" at ")[1].split("/v1")[0]
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with program() as (_, address):
-        yield address
+    """A Python started anew, as people start it."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "twigvlm.serving", "--port", "0"]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            assert " at http://" in line, process.stderr.read()
+            yield line.split(" at ")[1].split("/v1")[0]
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -282,11 +290,11 @@ def test_who_is_being_answered_is_answered_before_the_end(number):
         ) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
-            process.send_signal(number)
+            os.kill(process.pid, number)
             rest = [line for line in lines if line]
         assert rest[-1] == "data: [DONE]"
         assert process.wait(60) == 0
-        assert "Traceback" not in process.stderr.read()
+        assert "Traceback" not in process.communicate()[1]
 
 
 @pytest.mark.slow
@@ -377,19 +385,19 @@ def test_ports():
 
 
 @pytest.mark.slow
-def test_the_page_does_what_it_says(tmp_path):
+def test_the_page_does_what_it_says(server, capsys, monkeypatch):
     """docs/serving.md: the server as it starts there, curl and OpenAI's client as they ask there."""
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     start, ask = re.findall(r"```bash\n(.*?)```", page, flags=re.S)
     (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     command = next(line for line in start.splitlines() if line.startswith("python")).partition("#")[0].split()
     assert command == ["python", "-m", "twigvlm.serving"]
-    with program() as (_, address):
-        here = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
-        out = subprocess.run(["bash", "-c", ask.replace("http://127.0.0.1:8000", address)], **here)
-        assert out.returncode == 0 and out.stdout.rstrip().endswith("data: [DONE]"), out.stdout + out.stderr
-        out = subprocess.run([sys.executable, "-c", code.replace("http://127.0.0.1:8000", address)], **here)
-        assert out.returncode == 0 and "objects" in out.stdout, out.stderr
+    here = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+    out = subprocess.run(["bash", "-c", ask.replace("http://127.0.0.1:8000", server)], **here)
+    assert out.returncode == 0 and out.stdout.rstrip().endswith("data: [DONE]"), out.stdout + out.stderr
+    monkeypatch.chdir(ROOT)
+    exec(compile(code.replace("http://127.0.0.1:8000", server), "the page", "exec"), {})
+    assert "objects" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         serving.parse(["--help"])
     flags = set(re.findall(r"`(--[\w-]+)`? ?", page))

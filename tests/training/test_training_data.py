@@ -23,6 +23,7 @@ from conftest import GOLDEN, ROOT, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from terminal import on_a_terminal
 from torch.utils.data import DataLoader
 from transformers import LlamaTokenizer
 
@@ -862,8 +863,9 @@ def test_a_batch_that_loses_all_borrows_the_next(tmp_path, pictures):
         dataset.__getitems__([2])
 
 
-@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("context", ["fork", pytest.param(warm.SERVER, id="sent", marks=pytest.mark.slow)])
 def test_workers(tmp_path, pictures, context):
+    """Data that a worker inherits, and data that is sent to it (by `spawn`, too)."""
     dataset = dataset_of(tmp_path, pictures, MIXED)
     batches = [[0, 1], [3, 2]]
     loader = DataLoader(
@@ -1129,34 +1131,11 @@ def test_show(tmp_path, pictures, inspected):
     assert code == 2 and "samples 0 to 6" in error
 
 
-def _on_a_terminal(arguments: list[str], **environment) -> str:
-    import pty
-
-    leader, follower = pty.openpty()
-    env = {k: v for k, v in os.environ.items() if k != "NO_COLOR"} | {"TERM": "xterm", **environment}
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=follower, stderr=subprocess.DEVNULL, env=env) as process:
-        os.close(follower)
-        text = b""
-        while True:
-            try:
-                part = os.read(leader, 4096)
-            except OSError:
-                break
-            if not part:
-                break
-            text += part
-    os.close(leader)
-    assert process.returncode == 0
-    return text.decode()
-
-
-@pytest.mark.slow
-def test_show_in_colour(tmp_path, pictures):
-    data = write(tmp_path, MIXED)
-    arguments = [sys.executable, "-m", "twigvlm.training.inspect", "--data", str(data), "--show", "0"]
-    text = _on_a_terminal(arguments)
+def test_show_in_colour(tmp_path):
+    arguments = ["--data", str(write(tmp_path, MIXED)), "--show", "0", "--workers", "0"]
+    text = on_a_terminal(inspect_module.main, arguments)
     assert "ASSISTANT:\033[32m red</s>\033[0m" in text and text.count("\033[32m") == 1 and "[[" not in text
-    assert "\033" not in _on_a_terminal(arguments, NO_COLOR="1")
+    assert "\033" not in on_a_terminal(inspect_module.main, arguments, NO_COLOR="1")
 
 
 @pytest.mark.parametrize(

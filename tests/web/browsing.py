@@ -32,11 +32,18 @@ def chromium() -> Iterator:
         browser.close()
 
 
-class Watched:
+SIZE = {"width": 1280, "height": 900}
+LOOK = {"color_scheme": "light", "reduced_motion": "no-preference"}
+
+
+class Tab:
     """A page whose console and requests are noted."""
 
-    def __init__(self, context, place: str):
-        self.page, self.place = context.new_page(), place
+    def __init__(self, browser):
+        self.context = browser.new_context()
+        self.context.set_default_timeout(20_000)
+        self.page = self.context.new_page()
+        self.place, self.quiet = "", True
         self.console: list[str] = []
         self.foreign: list[str] = []
         self.page.on("console", lambda message: self.console.append(f"{message.type}: {message.text}"))
@@ -47,30 +54,49 @@ class Watched:
         if not request.url.startswith((f"http://{self.place}/", "blob:", "data:")):
             self.foreign.append(request.url)
 
-    def open(self, link: str = ""):
-        self.page.goto(f"http://{self.place}/{link}")
+    def open(self, place: str, link: str, quiet: bool, **look: str):
+        """As somebody sees it who has never been there."""
+        self.page.set_viewport_size(SIZE)
+        self.page.emulate_media(**LOOK | look)
+        self.page.mouse.move(0, 0)
+        self.place, self.quiet = place, quiet
+        self.console.clear()
+        self.foreign.clear()
+        self.page.goto(f"http://{place}/{link}")
         self.page.wait_for_selector("html[data-ready]")
         return self.page
 
+    def leave(self) -> None:
+        """Nothing foreign was asked and the console is silent; nothing is remembered, and the same link loads anew."""
+        self.page.evaluate("localStorage.clear(); history.replaceState(null, '', '/left')")
+        assert not self.foreign
+        assert not (self.quiet and self.console), self.console
+
+
+@pytest.fixture(scope="session")
+def tab(chromium) -> Tab:
+    """One for all tests: a new one is a process, which takes twice as long to start as a page is at work in a test."""
+    return Tab(chromium)
+
 
 @pytest.fixture
-def visit(chromium) -> Iterator:
-    """visit(place, link, …): a page of its own; afterwards nothing foreign was asked and the console is silent."""
-    opened, contexts = [], []
+def visit(chromium, tab) -> Iterator:
+    """visit(place, link, …): the page anew, in `beside` one more tab; what it must not do is looked for afterwards."""
+    used: list[Tab] = []
 
-    def go(place: str, link: str = "", quiet: bool = True, **settings):
-        context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}, **settings})
-        context.set_default_timeout(20_000)
-        contexts.append(context)
-        watched = Watched(context, place)
-        opened.append((watched, quiet))
-        return watched.open(link)
+    def go(place: str, link: str = "", quiet: bool = True, beside: bool = False, **look: str):
+        one = Tab(chromium) if beside else tab
+        if one in used:
+            one.leave()
+        else:
+            used.append(one)
+        return one.open(place, link, quiet, **look)
 
     yield go
     try:
-        for watched, quiet in opened:
-            assert not watched.foreign
-            assert not (quiet and watched.console), watched.console
+        for one in used:
+            one.leave()
     finally:
-        for context in contexts:
-            context.close()
+        for one in used:
+            if one is not tab:
+                one.context.close()

@@ -6,13 +6,14 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
-import subprocess
-import sys
+import signal
 from contextlib import contextmanager
 
 import pytest
-from browsing import chromium, visit  # noqa: F401 (fixtures)
+import warm
+from browsing import chromium, tab, visit  # noqa: F401 (fixtures)
 from conftest import ROOT
 from PIL import Image
 from weblab import Scripted, file_of, serving, spelt
@@ -156,7 +157,7 @@ def test_a_reload_frees_the_worker(visit):
 def test_a_second_tab_is_told_its_place(visit):
     with scripted(SLOWLY, pause=0) as (place, engine):
         engine.held_at = 3
-        first, second = visit(place, "#m=-unpruned"), visit(place, "#m=-unpruned")
+        first, second = visit(place, "#m=-unpruned"), visit(place, "#m=-unpruned", beside=True)
         first.click("#run")
         first.wait_for_selector(".answer .word")
         second.click("#run")
@@ -180,7 +181,7 @@ def test_markup_in_an_answer_stays_text(visit):
 def test_rejected_drafts_flash_if_wanted(visit):
     red = spelt(" red")
     step = Step([*red, *spelt("x")], 4, [*red, *spelt("y")], [0.9] * 5, [-1, 0, 1, 2, 3], [0, 1, 2, 3])
-    with scripted([step, *SLOWLY[:5]], pause=0.2) as (place, _):
+    with scripted([step, *SLOWLY[:2]], pause=0.2) as (place, _):
         for wanted in (1, 0):
             page = visit(place, f"#m=twig&R=8&verify=0&rejected={wanted}")
             page.click("#run")
@@ -462,12 +463,9 @@ def test_the_heat_map(place, visit):
 @contextmanager
 def program(*words: str):
     """The page's program with the embedded model, and its address."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "twigvlm.web", "--port", "0", "--device", "cpu", *words],
-        cwd=ROOT, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    server = warm.Program(["-m", "twigvlm.web", "--port", "0", "--device", "cpu", *words], ROOT)
     try:
-        yield server, re.match(r"http://(\S+)/", server.stdout.readline())[1]
+        yield server, re.match(r"http://(\S+)/", server.line())[1]
     finally:
         server.kill()
         server.wait()
@@ -490,8 +488,6 @@ def test_embedded_model_and_a_server_that_dies(visit):
 
 
 def test_a_server_that_ends_by_ctrl_c():
-    import signal
-
     with program() as (server, _):
-        server.send_signal(signal.SIGINT)
+        os.kill(server.pid, signal.SIGINT)
         assert server.wait(20) == 0
