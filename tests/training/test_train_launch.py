@@ -138,15 +138,10 @@ def wait_for(process: subprocess.Popen, out: Path, step: int) -> None:
     pytest.fail(f"no checkpoint of step {step}: {finish(process)[1][-3000:]}")
 
 
-def children(pid: int) -> list[int]:
-    """All processes below this one."""
-    found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [*found, *(g for p in found for g in children(p))]
-
-
 def trainers(pid: int) -> list[int]:
-    return [p for p in children(pid) if TRAIN in Path(f"/proc/{p}/cmdline").read_text().replace("\0", " ") and "LOCAL_RANK=" in
-            Path(f"/proc/{p}/environ").read_text()]  # fmt: skip
+    """The processes that torchrun has started in this one, without their own, which load data."""
+    found = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [p for p in found if TRAIN in Path(f"/proc/{p}/cmdline").read_text().replace("\0", " ")]
 
 
 def die(process: subprocess.Popen, victim: str) -> str:

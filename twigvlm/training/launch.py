@@ -237,10 +237,10 @@ def _torchrun(settings: Settings, processes: int, nodes: int, argv: list[str]) -
     try:
         run.run(run.parse_args([*flags, "-m", TRAIN, *argv]))
     except ChildFailedError as fault:
-        rank, failure = fault.get_first_failure()
-        if failure.exitcode < 0:
-            print(f"error: process {rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
-        return max(1, failure.exitcode)
+        for rank, failure in fault.failures.items():  # another's message may only say that this one has ended
+            if failure.exitcode < 0:
+                print(f"error: process {rank} was killed by signal {-failure.exitcode}", file=sys.stderr)
+        return max(1, fault.get_first_failure()[1].exitcode)
     except SignalException as fault:
         return 0 if _stopped_since(fill_in(settings), began) else 128 + int(fault.sigval)
     return 0
