@@ -461,13 +461,24 @@ def child(tmp_path: Path, body: str) -> list[str]:
     return [sys.executable, str(file)]
 
 
-def test_a_killed_child_is_a_failure_with_the_tail_of_its_log_and_the_others_go_on(tmp_path):
-    body = f"print('line', i, flush=True)\nif i == 1: os.kill(os.getpid(), 9)\ntime.sleep(.5)\nopen(r'{tmp_path}/' + str(i), 'w')"
+@pytest.mark.parametrize(
+    ("end", "status", "tail", "reason"),
+    [
+        ("os.kill(os.getpid(), 9)", -9, "line 1", "was killed by SIGKILL"),
+        ("sys.exit('error: so')", 1, "line 1\nerror: so", "ended with status 1"),
+    ],
+)
+def test_a_child_that_fails_is_told_with_the_tail_of_its_log_and_the_others_go_on(
+    tmp_path, capsys, end, status, tail, reason
+):
+    body = f"print('line', i, flush=True)\nif i == 1: {end}\ntime.sleep(.5)\nopen(r'{tmp_path}/' + str(i), 'w')"
     placement = place(3, None, {}, "cpu")
     with Stop() as stop:
         failed = shards.launch(child(tmp_path, body), placement, tmp_path / "logs", stop, lambda: None)
-    assert [(end.part, end.status, end.tail) for end in failed] == [(1, -9, "line 1")]
-    assert "SIGKILL" in failed[0].reason
+    assert [(end.part, end.status, end.tail, end.reason) for end in failed] == [(1, status, tail, reason)]
+    assert (
+        capsys.readouterr().err == f"shard 1 {reason}: {failed[0].cause}\n" and failed[0].cause == tail.splitlines()[-1]
+    )
     assert (tmp_path / "0").exists() and (tmp_path / "2").exists()
 
 

@@ -13,9 +13,6 @@ from twigvlm.evaluation.asking.ask import Prepared
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-FEW = ("killed",)  # what a shard says of others it says alone
-HOWS = [how if how in FEW else pytest.param(how, marks=pytest.mark.nightly) for how in HOW]
-
 
 @pytest.mark.parametrize("how", often(HOW, "KeyError", "SystemExit", "killed"))
 def test_evaluation(runner, tmp_path, monkeypatch, how):
@@ -48,8 +45,9 @@ if "--shard" in sys.argv:
 """
 
 
+@pytest.mark.nightly  # each says it as one process does, and what the launcher makes of their ends is a test of its own
 @pytest.mark.slow
-@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("how", HOW)
 def test_evaluation_in_shards(model, data, tmp_path, how):
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "main.py").write_text(

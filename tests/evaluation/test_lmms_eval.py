@@ -560,11 +560,23 @@ def test_its_evaluator_passes_our_errors_on(task, model_args, words):
         evaluated(task, "sprout_pope", model_args)
 
 
+LMMS_EVAL = """
+import functools, runpy
+from lmms_eval import tasks
+tasks.TaskManager = functools.partial(tasks.TaskManager, include_defaults=False)
+runpy.run_module("lmms_eval", run_name="__main__")
+"""
+
+
 @needs_lmms_eval
 @pytest.mark.slow
 def test_two_processes_answer_as_one(task, tmp_path):
+    """Its command line under torchrun, which reads this folder's tasks alone."""
+    (tmp_path / "lmms_eval_here.py").write_text(LMMS_EVAL)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = shlex.split("-m lmms_eval --model twigvlm --model_args R=64 --tasks sprout_pope --limit 5 --log_samples")
+    words = shlex.split(
+        "lmms_eval_here.py --model twigvlm --model_args R=64 --tasks sprout_pope --limit 5 --log_samples"
+    )
     where = ["--include_path", str(task), "--output_path", str(tmp_path)]
     done = subprocess.run(
         [*torchrun, *words, *where], capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=600

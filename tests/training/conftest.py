@@ -134,10 +134,15 @@ def finish(process: subprocess.Popen | Program) -> tuple[int, str]:
     return process.returncode, said
 
 
-def ranks(command: list[str]) -> tuple[int, str]:
-    """Two processes as torchrun starts them: the exit code of the first that failed, and what they said one after the other."""
+def start_ranks(command: list[str]) -> list[Program]:
+    """Two processes as torchrun starts them."""
     where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
-    ends = [finish(one) for one in [start(command, **where, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]]
+    return [start(command, **where, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]
+
+
+def ranks(command: list[str]) -> tuple[int, str]:
+    """Of two such processes the exit code of the first that failed, and what they said one after the other."""
+    ends = [finish(one) for one in start_ranks(command)]
     return next((code for code, _ in ends if code), 0), "".join(said for _, said in ends)
 
 

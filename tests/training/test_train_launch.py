@@ -31,6 +31,7 @@ from training.conftest import (
     quietly,
     ranks,
     start,
+    start_ranks,
     torchrun,
     twig_of,
 )
@@ -144,15 +145,14 @@ def trainers(pid: int) -> list[int]:
     return [p for p in found if TRAIN in Path(f"/proc/{p}/cmdline").read_text().replace("\0", " ")]
 
 
-def die(process: subprocess.Popen, victim: str) -> str:
-    """Kill one process of a training, or all of them, with their launcher; what they had said."""
+def die(process: subprocess.Popen, victim: str) -> None:
+    """Kill one process of a training, or all of them, with their launcher."""
     if victim == "all":
         os.killpg(process.pid, signal.SIGKILL)
     else:
         os.kill(trainers(process.pid)[-1], signal.SIGKILL)
     code, said = finish(process)
     assert code != 0, said
-    return said
 
 
 def again(go: Callable[[], tuple[int, str]], out: Path, whole: Path) -> None:
@@ -163,7 +163,7 @@ def again(go: Callable[[], tuple[int, str]], out: Path, whole: Path) -> None:
     assert apart(whole, out) == 0.0
 
 
-@nightly  # `test_the_launcher_killed_and_sigterm_to_it` kills one and all
+@nightly  # `test_killed_and_stopped` kills one and all
 @pytest.mark.parametrize("victim", ["rank", "all"])
 @pytest.mark.parametrize("zero", ["none", "2", "3"])
 def test_sigkill_of_a_rank_and_of_all(flags, reference, tmp_path, zero, victim):
@@ -227,21 +227,21 @@ def test_so_it_does_in_later_stages(world, flags, tmp_path, stage, zero):
 
 
 @pytest.mark.parametrize("zero", ["none", pytest.param("2", marks=nightly)])
-def test_the_launcher_killed_and_sigterm_to_it(flags, reference, tmp_path, zero):
-    """SIGKILL of one of its processes ends it; its own takes its processes along: else they would train on, and the same
-    command would find its folder in use. SIGTERM saves and exits with 0.
+def test_killed_and_stopped(flags, reference, tmp_path, zero):
+    """SIGKILL of a process ends the other, SIGKILL of the launcher both: else they would train on, and the same command
+    would find its folder in use. SIGTERM saves and exits with 0.
     """
     words, out = flags("out", "--zero", zero, "--save-steps", "1"), tmp_path / "out"
-    command = python(LAUNCH, *words)
-    process = start(command, NPROC_PER_NODE="2")
-    wait_for(process, out, 2)
-    said = die(process, "rank")
-    assert "was killed by signal 9" in said and "Traceback" not in said, said
-    process = start(command, NPROC_PER_NODE="2")
+    pair = start_ranks(python(TRAIN, *words))
+    wait_for(pair[0], out, 2)
+    pair[1].kill()
+    code, said = finish(pair[0])
+    assert code == 1 and said.count("error: ") == 1 and "Traceback" not in said, said
+    process = start(python(LAUNCH, *words), NPROC_PER_NODE="2")
     wait_for(process, out, 4)
     process.kill()
     finish(process)
-    process = start(command, NPROC_PER_NODE="2")
+    process = start(python(LAUNCH, *words), NPROC_PER_NODE="2")
     wait_for(process, out, 6)
     process.terminate()
     code, said = finish(process)
