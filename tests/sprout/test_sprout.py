@@ -204,13 +204,9 @@ def started(monkeypatch, tmp_path) -> list:
 
     Trainings find their libraries loaded; which were started is written down.
     """
-    conversations.write("train", 12, tmp_path / "drawn", False)
-    few = [
-        "--data",
-        tmp_path / "drawn" / conversations.CONVERSATIONS,
-        "--images",
-        tmp_path / "drawn" / conversations.IMAGES,
-    ]
+    drawn = tmp_path / "drawn"
+    conversations.write("train", 12, drawn, False)
+    few = ["--data", drawn / conversations.CONVERSATIONS, "--images", drawn / conversations.IMAGES]
     few += ["--batch-size", "1", "--per-device-batch", "1"]
     commands = []
 
