@@ -1,10 +1,11 @@
 """How torch's CPU threads wait for one another; and who else is at work. Standard library only.
 
 OpenMP's threads meet after every operation, some thousand times a second while a small model decodes. By default they
-spin until the others arrive, so that one busy core makes everything wait for a thread that is not running; who sleeps
-too early must be woken, which costs a small model a fifth of its speed. Torch's wheels for Linux bring GNU's libgomp, whose
-GOMP_SPINCOUNT says after how many turns a thread goes to sleep; other libraries know the standard's OMP_WAIT_POLICY. Both
-are read when torch is loaded, never again. benchmarks/threads.py measures it, docs/LOG.md has figures.
+spin until the others arrive. Where every thread has a core that is best: who sleeps must be woken, which costs a small
+model up to a fifth of its speed. Where not, everything waits for a thread that is not running while its core spins for
+others. Torch's wheels for Linux bring GNU's libgomp, whose GOMP_SPINCOUNT says after how many turns a thread goes to sleep;
+other libraries know the standard's OMP_WAIT_POLICY. Both are read when torch is loaded, never again. benchmarks/threads.py
+measures it, docs/LOG.md has figures.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # any of them is somebody's decision
-QUIET, BUSY = "10000", "1000"  # turns, where every thread has a core and where not
+FEW = "1000"  # turns
 LOOKS, APART = 3, 0.005  # at who wants a core, and the seconds between them
 STAT, LOAD = Path("/proc/stat"), Path("/proc/loadavg")
 IDLE = (3, 4)  # places of "idle" and "iowait" in its first line
@@ -27,15 +28,18 @@ GUESTS = 8  # from here on its figures are counted already
 
 
 def settle(env: MutableMapping[str, str] = os.environ) -> None:
-    """Say how threads wait, unless somebody has said it or torch, which would not hear it, is loaded."""
+    """Where others want the cores, let threads sleep early, unless somebody has said how they wait or torch, which
+    would not hear it, is loaded."""
     if "torch" in sys.modules or any(name in env for name in WAITING):
         return
     found = importlib.util.find_spec("torch")
     if found is None or not found.submodule_search_locations:
         return
+    if not crowded():
+        return
     libraries = Path(found.submodule_search_locations[0]) / "lib"
     if any(libraries.glob("libgomp*")):
-        env["GOMP_SPINCOUNT"] = BUSY if crowded() else QUIET
+        env["GOMP_SPINCOUNT"] = FEW
     else:
         env["OMP_WAIT_POLICY"] = "passive"
 

@@ -88,6 +88,8 @@ def walk(tree: DraftTree, choice: torch.Tensor) -> torch.Tensor:
 
     `choice` [B, N+1] is what the base writes after the root and after each node.
     """
+    if not tree.width:
+        return choice.new_empty(len(choice), 0)
     right = (tree.token == choice.gather(1, tree.parent + 1)) & tree.used()
     if tree.chain:
         good = right.long().cumprod(1) > 0
@@ -99,4 +101,4 @@ def walk(tree: DraftTree, choice: torch.Tensor) -> torch.Tensor:
         going = fits.any(1)
         here = torch.where(going, fits.long().argmax(1), here)
         path.append(torch.where(going, here, -1))
-    return torch.stack(path, 1) if path else choice.new_empty(len(choice), 0)
+    return torch.stack(path, 1)

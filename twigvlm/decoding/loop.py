@@ -203,7 +203,8 @@ class Decoder:
         hidden, tokens, scores, alive, nodes = state.catch_up(), [], [], [], []
         for n in range(longest):
             token, score = self.chooser.propose(self.twig.logits(hidden), self.voices(), tokens, self.trunk.vocabulary)
-            nodes.append(self._enter(token[:, None], (self.place + 1 + n)[:, None], going[:, None], sure))
+            goes = None if sure else going[:, None]
+            nodes.append(self._enter(token[:, None], (self.place + (n + 1))[:, None], goes, sure))
             tokens.append(token)
             scores.append(score)
             alive.append(going)
@@ -260,7 +261,7 @@ class Decoder:
             token = token.where(self.state.sound, NO_SCORES)
         unread = (accepted > 0) & (_pick(draft.heard, last) < 0)
         entered = self.state.prompts() if first else []
-        believed = believe(logits, choice, path) if self.settings.traced else path.new_empty(len(path), 0)
+        believed = believe(logits, choice, path) if self.settings.traced else logits.new_empty(len(path), 0)
         verdict = _read(tree, path, [accepted, token, unread, *entered], believed)
         _check(verdict, self.plan.needs_twig)
         if first:
@@ -372,23 +373,24 @@ def _read(tree: DraftTree, path: torch.Tensor, columns: Sequence[torch.Tensor], 
     """The one read of a round: everything in one table of 32-bit words, numbers as they are."""
     head = torch.stack([*columns, tree.count], 1)
     words = torch.cat([head, path, tree.token], 1).to(torch.int32)
-    parents = [] if tree.chain else [tree.parent.to(torch.int32)]
-    numbers = torch.cat([tree.score.float(), believed.float()], 1).view(torch.int32)
-    table = fetch(torch.cat([words, numbers, *parents], 1))
-    n, D, N, told = head.shape[1], path.shape[1], tree.width, believed.shape[1]
+    numbers = torch.cat([tree.score, believed], 1).view(torch.int32)
+    behind = [] if tree.chain else [tree.parent.to(torch.int32)]
+    table = fetch(torch.cat([words, numbers, *behind], 1))
+    n, N = head.shape[1], tree.width
+    drafts, scored, ends = n + path.shape[1], words.shape[1], words.shape[1] + numbers.shape[1]
     accepted, token, unread, *entered, counts = table[:, :n].T.tolist()
-    found, drafted, scores, sure, parents = np.split(table[:, n:], np.cumsum([D, N, N, told]), axis=1)
-    scores, sure = (np.ascontiguousarray(part).view(np.float32) for part in (scores, sure))
-    if tree.chain:
-        parents = np.broadcast_to(np.arange(-1, N - 1), drafted.shape)
+    found, drafted = table[:, n:drafts].tolist(), table[:, drafts:scored].tolist()
+    told = np.ascontiguousarray(table[:, scored:ends]).view(np.float32)
+    scores, sure = told[:, :N].tolist(), told[:, N:].tolist()
+    parents = [range(-1, N - 1)] * len(token) if tree.chain else table[:, ends:].tolist()
     return Verdict(
         accepted,
         token,
-        *([row[:k].tolist() for row, k in zip(part, counts, strict=True)] for part in (drafted, scores, parents)),
-        [row[:k].tolist() for row, k in zip(found, accepted, strict=True)],
+        *([list(row[:k]) for row, k in zip(part, counts, strict=True)] for part in (drafted, scores, parents)),
+        [row[:k] for row, k in zip(found, accepted, strict=True)],
         [bool(u) for u in unread],
         entered,
-        [row[: k + 1].tolist() for row, k in zip(sure, accepted, strict=True)],
+        [row[: k + 1] for row, k in zip(sure, accepted, strict=True)],
     )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from ..model.cache import CacheGroup, Tally
 from ..model.stream import Stream, fit, front, join
@@ -40,6 +41,7 @@ class Segment:
 
     first: int
     last: int
+    layers: Sequence[nn.Module]
     cache: CacheGroup
     prompt: torch.Tensor | None = None  # B, tokens of the prompt that entered
     places: tuple[torch.Tensor, torch.Tensor] | None = None  # `place` and `visual` of them, for eviction
@@ -150,8 +152,7 @@ class State:
             if segment.prompt is None:
                 self._note(segment, stream)
             attention = self.trunk.attend(stream, segment.cache, sight)
-            layers = self.trunk.layers[segment.first : segment.last]
-            entered, stream = stream, self.trunk.run(layers, stream, attention, list(taps.values()))
+            entered, stream = stream, self.trunk.run(segment.layers, stream, attention, list(taps.values()))
             self._hear(taps, entered)
         return stream
 
@@ -386,7 +387,8 @@ class State:
         L = self.trunk.L
         cuts = {above, self.depth, self.plan.evict or above, *(before for before, _ in self.plan.stages)}
         edges = [*sorted(cut for cut in cuts if cut < L), L]
-        return [Segment(a, b, self._group(self.trunk.layers[a:b])) for a, b in itertools.pairwise(edges)]
+        found = [(a, b, tuple(self.trunk.layers[a:b])) for a, b in itertools.pairwise(edges)]
+        return [Segment(a, b, layers, self._group(layers)) for a, b, layers in found]
 
     def _group(self, layers) -> CacheGroup:
         slots = [layer.self_attn.layer_idx for layer in layers]

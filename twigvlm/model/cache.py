@@ -56,24 +56,24 @@ class CacheGroup:
         `sight` [B, S, ahead + S] bool says which scratch tokens each new one sees (None: all before it,
         a chain). Gives [B, 1, S, keys] bool, or None where plain causal attention is right.
         """
-        even = self.even
         self._begin = self.reach + self.ahead
         self._end = self._begin + width
-        start = None if even else self.used + self.ahead
-        self._write = None if even else (start[:, None] + self._steps(width))[:, None, :, None]
-        mask = self._mask(width, sight)
+        even, at = self.even, None
+        if not even or (width > 1 and self._begin):
+            at = ((self.used + self.ahead)[:, None] + self._steps(width))[:, None, :, None]
+        self._write = None if even else at
+        mask = self._mask(at, sight)
         self.ahead += width
         return mask
 
-    def _mask(self, width: int, sight: torch.Tensor | None) -> torch.Tensor | None:
-        fresh = self._begin == 0  # at prefill padding stands behind all that is real, so causality hides it
-        if sight is None and (fresh or (width == 1 and self.even)):
-            return None
-        behind = self._steps(self._end) - self.used[:, None, None]  # B 1 keys, index among the scratch tokens
+    def _mask(self, at: torch.Tensor | None, sight: torch.Tensor | None) -> torch.Tensor | None:
+        """`at` [B, 1, S, 1]: where the new tokens go, if that says what plain causal attention does not."""
         if sight is None:
-            return (behind <= self.ahead + self._steps(width)[:, None])[:, None]
+            # At prefill padding stands behind all that is real, so causality hides it.
+            return None if at is None or not self._begin else self._steps(self._end) <= at
+        behind = self._steps(self._end) - self.used[:, None, None]  # B 1 keys, index among the scratch tokens
         last = sight.shape[2] - 1
-        seen = sight.gather(2, behind.clamp(0, last).expand(-1, width, -1)) & (behind <= last)
+        seen = sight.gather(2, behind.clamp(0, last).expand(-1, sight.shape[1], -1)) & (behind <= last)
         return (seen | (behind < 0))[:, None]
 
     def update(
@@ -179,10 +179,13 @@ class CacheGroup:
     def _grow(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         room, before = -(-self._end // STEP) * STEP, self.allocated_bytes()
         for name, new in (("keys", keys), ("values", values)):
-            # Zeros: a shorter row reads up to the longest row's end, masked, and must find finite numbers.
-            buffer = new.new_zeros(len(self.layers), self.rows, new.shape[1], room, new.shape[3])
+            buffer = new.new_empty(len(self.layers), self.rows, new.shape[1], room, new.shape[3])
+            held = 0
             if (old := getattr(self, name)) is not None:
-                buffer[:, :, :, : old.shape[3]] = old[:, : self.rows]
+                held = old.shape[3]
+                buffer[:, :, :, :held] = old[:, : self.rows]
+            # A shorter row reads up to the longest row's end, masked, and must find finite numbers.
+            buffer[:, :, :, held:] = 0
             setattr(self, name, buffer)
         self.tally.add(self.allocated_bytes() - before)
 

@@ -70,6 +70,8 @@ def product(linear: nn.Linear, x: torch.Tensor, fewest: int = 2) -> torch.Tensor
 
 def _large(module: nn.Module) -> list[nn.Linear]:
     """Its large linear layers. Subclasses (quantised, adapted) are not touched."""
-    if module not in _found:
-        _found[module] = [m for m in module.modules() if type(m) is nn.Linear and m.weight.numel() >= LEAST]
-    return _found[module]
+    found = _found.get(module)
+    if found is None:
+        found = [m for m in module.modules() if type(m) is nn.Linear and m.weight.numel() >= LEAST]
+        _found[module] = found
+    return found

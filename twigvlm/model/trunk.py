@@ -84,7 +84,7 @@ class Trunk:
         self.family, self.model, self.decoder = family, family.model, family.decoder
         self.layers = self.decoder.layers
         self.image_token_id, self.context = family.image_token_id, family.context
-        self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rotary: torch.Tensor | None = None  # 2 places d, cos and sin
 
     @property
     def L(self) -> int:
@@ -198,7 +198,8 @@ class Trunk:
         drafting = layers[0].self_attn.layer_idx >= len(self.layers)  # a twig's
         with quick(layers, fewest=1 if drafting else 2):
             for layer in layers:
-                hidden = self._call(layer, hidden, attention, [t for t in taps if t.module is layer.self_attn])
+                heard = [t for t in taps if t.module is layer.self_attn] if taps else ()
+                hidden = self._call(layer, hidden, attention, heard)
         return replace(stream, hidden=hidden)
 
     def peek(self, layer: nn.Module, stream: Stream, rows: torch.Tensor, whole: bool = False) -> Tap:
@@ -217,7 +218,7 @@ class Trunk:
         with quick([self.family.head]):
             return self.family.head(self.decoder.norm(hidden)).float()
 
-    def _call(self, layer: nn.Module, hidden: torch.Tensor, attention: Attention, taps: list[Tap]) -> torch.Tensor:
+    def _call(self, layer: nn.Module, hidden: torch.Tensor, attention: Attention, taps: Sequence[Tap]) -> torch.Tensor:
         facts = (attention.mask, attention.rotary, attention.cache)
         if not taps:
             return through(layer, hidden, *facts)
@@ -231,18 +232,19 @@ class Trunk:
 
         A context that no memory would hold a table of is said by some; few places of it are ever used.
         """
-        like = torch.empty(0, device=self.device, dtype=self.dtype)
-        if self.context > TABLE:
-            return self.decoder.rotary_emb(like, positions[0])
+        if self._rotary is None and self.context <= TABLE:
+            self._rotary = torch.cat(self._turns(torch.arange(self.context, device=self.device)[None]))
         if self._rotary is None:
-            places = torch.arange(self.context, device=self.device)[None]
-            self._rotary = tuple(t[0] for t in self.decoder.rotary_emb(like, places))
-        cos, sin = self._rotary
-        return cos[positions[0]], sin[positions[0]]
+            return self._turns(positions[0])
+        return self._rotary[:, positions[0]].unbind()
+
+    def _turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.decoder.rotary_emb(torch.empty(0, device=self.device, dtype=self.dtype), positions)
 
     def _additive(self, seen: torch.Tensor) -> torch.Tensor:
         """What is added to the scores, made once a group: a bool mask would be turned into this in every layer."""
-        return torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)
+        hidden = torch.full(seen.shape, torch.finfo(self.dtype).min, dtype=self.dtype, device=seen.device)
+        return hidden.masked_fill_(seen, 0)
 
 
 def _pictures(visual: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
