@@ -5,7 +5,8 @@
 On the embedded model, with two threads. `--tree` measures the package of another checkout, of any age, on the same
 rows and weights (those of this one, so that they are the same). Ends with one JSON line: seconds and tokens of every run, decoding alone, and the
 CPU time of all of it, which is the better measure where others are at work. `--profile` tells instead what plain
-decoding behind the prompt spends its time on: torch's operations, and Python between them.
+decoding behind the prompt spends its time on: torch's operations and Python between them; and how much of it passes in
+the model's own layers, which no loop around them can shorten.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
@@ -67,23 +71,26 @@ def load(tree: Path):
     return twigvlm.load(weights / "sprout-base", weights / "sprout-twig-K2-T3", device="cpu")
 
 
+def decoding(vlm, batch: dict, R: float | None, tokens: int) -> float:
+    """Milliseconds of plain decoding behind the prompt."""
+    out = vlm.generate(**batch, retained_tokens=R, draft_length=0, max_new_tokens=tokens)
+    return 1e3 * out.stats.decode_seconds
+
+
 def profile(tree: Path) -> None:
     """Prints milliseconds of torch's operations, those of the prompt taken off, and of all that is between them."""
-    from collections import Counter
-
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as watching
 
     vlm = load(tree)
     batch = rows(vlm)
     for name in ("plain", "plain + TTP"):
+        R = METHODS[name][0]
 
-        def spent(tokens: int, R: float | None = METHODS[name][0]) -> tuple[Counter, float]:
+        def spent(tokens: int, R: float | None = R) -> tuple[Counter, float]:
             with watching(activities=[ProfilerActivity.CPU]) as seen:
-                out = vlm.generate(**batch, retained_tokens=R, draft_length=0, max_new_tokens=tokens)
-            return Counter(
-                {one.key: one.self_cpu_time_total / 1e3 for one in seen.key_averages()}
-            ), 1e3 * out.stats.decode_seconds
+                whole = decoding(vlm, batch, R, tokens)
+            return Counter({one.key: one.self_cpu_time_total / 1e3 for one in seen.key_averages()}), whole
 
         spent(2)
         (few, begun), (all_, ended) = spent(2), spent(100)
@@ -92,6 +99,39 @@ def profile(tree: Path) -> None:
         print(f"{name}: decoding {whole:.0f} ms, of which outside torch's operations {whole - sum(all_.values()):.0f}")
         for key, ms in all_.most_common(8):
             print(f"  {key:48} {ms:7.0f} ms {100 * ms / whole:5.1f} %")
+        shares = [inside(vlm, batch, R) for _ in range(5)]
+        print(f"  in the model's layers, without the profiler: {100 * statistics.median(shares):.1f} %")
+
+
+def inside(vlm, batch: dict, R: float | None) -> float:
+    """The share of decoding that passes in the model's own layers."""
+    with timed(vlm.trunk.decoder.layers) as calls:
+        whole = decoding(vlm, batch, R, 100)
+    return 1e3 * sum(calls) / whole
+
+
+@contextmanager
+def timed(layers) -> Iterator[list[float]]:
+    """Seconds of every call of these layers for a single token a row, while it lasts."""
+    calls: list[float] = []
+
+    def around(forward):
+        def call(hidden, *given, **named):
+            begun = time.perf_counter()
+            out = forward(hidden, *given, **named)
+            if hidden.shape[1] == 1:
+                calls.append(time.perf_counter() - begun)
+            return out
+
+        return call
+
+    for layer in layers:
+        layer.forward = around(layer.forward)
+    try:
+        yield calls
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 def measure(tree: Path, repeats: int) -> dict:
