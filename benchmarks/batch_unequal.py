@@ -1,12 +1,12 @@
 """How fast eight unequal rows are written together: pictures and text alone, prompts and answers of different lengths.
 
-    python benchmarks/batch_unequal.py [--tree FOLDER] [--repeats 5 | --profile]
+    python benchmarks/batch_unequal.py [--tree FOLDER] [--repeats 5 | --profile | --bare]
 
 On the embedded model, with two threads. `--tree` measures the package of another checkout, of any age, on the same
 rows and weights (those of this one, so that they are the same). Ends with one JSON line: seconds and tokens of every run, decoding alone, and the
 CPU time of all of it, which is the better measure where others are at work. `--profile` tells instead what plain
 decoding behind the prompt spends its time on: torch's operations and Python between them; and how much of it passes in
-the model's own layers, which no loop around them can shorten.
+the model's own layers, which no loop around them can shorten. `--bare` tells what a round of the loop takes by itself.
 """
 
 from __future__ import annotations
@@ -103,6 +103,22 @@ def profile(tree: Path) -> None:
         print(f"  in the model's layers, without the profiler: {100 * statistics.median(shares):.1f} %")
 
 
+def bare(tree: Path) -> None:
+    """Prints milliseconds of a round with layers that do nothing, for one row and for all."""
+    vlm = load(tree)
+    one = vlm.prepare(HERE / "assets" / "image.png", ASKED[0][0])
+    eight = rows(vlm)
+    for layer in (*vlm.trunk.decoder.layers, *vlm.twig.layers):
+        layer.forward = lambda hidden, *_, **__: hidden
+    for name, batch in (("one row", one), ("eight rows", eight)):
+        for method in ("plain", "SSD"):
+            took = []
+            for _ in range(6):
+                out = vlm.generate(**batch, retained_tokens=None, draft_length=METHODS[method][1], max_new_tokens=60)
+                took.append(1e3 * out.stats.decode_seconds / (max(map(len, out.steps)) - 1))
+            print(f"{name}, {method}: {statistics.median(took[1:]):.2f} ms a round beside the layers")
+
+
 def inside(vlm, batch: dict, R: float | None) -> float:
     """The share of decoding that passes in the model's own layers."""
     with timed(vlm.trunk.decoder.layers) as calls:
@@ -164,9 +180,10 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=5, help="runs of each method (default %(default)s)")
     parser.add_argument("--profile", action="store_true", help="what plain decoding spends its time on, instead")
+    parser.add_argument("--bare", action="store_true", help="what a round takes beside the layers, instead")
     args = parser.parse_args()
-    if args.profile:
-        return profile(args.tree.resolve())
+    if args.profile or args.bare:
+        return (profile if args.profile else bare)(args.tree.resolve())
     print(json.dumps(measure(args.tree.resolve(), args.repeats)))
 
 
