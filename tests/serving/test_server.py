@@ -317,6 +317,26 @@ def test_who_takes_too_long_is_told_that_it_ends(vlm):
             assert fault(asked.result(60), 503)["code"] == "shutting_down"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_server_listens_to_any_ends_it(number):
+    """Whoever has read the address may send one at once; nothing is raised where it happens to come."""
+    import uvicorn
+
+    async def app(scope, receive, send):
+        raise AssertionError("nobody asks")
+
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="warning"))
+    late = threading.Timer(10, setattr, (server, "should_exit", True))  # else one that heard nothing would run on
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with socket.create_server(("127.0.0.1", 0)) as sock, listen.ending(server):
+        late.start()
+        os.kill(os.getpid(), number)
+        server.run(sockets=[sock])
+        assert late.is_alive()
+    late.cancel()
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
 def test_a_port_that_is_taken_is_one_line(capsys):
     from twigvlm.serving.__main__ import main
 

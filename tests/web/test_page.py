@@ -490,4 +490,4 @@ def test_embedded_model_and_a_server_that_dies(visit):
 def test_a_server_that_ends_by_ctrl_c():
     with program() as (server, _):
         os.kill(server.pid, signal.SIGINT)
-        assert server.wait(20) == 0
+        assert server.wait(20) == 0, server.communicate()

@@ -232,10 +232,10 @@ class Trunk:
 
         A context that no memory would hold a table of is said by some; few places of it are ever used.
         """
-        if self._rotary is None and self.context <= TABLE:
-            self._rotary = torch.cat(self._turns(torch.arange(self.context, device=self.device)[None]))
-        if self._rotary is None:
+        if self.context > TABLE:
             return self._turns(positions[0])
+        if self._rotary is None:
+            self._rotary = torch.cat(self._turns(torch.arange(self.context, device=self.device)[None]))
         return self._rotary[:, positions[0]].unbind()
 
     def _turns(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> None:
         desk = Desk(vlm, options, settings)
         if desk.vlm.twig is None:
             print("No twig given (--twig-block): plain decoding, nothing pruned.", file=sys.stderr)
-        print(f"{desk.model} at {listen.address(sock)}/v1 (Ctrl-C ends)", flush=True)
         listen.serve(desk, sock)
 
 

@@ -7,6 +7,8 @@ import errno
 import signal
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ..errors import InputError, RunError
 from ..program import extra
@@ -79,15 +81,27 @@ def make_server(desk: Desk):
     return Server(config)
 
 
-def serve(desk: Desk, sock: socket.socket) -> None:
-    """Answer until SIGTERM or SIGINT; whoever is being answered then is answered first."""
-    server = make_server(desk)
-    # uvicorn sends itself the signal again once it has ended; an orderly end is no death by a signal.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+@contextmanager
+def ending(server) -> Iterator[None]:
+    """SIGTERM and SIGINT end this uvicorn.Server however early they come, before it listens to them itself.
+
+    It sends itself the signal again once it has ended; that is then no death by a signal either.
+    """
+    before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        server.run(sockets=[sock])
+        yield
     finally:
-        desk.close()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def serve(desk: Desk, sock: socket.socket) -> None:
+    """Tell the address, and answer until SIGTERM or SIGINT; whoever is being answered then is answered first."""
+    server = make_server(desk)
+    try:
+        with ending(server):
+            print(f"{desk.model} at {address(sock)}/v1 (Ctrl-C ends)", flush=True)
+            server.run(sockets=[sock])
+    finally:
+        desk.close()
     print("stopped", file=sys.stderr, flush=True)

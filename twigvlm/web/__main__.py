@@ -39,6 +39,7 @@ def run(args: Namespace) -> int:
     from .. import load
     from ..foresight import Wish, check
     from ..serving.engine import Engine
+    from ..serving.listen import ending
     from .app import make_app
 
     logging.set_verbosity_error()
@@ -50,19 +51,19 @@ def run(args: Namespace) -> int:
         vlm = load(**vars(model))
         engine = Engine(vlm, max_batch=1)
         try:
-            app = make_app(vlm, engine, settings)
-            address = address_of(made, settings)
-            print(f"{address}  {vlm.base_name} on {vlm.device}; Ctrl-C ends it", flush=True)
-            if args.open:
-                import webbrowser
-
-                webbrowser.open(address)
             config = uvicorn.Config(
-                app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=PATIENCE
-            )
-            uvicorn.Server(config).run(sockets=[made])
-        except KeyboardInterrupt:  # how a page ends
-            pass
+                make_app(vlm, engine, settings), log_level="warning", access_log=False, server_header=False,
+                timeout_graceful_shutdown=PATIENCE,
+            )  # fmt: skip
+            server = uvicorn.Server(config)
+            with ending(server):
+                address = address_of(made, settings)
+                print(f"{address}  {vlm.base_name} on {vlm.device}; Ctrl-C ends it", flush=True)
+                if args.open:
+                    import webbrowser
+
+                    webbrowser.open(address)
+                server.run(sockets=[made])
         finally:
             engine.close()
     return 0
